@@ -1,0 +1,450 @@
+"""From an image set and an order to batches on the device.
+
+    order -> rows -> plan (`views.draw`)
+      decoding: threads decode, crop and resize ------------> uint8 views --+
+      resident: crops of a uint8 tensor on the device ------> uint8 views --+--> photometric --> Batch
+
+Both executions follow the same plan. Small images of one size become resident; everything else is decoded,
+each image once for all of its views. Decoding uses threads, not processes: the JPEG decoder and the resize
+release the interpreter's lock, threads start at once, share the index, and write straight into the batch.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from tessella.data.batch import Batch
+from tessella.data.decode import Unreadable
+from tessella.data.sampler import check_shares, share
+from tessella.data.sources import ImageSet
+from tessella.data.views import CropGroup, ViewPlan, ViewSpec, draw
+from tessella.errors import UserError
+from tessella.ops.augment import crop_resize, normalise, photometric, to_device
+
+_AHEAD = 3  # batches in work beyond the one that the consumer holds
+_IMAGES_PER_TASK = 4  # few: threads finish a batch together; not one: a task costs some 50 us
+_RESIDENT_SIDE = 96  # pixels; beyond it a decoded data set is rarely small
+_RESIDENT_BYTES = 2 << 30
+_RESIDENT_SHARE = 0.25  # of the GPU memory that is free at the start
+_LONGEST_STRIP = 16  # longer side / shorter side that an evaluation resizes whole
+
+T = TypeVar("T")
+Task = Callable[[], None]
+
+
+class Order(Protocol):
+    """What the loader asks of an order; see `data.sampler`."""
+
+    batch_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in one epoch."""
+        ...
+
+    def batch(self, epoch: int, step: int) -> NDArray[np.int64]:
+        """(batch_size,) rows of one step over all ranks."""
+        ...
+
+
+class _Draft(NamedTuple):
+    """A batch in work. Threads fill `pixels`; for an unreadable image they change `rows` and `plan`."""
+
+    rows: NDArray[np.int64]  # (B,)
+    plan: ViewPlan
+    pixels: list[Tensor]  # per crop group (v, B, s, s, 3) uint8, pinned when the device is a GPU
+
+
+class Loader:
+    """Batches of one rank, whatever the number of threads and the step at which it starts.
+
+    An image that cannot be decoded is replaced by the next row that can be (after the last comes the first),
+    with the views drawn for that row, so that the result depends on (seed, epoch, row) only.
+
+    Attributes:
+        skipped: key -> reason of every image that could not be decoded so far.
+        wait_seconds: time that the consumer has waited for batches.
+        resident: whether the images live on the device.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        spec: ViewSpec,
+        order: Order,
+        *,
+        seed: int,
+        device: torch.device | str,
+        workers: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        max_unreadable: float = 0.01,
+    ) -> None:
+        """Check the shares of the batch; read all images if they become resident.
+
+        Args:
+            images: what to read.
+            spec: what to see of it.
+            order: which rows make up each step.
+            seed: of the run.
+            device: where the batches go.
+            workers: threads that decode, at least 1.
+            rank: of this process.
+            world_size: number of processes.
+            accumulate: micro-batches per step.
+            max_unreadable: largest share of the data set that may turn out unreadable; one image always may.
+
+        Raises:
+            UserError: if the batch cannot be shared equally, or too many images are unreadable.
+        """
+        check_shares(order.batch_size, world_size, accumulate)
+        self.images, self.spec, self.order = images, spec, order
+        self.seed, self.device, self.workers = seed, torch.device(device), max(1, workers)
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.max_unreadable = max_unreadable
+        self.skipped: dict[str, str] = {}
+        self.wait_seconds = 0.0
+        self._unreadable: set[int] = set()
+        self._lock = threading.Lock()
+        self.resident = _fits_device(images, self.device)
+        if self.resident:
+            self._pixels = self._read_all()
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        """The steps of one epoch, from `first_step` on; closing the iterator stops its threads.
+
+        Args:
+            epoch: from 0.
+            first_step: steps of this epoch that are already done.
+
+        Yields:
+            The step's `accumulate` micro-batches of this rank.
+
+        Raises:
+            UserError: if more images than allowed could not be decoded.
+        """
+        produce = self._from_device if self.resident else self._from_threads
+        with closing(produce(epoch, first_step)) as batches:
+            for _ in range(first_step, self.order.steps_per_epoch):
+                start = time.perf_counter()
+                step = [next(batches) for _ in range(self.accumulate)]
+                self.wait_seconds += time.perf_counter() - start
+                yield step
+
+    def _micro_batches(self, epoch: int, first_step: int) -> Iterator[NDArray[np.int64]]:
+        for step in range(first_step, self.order.steps_per_epoch):
+            rows = self.order.batch(epoch, step)
+            yield from share(rows, self.rank, self.world_size, self.accumulate)
+
+    # Decoding
+
+    def _from_threads(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
+        with closing(_run_ahead(self._drafts(epoch, first_step), self.workers)) as drafts:
+            for draft in drafts:
+                pixels = (group.flatten(0, 1).to(self.device, non_blocking=True) for group in draft.pixels)
+                yield self._finish(draft.rows, draft.plan, [group.permute(0, 3, 1, 2) for group in pixels])
+
+    def _drafts(self, epoch: int, first_step: int) -> Iterator[tuple[_Draft, Sequence[Task]]]:
+        pinned = self.device.type == "cuda"
+        for rows in self._micro_batches(epoch, first_step):
+            pixels = [
+                torch.empty(g.views, len(rows), g.size, g.size, 3, dtype=torch.uint8, pin_memory=pinned)
+                for g in self.spec.groups
+            ]
+            draft = _Draft(rows.copy(), self._plan(epoch, rows), pixels)
+            yield draft, [partial(self._fill, draft, epoch, positions) for positions in _parts(len(rows))]
+
+    def _fill(self, draft: _Draft, epoch: int, positions: list[int]) -> None:
+        """Decode some images of a batch and cut their views; other threads fill other positions."""
+        for position in positions:
+            row, image = self._read(int(draft.rows[position]))
+            if row != draft.rows[position]:
+                draft.rows[position] = row
+                substitute = self._plan(epoch, [row])
+                for name in ViewPlan._fields:
+                    getattr(draft.plan, name)[position] = getattr(substitute, name)[0]
+            boxes = iter(draft.plan.box[position].tolist())
+            for group, pixels in zip(self.spec.groups, draft.pixels, strict=True):
+                for view in range(group.views):
+                    left, top, width, height = next(boxes)
+                    crop = image[top : top + height, left : left + width]
+                    pixels[view, position] = _resize(crop, group.size, group.size)
+
+    def _read(self, row: int) -> tuple[int, NDArray[np.uint8]]:
+        """The first row from `row` on that can be decoded, and its pixels (H, W, 3)."""
+        for candidate in range(row, row + len(self.images)):
+            candidate %= len(self.images)
+            if candidate in self._unreadable:
+                continue
+            try:
+                return candidate, self._decode(candidate)
+            except Unreadable as error:
+                self._skip(candidate, error.reason)
+        raise UserError(
+            "none of the data set's images can be decoded: check the files, or give another data set"
+        )
+
+    def _decode(self, row: int) -> NDArray[np.uint8]:
+        image = self.images.image(row)
+        width, height = self.images.sizes[row]
+        if image.shape != (height, width, 3):
+            found = f"{image.shape[1]} x {image.shape[0]}"
+            raise Unreadable(f"{found} pixels, but {width} x {height} when the data set was indexed")
+        return image
+
+    def _skip(self, row: int, reason: str) -> None:
+        with self._lock:
+            self._unreadable.add(row)
+            self.skipped[str(self.images.key(row))] = reason
+            if len(self._unreadable) > max(1, self.max_unreadable * len(self.images)):
+                examples = "; ".join(f"{key}: {why}" for key, why in list(self.skipped.items())[:3])
+                raise UserError(
+                    f"{len(self._unreadable)} of {len(self.images)} images could not be decoded, more than "
+                    f"the allowed {self.max_unreadable:.1%} ({examples}): "
+                    "repair or remove them, or allow a larger share (max_unreadable)"
+                )
+
+    # Resident
+
+    def _read_all(self) -> Tensor:
+        """(N, 3, H, W) uint8 on the device; rows that cannot be decoded stay black and are never used."""
+        width, height = self.images.sizes[0]
+        pixels = np.zeros((len(self.images), 3, height, width), dtype=np.uint8)
+
+        def read(rows: NDArray[np.int64]) -> None:
+            for row in rows.tolist():
+                try:
+                    pixels[row] = self._decode(row).transpose(2, 0, 1)
+                except Unreadable as error:
+                    self._skip(row, error.reason)
+
+        parts = np.array_split(np.arange(len(pixels)), -(-len(pixels) // 256))
+        tasks = ((len(part), [partial(read, part)]) for part in parts)
+        with closing(_run_ahead(tasks, self.workers)) as counts:
+            _show_progress(counts, len(pixels), "Reading images")
+        # The row that stands for each row: itself, or the next that could be decoded.
+        readable = np.setdiff1d(np.arange(len(pixels)), sorted(self._unreadable))
+        self._stand_in = readable[np.searchsorted(readable, np.arange(len(pixels))) % len(readable)]
+        return torch.from_numpy(pixels).to(self.device)
+
+    def _from_device(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
+        for rows in self._micro_batches(epoch, first_step):
+            rows = self._stand_in[rows]
+            plan = self._plan(epoch, rows)
+            chosen, boxes = to_device(rows, self.device), to_device(plan.box, self.device)
+            images = self._pixels.index_select(0, chosen)
+            pixels, first = [], 0
+            for group in self.spec.groups:
+                box = boxes[:, first : first + group.views].unbind(1)
+                pixels.append(torch.cat([crop_resize(images, view, group.size) for view in box]))
+                first += group.views
+            yield self._finish(rows, plan, pixels)
+
+    # Both
+
+    def _plan(self, epoch: int, rows: ArrayLike) -> ViewPlan:
+        rows = np.asarray(rows)
+        return draw(self.spec, self.seed, epoch, self.images.ids[rows], self.images.sizes[rows])
+
+    def _finish(self, rows: NDArray[np.int64], plan: ViewPlan, pixels: list[Tensor]) -> Batch:
+        """A batch from its crops, (v * B, 3, s, s) uint8 per group, view after view."""
+        views, first = [], 0
+        for group, crops in zip(self.spec.groups, pixels, strict=True):
+            part = plan.select(slice(None), slice(first, first + group.views))
+            views.append(_colour(crops, part, group, self.spec).unflatten(0, (group.views, len(rows))))
+            first += group.views
+        return Batch(tuple(views), to_device(rows, self.device))
+
+
+def evaluation_batches(
+    images: ImageSet,
+    rows: ArrayLike,
+    *,
+    size: int,
+    resize: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    device: torch.device | str,
+    workers: int,
+    skipped: dict[str, str] | None = None,
+) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Images as evaluations see them: shorter side resized, centre cut out, normalised.
+
+    Args:
+        images: what to read.
+        rows: (n,) which, in this order.
+        size: side of the centre crop in pixels.
+        resize: length of the shorter side before the crop, at least `size`.
+        mean: of each channel, values in [0, 1].
+        std: of each channel.
+        batch_size: images per batch; the last may be smaller.
+        device: where the batches go.
+        workers: threads that decode, at least 1.
+        skipped: receives key -> reason of every image that could not be decoded.
+
+    Yields:
+        (b, 3, size, size) float32 channels_last on the device, and the (b,) rows they show, without the
+        images that could not be decoded.
+
+    Raises:
+        UserError: if `resize` is less than `size`.
+    """
+    if resize < size:
+        raise UserError(f"resize={resize} is less than the crop size={size}: give resize={size} or more")
+    device, rows = torch.device(device), np.asarray(rows, dtype=np.int64)
+
+    def fill(
+        pixels: Tensor, readable: NDArray[np.bool_], wanted: NDArray[np.int64], positions: list[int]
+    ) -> None:
+        for position in positions:
+            row = int(wanted[position])
+            try:
+                pixels[position] = _centre(images.image(row), resize, size)
+                readable[position] = True
+            except Unreadable as error:
+                if skipped is not None:
+                    skipped[str(images.key(row))] = error.reason
+
+    def drafts() -> Iterator[tuple[tuple[Tensor, NDArray[np.bool_], NDArray[np.int64]], Sequence[Task]]]:
+        for start in range(0, len(rows), batch_size):
+            wanted = rows[start : start + batch_size]
+            pixels = torch.empty(
+                len(wanted), size, size, 3, dtype=torch.uint8, pin_memory=device.type == "cuda"
+            )
+            draft = pixels, np.zeros(len(wanted), dtype=np.bool_), wanted
+            yield draft, [partial(fill, *draft, positions) for positions in _parts(len(wanted))]
+
+    with closing(_run_ahead(drafts(), max(1, workers))) as done:
+        for pixels, readable, wanted in done:
+            if readable.any():
+                pixels = pixels if readable.all() else pixels[torch.from_numpy(readable)]
+                on_device = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+                yield normalise(on_device.to(torch.float32).div_(255), mean, std), wanted[readable]
+
+
+def _parts(n: int) -> list[list[int]]:
+    """Positions of a batch in portions for one task each."""
+    return [list(range(start, min(start + _IMAGES_PER_TASK, n))) for start in range(0, n, _IMAGES_PER_TASK)]
+
+
+def _fits_device(images: ImageSet, device: torch.device) -> bool:
+    """Whether all images are small, of one size, and together leave the device most of its memory."""
+    if images.uniform_size is None or max(images.uniform_size) > _RESIDENT_SIDE:
+        return False
+    width, height = images.uniform_size
+    limit = float(_RESIDENT_BYTES)
+    if device.type == "cuda":
+        limit = min(limit, _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
+    return len(images) * width * height * 3 <= limit
+
+
+def _colour(crops: Tensor, plan: ViewPlan, group: CropGroup, spec: ViewSpec) -> Tensor:
+    """`photometric` for crops of one group; they lie view after view, their plan image after image."""
+    n = group.views * plan.flip.shape[0]
+    colours = {k: values.swapaxes(0, 1).reshape(n, *values.shape[2:]) for k, values in plan._asdict().items()}
+    del colours["box"]
+    return photometric(crops, **colours, mean=spec.mean, std=spec.std)
+
+
+def _resize(image: NDArray[np.uint8], height: int, width: int) -> Tensor:
+    """(h, w, 3) -> (height, width, 3) uint8, antialiased bilinear.
+
+    By torch's kernel for uint8 pixels, which takes a third of Pillow's time and stays within one level of it
+    on photos (two on pure noise), because its weights have 16 bits.
+    """
+    writeable = image if image.flags.writeable else image.copy()  # torch warns of arrays that are read-only
+    batch = torch.from_numpy(writeable).permute(2, 0, 1)[None]
+    return F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+
+
+def _centre(image: NDArray[np.uint8], resize: int, size: int) -> Tensor:
+    """Shorter side to `resize`, then the middle; rounded as torchvision's Resize and CenterCrop do."""
+    # Of an extreme strip only the middle, which holds the crop: 20000 x 1 pixels would become gigabytes.
+    height, width, _ = image.shape
+    shorter = min(height, width)
+    top = max(0, height - _LONGEST_STRIP * shorter) // 2
+    left = max(0, width - _LONGEST_STRIP * shorter) // 2
+    image = image[top : height - top, left : width - left]
+    height, width, _ = image.shape
+    height, width = resize * height // shorter, resize * width // shorter
+    resized = _resize(image, height, width)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return resized[top : top + size, left : left + size]
+
+
+def _run_ahead(work: Iterable[tuple[T, Sequence[Task]]], workers: int) -> Generator[T, None, None]:
+    """Run tasks on threads some items ahead; yield each item, in order, when all of its tasks are done.
+
+    The threads are not daemons, because one that is inside a decoder when the interpreter goes away aborts
+    the process. Instead, leaving this generator in whatever way drops what has not begun and waits for what
+    has.
+
+    Args:
+        work: items and the tasks that complete them.
+        workers: number of threads.
+
+    Yields:
+        The items.
+    """
+    pool = ThreadPoolExecutor(workers, "tessella-data", _without_inner_threads)
+    try:
+        pending: deque[tuple[T, list]] = deque()
+        for item, tasks in work:
+            pending.append((item, [pool.submit(task) for task in tasks]))
+            if len(pending) > _AHEAD:
+                yield _complete(pending)
+        while pending:
+            yield _complete(pending)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _complete(pending: deque[tuple[T, list]]) -> T:
+    item, futures = pending.popleft()
+    for future in futures:
+        future.result()
+    return item
+
+
+_starting = threading.Lock()
+
+
+def _without_inner_threads() -> None:
+    """Let this thread's torch operations run on this thread alone, and change no other thread's setting.
+
+    torch keeps the number per thread, but also a copy from which later threads start; a throw-away thread
+    puts the copy back.
+    """
+    with _starting:
+        inherited = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restore = threading.Thread(target=torch.set_num_threads, args=(inherited,))
+        restore.start()
+        restore.join()
+
+
+def _show_progress(counts: Iterable[int], total: int, title: str) -> None:
+    """Consume `counts`, with a bar when a person watches."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        for count in counts:
+            progress.advance(task, count)

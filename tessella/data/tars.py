@@ -1,0 +1,228 @@
+"""Images inside .tar archives, read in place: member headers are walked once, pixels fetched with pread.
+
+Nothing is ever extracted to a path that an archive names. A .tar.gz is decompressed once, into a copy in the
+cache: a compressed stream has no random access.
+"""
+
+# Paths are plain strings, as in the index.
+# ruff: noqa: PTH100, PTH116, PTH119
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import secrets
+import shutil
+import tarfile
+import threading
+import weakref
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tessella.data.decode import Unreadable
+from tessella.data.index import exclusive, progress_bar
+from tessella.errors import UserError
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+_MAX_OPEN = 256  # archives held open; a process may have 1024 files by default
+_MAX_HEADER = 2**20  # bytes; longest extended header that is believed
+_COPY_CHUNK = 2**22  # bytes
+
+
+class Member(NamedTuple):
+    """An image in an archive."""
+
+    name: str
+    offset: int  # of its first byte, within the archive
+    size: int  # bytes
+
+
+class Archives:
+    """Random access to the bytes of a fixed list of .tar files, from any number of threads."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = list(paths)
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._descriptors)
+
+    def read(self, archive: int, offset: int, size: int) -> bytes:
+        """`size` bytes of one archive.
+
+        Raises:
+            Unreadable: the archive is gone, or ends before.
+        """
+        try:
+            with self._descriptor(archive) as descriptor:
+                return _read_range(descriptor, offset, size)
+        except OSError as error:
+            raise Unreadable(f"the archive cannot be read: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def _descriptor(self, archive: int) -> Iterator[int]:
+        with self._lock:
+            kept = self._descriptors.get(archive)
+            if kept is None and len(self._descriptors) < _MAX_OPEN:
+                kept = self._descriptors[archive] = os.open(self.paths[archive], os.O_RDONLY | os.O_CLOEXEC)
+        if kept is not None:
+            yield kept
+            return
+        passing = os.open(self.paths[archive], os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield passing
+        finally:
+            os.close(passing)
+
+
+def walk(path: str, suffixes: tuple[str, ...]) -> tuple[list[Member], list[tuple[str, str]]]:
+    """All images of one .tar, and what looks like an image but is not readable in place.
+
+    Hidden members and those with other suffixes are passed over in silence, as in folders.
+
+    Args:
+        path: of an uncompressed archive.
+        suffixes: of images, in lower case.
+
+    Returns:
+        Members in the archive's order, and (name, reason) pairs; the name is "" for the archive as a whole.
+    """
+    members: list[Member] = []
+    unreadable: list[tuple[str, str]] = []
+    try:
+        with (
+            _HeaderReader(path) as file,
+            tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar,
+        ):
+            end_of_file = os.fstat(file.fileno()).st_size
+            while (entry := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep a kilobyte per member
+                name = entry.name.removeprefix("./").lstrip("/")
+                if _is_hidden(name) or not name.lower().endswith(suffixes) or entry.isdir():
+                    continue
+                reason = _refusal(entry, end_of_file)
+                if reason:
+                    unreadable.append((name, reason))
+                else:
+                    members.append(Member(name, entry.offset_data, entry.size))
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                # tarfile takes a header that it cannot parse for the end.
+                unreadable.append(("", f"damaged header at byte {tar.offset}; what follows is not read"))
+    except Exception as error:  # headers are foreign data: tarfile can raise anything over them
+        unreadable.append(("", f"damaged or truncated archive: {' '.join(str(error).split())[:200]}"))
+    return members, unreadable
+
+
+def on_disk(path: str, cache: Path) -> str:
+    """Path of an uncompressed archive: the given one, or a copy of a .tar.gz in the cache, made if need be.
+
+    Raises:
+        UserError: the archive is damaged, or there is no room for the copy.
+    """
+    if path.lower().endswith(".tar"):
+        return path
+    status = os.stat(path)
+    place = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    folder = cache / "archives" / place
+    copy = folder / f"{status.st_size}-{status.st_mtime_ns}.tar"
+    if copy.exists():
+        return str(copy)
+    with exclusive(folder):
+        if not copy.exists():
+            _decompress(path, copy, status.st_size)
+            for old in folder.glob("*.tar"):
+                if old != copy:
+                    old.unlink(missing_ok=True)
+    return str(copy)
+
+
+def _decompress(path: str, copy: Path, compressed_bytes: int) -> None:
+    """Decompress under a temporary name in the same folder, then rename: the copy is whole or absent."""
+    shown = os.path.basename(path)
+    temporary = copy.with_name(f"temp-{secrets.token_hex(8)}")
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(path, copy.parent, compressed_bytes)
+        with (
+            open(path, "rb") as packed,
+            gzip.GzipFile(fileobj=packed) as unpacked,
+            open(temporary, "wb") as target,
+            progress_bar(f"decompressing {shown} once", compressed_bytes, "bytes") as advance,
+        ):
+            position = 0
+            while chunk := unpacked.read(_COPY_CHUNK):
+                target.write(chunk)
+                advance(packed.tell() - position)
+                position = packed.tell()
+            target.flush()
+            os.fsync(target.fileno())
+        temporary.replace(copy)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged or incomplete ({error}): fetch it again") from error
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be decompressed into {copy.parent} ({error.strerror}): set TESSELLA_CACHE to a"
+            " folder with room, or decompress it yourself and name the .tar"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_space(path: str, folder: Path, compressed_bytes: int) -> None:
+    """Refuse at once what cannot fit. Gzip stores the size modulo 2**32, so this is a lower bound."""
+    with open(path, "rb") as file:
+        file.seek(max(0, compressed_bytes - 4))
+        needed = max(int.from_bytes(file.read(4), "little"), compressed_bytes)
+    free = shutil.disk_usage(folder).free
+    # A damaged trailer may name any size; no archive shrinks by more than deflate's ratio of 1032.
+    if free < needed <= 1032 * compressed_bytes:
+        raise UserError(
+            f"{path} needs at least {needed:,} bytes decompressed, but {folder} has {free:,} free: set"
+            " TESSELLA_CACHE to a folder with room"
+        )
+
+
+class _HeaderReader(io.FileIO):
+    """A file that refuses reads longer than an honest header: tarfile would allocate what a header claims."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"a header claims {size} bytes")
+        return super().read(size)
+
+
+def _refusal(entry: tarfile.TarInfo, end_of_file: int) -> str:
+    """Why a member with an image's name is not an image in place; "" if it is."""
+    if entry.issparse():
+        return "a sparse member of an archive: pack it again without --sparse"
+    if not entry.isreg():
+        return "a link or special file in an archive: pack it again with --dereference"
+    if entry.size < 0 or entry.offset_data + entry.size > end_of_file:
+        return "the archive ends before the image does"
+    return ""
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def _read_range(descriptor: int, offset: int, size: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            raise Unreadable("the archive ends before the image does")
+        data += more
+    return data
+
+
+def _close_all(descriptors: dict[int, int]) -> None:
+    for descriptor in descriptors.values():
+        with contextlib.suppress(OSError):
+            os.close(descriptor)

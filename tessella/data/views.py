@@ -1,0 +1,182 @@
+"""Every random decision of a view, drawn as numbers before any pixel moves.
+
+A `ViewSpec` says what is drawn, a `ViewPlan` holds what was drawn for a batch of images. The draw is a pure function
+of (seed, epoch, image id, view): workers, ranks, a resumed run and a replay cannot change it, and any two executions
+of one plan can be compared. `data.decode` executes a plan's boxes, `ops.augment` its colours.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tessella.errors import UserError
+from tessella.ops.montage import tile_boxes
+from tessella.ops.philox import stream_key, uniforms
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+_TRIES = 10  # of a random resized crop before it falls back to a centre crop, as in torchvision
+_NUMBERS = 2 * _TRIES + 13  # uniforms per view; the order in which `draw` reads them is part of the format of a run
+_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class Photometry:
+    """Chances and strengths of what happens to a crop's pixels, in this order; torchvision's conventions."""
+
+    flip: float = 0.5  # chance of a horizontal flip
+    jitter: float = 0.8  # chance of brightness, contrast, saturation and hue, in a random order
+    brightness: float = 0.8  # factor in [max(0, 1 - x), 1 + x]
+    contrast: float = 0.8  # the same
+    saturation: float = 0.8  # the same
+    hue: float = 0.2  # shift in [-x, x] turns of the colour circle, x in [0, 0.5]
+    gray: float = 0.2  # chance
+    blur: float = 0.5  # chance
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the crop
+    solarize: float = 0.0  # chance; inverts values of 128 and more
+
+
+@dataclass(frozen=True)
+class CropGroup:
+    """Views of one size: random resized crops of the whole image, or of one tile each."""
+
+    views: int
+    size: int  # pixels, square
+    scale: tuple[float, float]  # share of the area (of the image or the tile)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    photometry: Photometry = field(default_factory=Photometry)
+    tiles: int = 1  # tiles per side; above 1, view q of the group lies in tile q and views = tiles * tiles
+    overlap: float = 0.0  # of tiles, in shares of the image's side; see ops.montage.tile_boxes
+
+    def __post_init__(self) -> None:
+        if self.tiles > 1 and self.views != self.tiles**2:
+            raise UserError(
+                f"a crop group of {self.tiles} x {self.tiles} tiles has {self.tiles**2} views, not {self.views}"
+            )
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UserError(f"crop scale {self.scale} is not a range within (0, 1]: give the lower bound first")
+        if not 0 <= self.overlap <= 0.5:
+            raise UserError(f"tile overlap {self.overlap} is outside [0, 0.5]: at 0.5 every tile is the whole image")
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """The views of one image, group by group, and how pixels are normalised."""
+
+    groups: tuple[CropGroup, ...]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @property
+    def views(self) -> int:
+        """Views per image over all groups."""
+        return sum(group.views for group in self.groups)
+
+
+class ViewPlan(NamedTuple):
+    """What was drawn for B images and V views (all groups, one after the other)."""
+
+    box: NDArray[np.int32]  # (B, V, 4): left, top, width, height in pixels of the upright image
+    flip: NDArray[np.bool_]  # (B, V)
+    jitter: NDArray[np.bool_]  # (B, V)
+    factors: NDArray[np.float32]  # (B, V, 4): brightness, contrast, saturation, hue
+    order: NDArray[np.uint8]  # (B, V, 4): which of the four factors comes first, second, ...
+    gray: NDArray[np.bool_]  # (B, V)
+    sigma: NDArray[np.float32]  # (B, V): blur in pixels of the crop, 0 for none
+    solarize: NDArray[np.bool_]  # (B, V)
+
+    def select(self, images: slice | ArrayLike, views: slice = slice(None)) -> ViewPlan:
+        """The plan of some images and a run of views."""
+        return ViewPlan(*(array[images][:, views] for array in self))
+
+
+def draw(spec: ViewSpec, seed: int, epoch: int, ids: ArrayLike, sizes: ArrayLike) -> ViewPlan:
+    """The plan of one epoch's views.
+
+    Args:
+        spec: what to draw.
+        seed: of the run.
+        epoch: from 0.
+        ids: (B,) stable 64-bit image ids.
+        sizes: (B, 2) width and height of the upright images in pixels.
+
+    Returns:
+        A plan of B images and `spec.views` views.
+    """
+    ids, sizes = np.asarray(ids), np.asarray(sizes, dtype=np.int64)
+    numbers = uniforms(stream_key(seed, "view"), ids, epoch, np.arange(spec.views), _NUMBERS)
+    parts, first = [], 0
+    for group in spec.groups:
+        parts.append(_draw_group(group, numbers[:, first : first + group.views], sizes))
+        first += group.views
+    return ViewPlan(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
+
+
+def _draw_group(group: CropGroup, numbers: NDArray[np.float64], sizes: NDArray[np.int64]) -> ViewPlan:
+    n, views, _ = numbers.shape
+    photo = group.photometry
+    if group.tiles > 1:
+        left, top, right, bottom = np.moveaxis(tile_boxes(sizes[:, 0], sizes[:, 1], group.tiles, group.overlap), -1, 0)
+    else:
+        left = top = np.zeros((n, views), dtype=np.int64)
+        right, bottom = (np.repeat(side[:, None], views, axis=1) for side in sizes.T)
+    width, height = np.maximum(right - left, 1), np.maximum(bottom - top, 1)
+    x, y, w, h = _random_resized_crop(numbers[..., : 2 * _TRIES + 2], width, height, group)
+    rest = numbers[..., 2 * _TRIES + 2 :]
+    strengths = np.array([photo.brightness, photo.contrast, photo.saturation])
+    low, high = np.maximum(0.0, 1.0 - strengths), 1.0 + strengths
+    hue = (2.0 * rest[..., 5] - 1.0) * photo.hue
+    factors = np.concatenate((low + rest[..., 2:5] * (high - low), hue[..., None]), axis=-1)
+    sigma = photo.blur_sigma[0] + rest[..., 9] * (photo.blur_sigma[1] - photo.blur_sigma[0])
+    return ViewPlan(
+        box=np.stack((left + x, top + y, w, h), axis=-1).astype(np.int32),
+        flip=rest[..., 0] < photo.flip,
+        jitter=rest[..., 1] < photo.jitter,
+        factors=factors.astype(np.float32),
+        order=_ORDERS[(rest[..., 6] * len(_ORDERS)).astype(np.int64)],
+        gray=rest[..., 7] < photo.gray,
+        sigma=np.where(rest[..., 8] < photo.blur, sigma, 0.0).astype(np.float32),
+        solarize=rest[..., 10] < photo.solarize,
+    )
+
+
+def _random_resized_crop(
+    numbers: NDArray[np.float64], width: NDArray[np.int64], height: NDArray[np.int64], group: CropGroup
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """torchvision's rejection sampling, all ten tries at once; the first that fits counts, else a centre crop.
+
+    Args:
+        numbers: (n, views, 22) uniforms: ten of (area, ratio), then the position.
+        width: (n, views) pixels to crop from.
+        height: (n, views).
+        group: gives scale and ratio.
+
+    Returns:
+        x, y, w, h, each (n, views), relative to the area cropped from.
+    """
+    area_u, ratio_u = numbers[..., 0 : 2 * _TRIES : 2], numbers[..., 1 : 2 * _TRIES : 2]
+    area = (width * height)[..., None] * (group.scale[0] + area_u * (group.scale[1] - group.scale[0]))
+    log_low, log_high = np.log(group.ratio)
+    ratio = np.exp(log_low + ratio_u * (log_high - log_low))
+    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (w > 0) & (h > 0) & (w <= width[..., None]) & (h <= height[..., None])
+    first = fits.argmax(axis=-1)[..., None]
+    w, h = np.take_along_axis(w, first, -1)[..., 0], np.take_along_axis(h, first, -1)[..., 0]
+    x = (numbers[..., -2] * (width - w + 1)).astype(np.int64)
+    y = (numbers[..., -1] * (height - h + 1)).astype(np.int64)
+
+    none = ~fits.any(axis=-1)
+    centre_w = np.minimum(width, np.rint(height * group.ratio[1]).astype(np.int64))
+    centre_h = np.minimum(height, np.rint(width / group.ratio[0]).astype(np.int64))
+    w, h = np.where(none, centre_w, w), np.where(none, centre_h, h)
+    x, y = np.where(none, (width - w) // 2, x), np.where(none, (height - h) // 2, y)
+    return x, y, w, h

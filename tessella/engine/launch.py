@@ -1,0 +1,64 @@
+"""The same command on a CPU, one GPU, all GPUs, or several machines."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import SLURMEnvironment
+
+from tessella.engine.config import RunConfig
+from tessella.errors import UserError
+
+
+def launch(config: RunConfig) -> Fabric:
+    """Start this run's ranks: every visible GPU, or what torchrun or SLURM started.
+
+    Several CPU ranks come from torchrun.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    device = pick_device(config.device).type
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if SLURMEnvironment.detect():
+        ranks_here = int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
+    devices = ranks_here or (torch.cuda.device_count() if device == "cuda" else 1)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "32"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Fabric advises on hardware that was deliberately not chosen
+        fabric = Fabric(
+            accelerator=device,
+            devices=devices,
+            num_nodes=config.nodes,
+            strategy="ddp" if devices * config.nodes > 1 else "auto",
+            precision="bf16-mixed" if precision == "bf16" else "32-true",
+        )
+        fabric.launch()
+    return fabric
+
+
+def pick_device(name: str) -> torch.device:
+    """The device behind `auto`, `cpu`, `cuda` or `mps`.
+
+    Raises:
+        UserError: torch does not see it, or the name is another one.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device={name}: use auto, cpu, cuda or mps")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no CUDA device: use device=cpu, or install a CUDA build of torch")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps, but torch sees no Apple GPU: use device=cpu")
+    return torch.device(name)
+
+
+def cores_at_hand() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

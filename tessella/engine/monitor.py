@@ -1,0 +1,276 @@
+"""The health of a run: is it learning, or has it collapsed without anybody noticing?
+
+A collapsed run looks like a slow one: the loss rests at ln K, nothing fails, and weeks are lost. The monitor
+knows no method. It watches the embeddings, the assignments and the loss of every step at the price of two
+small kernels, and turns them into figures (`report`) and warnings that name the remedy (`alarms`) every few
+steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tessella import dist
+from tessella.methods.method import Progress, Step
+from tessella.ops.metrics import effective_rank
+
+# A run starts where a collapsed one ends: loss near ln K, embeddings in a narrow cone, few clusters in use.
+# So nothing but a non-finite loss is said before the warm-up is over, and only what has lasted is said at
+# all. At a report every 20 steps both are over by step 100.
+WARMUP_STEPS = 100
+LASTING_REPORTS = 5
+
+# The std of a unit vector's D components over the batch, times sqrt(D), is sqrt(1 - |mean|^2): 0.05 means a
+# mean cosine of 0.9975 between images. A random network shows 0.1 and more, a trained one about 1.
+COLLAPSED_STD = 0.05
+# Embeddings on one line give 1, on a plane at most 2. A random network shows tens.
+COLLAPSED_RANK = 2.0
+# Collapsed runs that users reported rested within 1e-4 of ln K. A healthy loss passes through that value, but
+# does not stay within 0.1 % of it for five reports.
+COLLAPSED_LOSS = 1e-3
+# Assignments spread as if over less than 5 % of the clusters. Uneven clusters are normal, and so are some
+# empty ones.
+FEW_CLUSTERS = 0.05
+MOST_DEAD = 0.95
+# Below ten images per cluster an empty cluster says nothing: with one per cluster a third is empty by chance.
+IMAGES_PER_CLUSTER = 10
+
+_REMEDY = (
+    "check that the images differ from each other; then, one at a time: lower the learning rate or lengthen "
+    "its warm-up, weaken the augmentation (larger crops, less colour)"
+)
+_CLUSTER_REMEDY = (
+    "sharper codes (SwAV: --method.epsilon 0.03, or hard codes), prototypes frozen for longer, a queue that "
+    "starts later, a larger batch"
+)
+
+
+class Alarm(NamedTuple):
+    """A warning for people."""
+
+    name: str
+    text: str  # what was seen, what is normal, what to do
+
+
+class Monitor(nn.Module):
+    """Figures and alarms of one run. All state is in buffers: a resumed run reports what a straight one does.
+
+    Call `observe` after every forward, `epoch_start` between epochs, and on all ranks together `report` every
+    some steps and `merge` before the state is saved (one process alone need not).
+    """
+
+    assigned: Tensor
+    nonfinite: Tensor
+    assigned_here: Tensor
+    nonfinite_here: Tensor
+    streaks: Tensor
+    raised: Tensor
+    ALARMS = ("nonfinite_loss", "collapsed_embeddings", "loss_at_collapse", "few_clusters")
+
+    def __init__(self, collapse_loss: float | None, clusters: int | None, embedding_dim: int) -> None:
+        """Start with nothing seen.
+
+        Args:
+            collapse_loss: where the loss rests when all embeddings are equal; None if that is not known.
+            clusters: number K of prototypes, centres or groups; None for a method without.
+            embedding_dim: D.
+        """
+        super().__init__()
+        self.collapse_loss = collapse_loss
+        self.clusters = clusters
+        self.embedding_dim = embedding_dim
+        # Of all ranks: images per cluster since the epoch's start, non-finite losses since the last report.
+        self._count("assigned", clusters or 0)
+        self._count("nonfinite")
+        # This rank's part of them since the last merge. Ranks differ in it, so it is not saved.
+        self._count("assigned_here", clusters or 0, persistent=False)
+        self._count("nonfinite_here", persistent=False)
+        # Per alarm: consecutive reports in which its condition held; whether it was said and has not cleared.
+        self._count("streaks", len(self.ALARMS))
+        self._count("raised", len(self.ALARMS))
+        self.register_state_dict_pre_hook(_merge_if_alone)
+        self._loss: Tensor | None = None
+        self._embeddings: Tensor | None = None
+
+    def _count(self, name: str, *shape: int, persistent: bool = True) -> None:
+        self.register_buffer(name, torch.zeros(shape, dtype=torch.long), persistent=persistent)
+
+    @torch.no_grad()
+    def epoch_start(self) -> None:
+        """Forget the assignments of the last epoch."""
+        self.assigned.zero_()
+        self.assigned_here.zero_()
+
+    @torch.no_grad()
+    def observe(self, step: Step) -> None:
+        """Take note of one forward pass of this rank. Nothing waits for the device.
+
+        Args:
+            step: what the method returned; embeddings (n, D), assignments (n,) in [0, K).
+        """
+        self._loss = step.loss.detach()
+        self._embeddings = step.embeddings.detach()
+        self.nonfinite_here += ~torch.isfinite(self._loss)
+        if self.clusters and step.assignments is not None:
+            self.assigned_here.index_add_(0, step.assignments, torch.ones_like(step.assignments))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add up the ranks' counts: then every rank's saved buffers are the whole. On all ranks together."""
+        self.assigned += dist.all_reduce_sum(self.assigned_here)
+        self.nonfinite += dist.all_reduce_sum(self.nonfinite_here)
+        self.assigned_here.zero_()
+        self.nonfinite_here.zero_()
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether every loss since the last report was finite on all ranks: ask before weights are saved.
+
+        On all ranks together; waits for the device.
+        """
+        self.merge()
+        return not self.nonfinite.item()
+
+    @torch.no_grad()
+    def report(self, progress: Progress) -> dict[str, float]:
+        """Figures of the last step and of the epoch so far. On all ranks together; waits for the device.
+
+        Args:
+            progress: the clock.
+
+        Returns:
+            Equal on all ranks, those of the following that apply:
+            `loss_to_collapse`: 1 - loss / collapse loss, 0 when collapsed, 1 at loss 0, negative above.
+            `embedding_std`: mean over dimensions of the std over the batch, times sqrt(D): 1 isotropic, 0
+                collapsed.
+            `effective_rank`: of the embeddings, in [1, D], 0 when they are all equal; see `ops.metrics`.
+            `assignment_entropy`: perplexity of the epoch's assignments / K, in (0, 1].
+            `dead_clusters`: share of clusters without an image since the epoch's start; only once ten images
+                per cluster were seen.
+            `nonfinite_loss`: forward passes with a NaN or infinite loss since the last report.
+        """
+        assert self._loss is not None and self._embeddings is not None, "report before the first observe"
+        self.merge()
+        figures = {"nonfinite_loss": float(self.nonfinite.item())}
+        self.nonfinite.zero_()
+        if self.collapse_loss:
+            loss = dist.all_reduce_sum(self._loss.float()).item() / dist.world_size()
+            figures["loss_to_collapse"] = 1.0 - loss / self.collapse_loss
+        figures |= self._embedding_figures(self._embeddings)
+        figures |= self._cluster_figures()
+        return figures
+
+    def _embedding_figures(self, embeddings: Tensor) -> dict[str, float]:
+        rows = dist.gather(embeddings).cpu().double()
+        if not torch.isfinite(rows).all():
+            return {"embedding_std": math.nan, "effective_rank": math.nan}
+        std = rows.std(dim=0, correction=0).mean().item() * math.sqrt(self.embedding_dim)
+        return {"embedding_std": std, "effective_rank": effective_rank(rows)}
+
+    def _cluster_figures(self) -> dict[str, float]:
+        counts = self.assigned.double().cpu() if self.clusters else torch.zeros(0)
+        seen = counts.sum().item()
+        if not seen:
+            return {}
+        entropy = torch.special.entr(counts / seen).sum()
+        figures = {"assignment_entropy": entropy.exp().item() / len(counts)}
+        if seen >= IMAGES_PER_CLUSTER * len(counts):
+            figures["dead_clusters"] = (counts == 0).double().mean().item()
+        return figures
+
+    @torch.no_grad()
+    def alarms(self, report: dict[str, float], progress: Progress) -> list[Alarm]:
+        """What people should hear now: each alarm once, and again only after it has cleared.
+
+        Args:
+            report: of this step, from `report`.
+            progress: the clock.
+
+        Returns:
+            New alarms; usually none. A non-finite loss is said at once, everything else when it has lasted
+            for five reports and the first 100 steps are over.
+        """
+        streaks, raised = self.streaks.tolist(), self.raised.tolist()
+        new = []
+        for i, (name, seen) in enumerate(_findings(report, self.embedding_dim).items()):
+            if seen is None:
+                continue  # cannot be told at this report, such as dead clusters early in an epoch
+            streaks[i] = streaks[i] + 1 if seen else 0
+            at_once = name == "nonfinite_loss"
+            lasting = streaks[i] >= LASTING_REPORTS and progress.step >= WARMUP_STEPS
+            if seen and not raised[i] and (at_once or lasting):
+                raised[i] = 1
+                new.append(Alarm(name, seen))
+            elif not seen:
+                raised[i] = 0
+        self.streaks.copy_(torch.tensor(streaks))
+        self.raised.copy_(torch.tensor(raised))
+        return new
+
+
+def _merge_if_alone(monitor: Monitor, prefix: str, keep_vars: bool) -> None:
+    """Before the state is read: one process needs nobody else to merge, and must not forget to."""
+    if dist.world_size() == 1:
+        monitor.merge()
+
+
+def _findings(report: dict[str, float], dim: int) -> dict[str, str | None]:
+    """What is wrong, per alarm in the order of `Monitor.ALARMS`: text, "" for all well, None for unknown."""
+    return {
+        "nonfinite_loss": _nonfinite(report),
+        "collapsed_embeddings": _collapsed_embeddings(report, dim),
+        "loss_at_collapse": _loss_at_collapse(report),
+        "few_clusters": _few_clusters(report),
+    }
+
+
+def _nonfinite(report: dict[str, float]) -> str:
+    if not report["nonfinite_loss"]:
+        return ""
+    return (
+        f"the loss was NaN or infinite in {report['nonfinite_loss']:.0f} passes since the last report, "
+        "where it should be finite in all: start again with a lower learning rate or a longer warm-up, and "
+        "without 16-bit floats if they are in use"
+    )
+
+
+def _collapsed_embeddings(report: dict[str, float], dim: int) -> str | None:
+    std, rank = report["embedding_std"], report["effective_rank"]
+    if math.isnan(std) or math.isnan(rank):
+        return None  # the alarm about the loss says it
+    if std >= COLLAPSED_STD and rank >= COLLAPSED_RANK:
+        return ""
+    return (
+        f"the embeddings of different images are nearly equal: std {std:.3f}, effective rank {rank:.1f} of "
+        f"{dim}, where a healthy run shows a std near 1 and a rank of ten and more: {_REMEDY}; "
+        f"{_CLUSTER_REMEDY}"
+    )
+
+
+def _loss_at_collapse(report: dict[str, float]) -> str | None:
+    distance = report.get("loss_to_collapse")
+    if distance is None or math.isnan(distance):
+        return None
+    if abs(distance) >= COLLAPSED_LOSS:
+        return ""
+    return (
+        "the loss rests at the value of a network that gives every image the same answer (relative distance "
+        f"{distance:.5f}), where a healthy one falls below it within the first epochs: {_CLUSTER_REMEDY}; "
+        f"{_REMEDY}"
+    )
+
+
+def _few_clusters(report: dict[str, float]) -> str | None:
+    if "dead_clusters" not in report:
+        return None
+    used, dead = report["assignment_entropy"], report["dead_clusters"]
+    if used >= FEW_CLUSTERS and dead <= MOST_DEAD:
+        return ""
+    return (
+        f"nearly all images fall into a few clusters: they spread as over {used:.1%} of the clusters and "
+        f"{dead:.1%} are empty, where a healthy run uses most: {_CLUSTER_REMEDY}, fewer clusters; {_REMEDY}"
+    )

@@ -1,0 +1,189 @@
+"""A run: build, loop, save. The loop names no method and asks for no type."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from tessella import dist
+from tessella.data.batch import Batch
+from tessella.data.loader import Loader
+from tessella.data.sampler import EpochOrder
+from tessella.data.sources import ImageSet, open_images
+from tessella.engine.config import FREE_FIELDS, RunConfig
+from tessella.engine.interrupt import Interrupted, StopRequest
+from tessella.engine.launch import cores_at_hand, launch
+from tessella.engine.log import RunLog
+from tessella.engine.monitor import Monitor
+from tessella.engine.run_folder import RunFolder, State
+from tessella.errors import UserError
+from tessella.methods import METHODS
+from tessella.methods.method import Method, Progress, Setting, Step
+from tessella.modules.backbone import build_backbone
+from tessella.modules.norm import synchronise_batch_norm
+from tessella.optim import build_optimizer, learning_rate
+
+
+def pretrain(config: RunConfig, out: Path, images: ImageSet | None = None) -> Path:
+    """Train a backbone from its start.
+
+    Args:
+        config: the run.
+        out: the run folder; missing or empty.
+        images: what to train on, for images without a name on disk; default: `config.data`.
+
+    Returns:
+        `out`, with `backbone.safetensors` in it.
+
+    Raises:
+        UserError: the input cannot be used; the text says what to change.
+        Interrupted: Ctrl-C or SIGTERM; the run is saved and `resume` goes on.
+    """
+    fabric = launch(config)
+    images = images or open_images(config.data)
+    state = _build(config, images, fabric.device)
+    if fabric.is_global_zero:
+        RunFolder.create(out, config)
+    fabric.barrier()
+    return _train(fabric, config, RunFolder(out), images, state)
+
+
+def resume(out: Path, changes: dict[str, Any] | None = None, images: ImageSet | None = None) -> Path:
+    """Go on exactly where a run stopped, from its newest valid checkpoint; from the start if there is none.
+
+    Args:
+        out: the run folder.
+        changes: new values of `FREE_FIELDS`, which change how a run is executed but not what it computes.
+        images: as in `pretrain`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError, Interrupted: as `pretrain`.
+    """
+    run, config = RunFolder.open(out)
+    refused = sorted(set(changes or {}) - set(FREE_FIELDS))
+    if refused:
+        raise UserError(
+            f"{', '.join(refused)} would change what the run computes; a resumed run may change {', '.join(FREE_FIELDS)}"
+        )
+    config = dataclasses.replace(config, **(changes or {}))
+    fabric = launch(config)
+    images = images or open_images(config.data)
+    return _train(fabric, config, run, images, _build(config, images, fabric.device))
+
+
+def _build(config: RunConfig, images: ImageSet, device: torch.device) -> State:
+    """Freshly initialised method, optimiser and monitor, alike on every rank."""
+    torch.manual_seed(config.seed)
+    setting = Setting(len(images), config.batch_size // config.accumulate, config.seed)
+    method = METHODS[config.method.name][1](config.method, build_backbone(config.backbone), setting)
+    if dist.world_size() > 1:
+        synchronise_batch_norm(method, device)
+    method.to(device=device, memory_format=torch.channels_last).train()
+    if config.compile:
+        method.backbone.compile()
+    monitor = Monitor(method.collapse_loss(), method.clusters, config.method.embedding_dim).to(device)
+    return State(method, build_optimizer(method, config.optimizer), monitor)
+
+
+def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, state: State) -> Path:
+    method, optimizer, monitor = state
+    order = EpochOrder(images.ids, config.batch_size, seed=config.seed)
+    progress = Progress(run.restore(config, images, state), order.steps_per_epoch, config.epochs)
+    last_step = min(progress.total_steps, config.max_steps or progress.total_steps)
+    ddp, fabric_optimizer = fabric.setup(method, optimizer)
+    loader = _loader(fabric, config, images, method, order)
+    log = RunLog(run.path, last_step, config.batch_size, progress.step, enabled=fabric.is_global_zero)
+
+    with StopRequest() as stop, log:
+        for batches in _batches(loader, progress, last_step):
+            if progress.step_in_epoch == 0:
+                method.epoch_start(progress)
+            rate = _set_learning_rate(optimizer, config, progress)
+            step = _forward_backward(fabric, ddp, batches, progress)
+            method.before_update(progress)
+            fabric_optimizer.step()
+            fabric_optimizer.zero_grad()
+            method.after_update(progress)
+            monitor.observe(step)
+
+            progress = progress.next()
+            epoch_is_over = progress.step_in_epoch == 0
+            if epoch_is_over:
+                method.epoch_end(progress)
+            if progress.step % config.log_every == 0 or progress.step == last_step:
+                _log(log, monitor, loader, step, progress, rate)
+            if epoch_is_over:
+                monitor.epoch_start()
+
+            stopped = stop.seen_by_any_rank(progress.step, fabric.device)
+            if fabric.is_global_zero and (stopped or run.save_is_due(config.checkpoint_minutes, epoch_is_over)):
+                run.save(progress.step, config, images, state, loader.skipped)
+            if stopped:
+                raise Interrupted(f"stopped and saved at step {progress.step} of {last_step}")
+
+    if fabric.is_global_zero:
+        run.save(progress.step, config, images, state, loader.skipped)
+        run.write_backbone(method)
+    fabric.barrier()
+    return run.path
+
+
+def _batches(loader: Loader, progress: Progress, last_step: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each step that is left, epoch after epoch."""
+    step = progress.step
+    while step < last_step:
+        for batches in loader.epoch(*divmod(step, progress.steps_per_epoch)):
+            yield batches
+            step += 1
+            if step == last_step:
+                return
+
+
+def _forward_backward(fabric: Fabric, ddp: Any, batches: list[Batch], progress: Progress) -> Step:
+    """Gradients of one update, averaged over its micro-batches; the last micro-batch's step."""
+    for number, batch in enumerate(batches, start=1):
+        with fabric.no_backward_sync(ddp, enabled=number < len(batches)):
+            step: Step = ddp(batch, progress)
+            fabric.backward(step.loss / len(batches))
+    return step
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, config: RunConfig, progress: Progress) -> float:
+    rate = learning_rate(config.optimizer, progress.step, progress.steps_per_epoch, progress.epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _log(log: RunLog, monitor: Monitor, loader: Loader, step: Step, progress: Progress, rate: float) -> None:
+    """One log line. The only place of the loop that waits for the device."""
+    health = monitor.report(progress)
+    names, values = list(step.metrics), torch.stack([step.loss.detach(), *step.metrics.values()]).float()
+    values = dist.all_reduce_sum(values) / dist.world_size()
+    metrics = dict(zip(["loss", *names], values.tolist(), strict=True))
+    log.step(progress, metrics | {"lr": rate} | health, wait_seconds=loader.wait_seconds)
+    for alarm in monitor.alarms(health | metrics, progress):
+        log.alarm(progress, alarm)
+
+
+def _loader(fabric: Fabric, config: RunConfig, images: ImageSet, method: Method, order: EpochOrder) -> Loader:
+    return Loader(
+        images,
+        method.view_spec(config.method),
+        order,
+        seed=config.seed,
+        device=fabric.device,
+        workers=config.workers or cores_at_hand(),
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        accumulate=config.accumulate,
+        max_unreadable=config.max_unreadable,
+    )

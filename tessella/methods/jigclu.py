@@ -1,0 +1,124 @@
+"""JigClu: which tiles of a shuffled batch of montages come from the same image, and from which corner?
+
+    B images -> m x m overlapping tiles each, every tile augmented by itself
+    tiles of all ranks -> one permutation -> n montages -> backbone, once -> feature map -> m x m cells, pooled
+    cell vectors -> clustering head -> supervised contrastive loss: the tiles of one image attract
+                 -> location head   -> cross-entropy over the m * m cut positions
+    State: parameters only; the permutation is a function of (seed, step).
+
+Source: Chen, Liu, Jia, "Jigsaw clustering for unsupervised visual representation learning", CVPR 2021. Deviations from
+the official code are listed in docs/methods/jigclu.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessella import dist
+from tessella.data.batch import Batch
+from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Photometry, ViewSpec
+from tessella.methods.method import Method, Progress, Setting, Step
+from tessella.modules.backbone import Backbone
+from tessella.modules.heads import Projector
+from tessella.ops.losses import supervised_contrastive
+from tessella.ops.montage import montage_positions, pool_cells, stitch
+from tessella.ops.philox import permutation, stream_key
+
+OFFICIAL_BASE_TEMPERATURE = 0.07  # the official loss is multiplied by temperature / 0.07
+
+
+@dataclass(frozen=True)
+class JigcluConfig:
+    """Settings of JigClu; defaults are the official ones for ImageNet and ResNet-50."""
+
+    name: Literal["jigclu"] = "jigclu"
+    tiles: int = 2  # per side
+    overlap: float = 0.3  # a tile covers 1/tiles + overlap of the image's side
+    tile_size: int = 112  # pixels; the montage is tiles times as wide
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the tile's area
+    photometry: Photometry = Photometry(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    embedding_dim: int = 128
+    temperature: float = 0.3
+    cluster_scale: Literal["official", "paper"] = "official"  # official: times temperature / 0.07; paper: as written
+    cluster_weight: float = 1.0
+    location_weight: float = 1.0
+
+
+class Jigclu(Method):
+    """JigClu with m x m tiles."""
+
+    def __init__(self, config: JigcluConfig, backbone: Backbone, setting: Setting) -> None:
+        super().__init__(backbone, setting)
+        self.config = config
+        d = backbone.feature_dim
+        self.cluster_head = Projector(d, d, config.embedding_dim, norm=False)
+        self.location_head = nn.Linear(d, config.tiles**2)
+        official = config.temperature / OFFICIAL_BASE_TEMPERATURE
+        self.cluster_weight = config.cluster_weight * (official if config.cluster_scale == "official" else 1.0)
+
+    @classmethod
+    def view_spec(cls, config: JigcluConfig) -> ViewSpec:
+        """One crop within each tile."""
+        crops = CropGroup(
+            views=config.tiles**2,
+            size=config.tile_size,
+            scale=config.crop_scale,
+            photometry=config.photometry,
+            tiles=config.tiles,
+            overlap=config.overlap,
+        )
+        return ViewSpec((crops,), config.mean, config.std)
+
+    def collapse_loss(self) -> float:
+        """Both losses at chance: equal embeddings of N tiles give ln(N - 1), a blind location head ln(m * m)."""
+        tiles = self.config.tiles**2
+        at_chance = self.cluster_weight * math.log(self.setting.batch_size * tiles - 1)
+        return at_chance + self.config.location_weight * math.log(tiles)
+
+    def forward(self, batch: Batch, progress: Progress) -> Step:
+        """Loss of the whole batch of all ranks, equal on every rank; each rank pushes its montages through."""
+        m, tiles = self.config.tiles, batch.views[0]  # (m * m, B, 3, s, s)
+        n = tiles.shape[1] * dist.world_size()
+        order = self._permutation(n, progress.step).to(tiles.device, non_blocking=True)
+
+        montages = self._montages(tiles, order)  # (B, 3, m s, m s)
+        cells = pool_cells(self.backbone.feature_map(montages), m)  # (m * m, B, d)
+        vectors = dist.gather_with_grad(cells.transpose(0, 1)).transpose(0, 1).flatten(0, 1)  # (m * m * n, d)
+
+        # Tile p = q * n + i was cut from image i at place q; position k of the permuted list shows tile order[k].
+        image, place = order % n, order // n
+        embeddings = self.cluster_head(vectors)
+        logits = self.location_head(vectors).float()
+        cluster_loss = supervised_contrastive(embeddings, image, self.config.temperature)
+        location_loss = F.cross_entropy(logits, place)
+        return Step(
+            loss=self.cluster_weight * cluster_loss + self.config.location_weight * location_loss,
+            metrics={
+                "cluster_loss": cluster_loss.detach(),
+                "location_loss": location_loss.detach(),
+                "location_accuracy": (logits.detach().argmax(dim=1) == place).float().mean(),
+            },
+            embeddings=embeddings.detach(),
+        )
+
+    def _permutation(self, n: int, step: int) -> Tensor:
+        """The step's order of all m * m * n tiles, drawn alike on every rank: (m * m * n,) int64."""
+        key = stream_key(self.setting.seed, "tile")
+        return torch.from_numpy(permutation(key, range(self.config.tiles**2 * n), step))
+
+    @torch.no_grad()
+    def _montages(self, tiles: Tensor, order: Tensor) -> Tensor:
+        """This rank's montages from the tiles of all ranks: (m * m, B, 3, s, s) -> (B, 3, m s, m s)."""
+        everyone = dist.gather(tiles.transpose(0, 1)).transpose(0, 1)  # (m * m, n, 3, s, s)
+        n = everyone.shape[1]
+        positions = montage_positions(n, self.config.tiles, dist.rank(), dist.world_size()).to(order.device)
+        shown = order[positions]  # (m * m, B) tile numbers
+        return stitch(everyone[shown // n, shown % n], self.config.tiles)

@@ -1,0 +1,98 @@
+"""What every method is: a module whose `forward` returns the loss, and what it declares and may hook into."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from tessella.data.batch import Batch
+from tessella.data.views import ViewSpec
+from tessella.modules.backbone import Backbone
+
+
+class Progress(NamedTuple):
+    """The only clock of a run. `step` counts optimiser updates that are complete, from 0.
+
+    A named tuple, because Lightning Fabric refuses frozen dataclasses as inputs.
+    """
+
+    step: int
+    steps_per_epoch: int
+    epochs: int
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the step that is about to run, from 0."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def step_in_epoch(self) -> int:
+        """Position of the step that is about to run within its epoch, from 0."""
+        return self.step % self.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.epochs
+
+    def next(self) -> Progress:
+        """The clock after one more update."""
+        return Progress(self.step + 1, self.steps_per_epoch, self.epochs)
+
+
+class Setting(NamedTuple):
+    """What a method may need to know of the run when it is built."""
+
+    images: int  # rows of per-image state
+    batch_size: int  # images of one forward over all ranks (a micro-batch when gradients are accumulated)
+    seed: int
+
+
+class Step(NamedTuple):
+    """What `forward` returns. A named tuple, because Lightning Fabric refuses frozen dataclasses as outputs."""
+
+    loss: Tensor  # scalar, float32; the mean over ranks is the objective
+    metrics: dict[str, Tensor]  # scalars for the log, detached, on the device
+    embeddings: Tensor  # (n, D) unit rows, detached: the monitor's view of collapse
+    assignments: Tensor | None = None  # (n,) int64 index of the nearest prototype, centre or group
+
+
+class Method(nn.Module):
+    """Base of the methods. State is parameters and buffers made in the constructor, equal on all ranks."""
+
+    clusters: int | None = None  # how many prototypes, centres or groups `assign` chooses from; None: it cannot
+
+    def __init__(self, backbone: Backbone, setting: Setting) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.setting = setting
+
+    @classmethod
+    def view_spec(cls, config: Any) -> ViewSpec:
+        """The views of one image that `forward` expects, in order."""
+        raise NotImplementedError
+
+    def collapse_loss(self) -> float | None:
+        """The value at which the loss rests when all embeddings are equal; None if it is not known."""
+        return None
+
+    def forward(self, batch: Batch, progress: Progress) -> Step:
+        """Loss of one (micro-)batch of this rank."""
+        raise NotImplementedError
+
+    def epoch_start(self, progress: Progress) -> None:
+        """Called on every rank before the first step of an epoch."""
+
+    def before_update(self, progress: Progress) -> None:
+        """Called between backward and the optimiser's step."""
+
+    def after_update(self, progress: Progress) -> None:
+        """Called after the optimiser's step, with the progress of the step just made."""
+
+    def epoch_end(self, progress: Progress) -> None:
+        """Called on every rank after the last step of an epoch."""
+
+    def assign(self, features: Tensor) -> Tensor:
+        """Cluster of each image from its backbone features: (n, feature_dim) -> (n,) int64."""
+        raise NotImplementedError

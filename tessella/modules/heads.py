@@ -1,0 +1,38 @@
+"""Heads on top of a backbone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Projector(nn.Sequential):
+    """Linear, optional batch norm, ReLU, Linear; then unit length.
+
+    Args:
+        dim_in: features of the backbone.
+        hidden: width of the middle layer.
+        dim_out: width of the embedding.
+        norm: batch norm after the first layer (SwAV has one, JigClu has none).
+    """
+
+    def __init__(self, dim_in: int, hidden: int, dim_out: int, norm: bool) -> None:
+        middle = [nn.BatchNorm1d(hidden)] if norm else []
+        super().__init__(nn.Linear(dim_in, hidden), *middle, nn.ReLU(inplace=True), nn.Linear(hidden, dim_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, dim_in) -> (n, dim_out) float32, rows of unit length."""
+        return F.normalize(super().forward(x).float(), dim=1)
+
+
+class Prototypes(nn.Linear):
+    """K learned unit vectors; scores are cosine similarities. No bias: one would shift the softmax but not the codes."""
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__(dim, count, bias=False)
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Scale every prototype back to unit length, in place."""
+        self.weight.copy_(F.normalize(self.weight, dim=1))

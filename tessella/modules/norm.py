@@ -1,0 +1,91 @@
+"""Batch normalisation over the batch of all ranks, and recomputation that leaves its statistics alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tessella import dist
+
+
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Replace every batch norm by one whose statistics cover all ranks; parameters and keys stay.
+
+    torch's SyncBatchNorm refuses CPU tensors, so the CPU gets `GlobalBatchNorm`.
+    """
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            setattr(module, name, GlobalBatchNorm.like(child))
+        else:
+            synchronise_batch_norm(child, device)
+    return module
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch norm of (n, c) or (n, c, h, w) with mean and variance over all ranks, on any device.
+
+    Equals nn.BatchNorm on the ranks' concatenated batch, gradients included. n is equal on all ranks.
+    """
+
+    @classmethod
+    def like(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> GlobalBatchNorm:
+        """The same layer with the same (shared) parameters and buffers."""
+        new = cls(norm.num_features, norm.eps, norm.momentum)
+        new.weight, new.bias = norm.weight, norm.bias
+        new.running_mean, new.running_var = norm.running_mean, norm.running_var
+        new.num_batches_tracked = norm.num_batches_tracked
+        new.train(norm.training)
+        return new
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() not in (2, 4):
+            raise ValueError(f"expected (n, c) or (n, c, h, w), got {tuple(x.shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise; in training mode over the batch of all ranks."""
+        self._check_input_dim(x)
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        dims = [0, *range(2, x.dim())]
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        count = x.numel() // x.shape[1] * dist.world_size()
+        mean = dist.all_reduce_sum_with_grad(x.sum(dim=dims)) / count
+        centred = x - mean.view(shape)
+        variance = dist.all_reduce_sum_with_grad((centred * centred).sum(dim=dims)) / count
+        with torch.no_grad():
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None and self.momentum is not None
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), self.momentum)
+        normalised = centred * (variance + self.eps).rsqrt().view(shape)
+        return normalised * self.weight.view(shape) + self.bias.view(shape)
+
+
+def without_statistics(
+    module: nn.Module,
+) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """Contexts of `torch.utils.checkpoint` for the first pass and for the recomputation.
+
+    The recomputation runs in training mode a second time and would count every batch twice in the running
+    statistics; its context puts them back.
+    """
+    return contextlib.nullcontext(), _kept_statistics(module)
+
+
+@contextlib.contextmanager
+def _kept_statistics(module: nn.Module) -> Iterator[None]:
+    buffers = [b for m in module.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)

@@ -1,0 +1,136 @@
+"""ResNets with torchvision's key layout, plus what the five methods need of them: any width, a stem for small images.
+
+An own network, because torchvision's fixes the stem at 64 channels and cannot dilate a BasicBlock, and because
+importing torchvision doubles the start-up time of a run. Weights and outputs equal torchvision's (a test compares).
+
+Source: He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016, with the stride in the 3x3
+convolution ("v1.5").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tessella.modules.norm import without_statistics
+
+LAYERS: dict[str, tuple[type[nn.Module], tuple[int, int, int, int]]] = {}  # filled below the blocks
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, channels_in: int, channels: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, channels, h / stride, w / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride), 1x1 to four times the channels, and a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, channels_in: int, channels: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, 4 * channels, h / stride, w / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+LAYERS.update(
+    resnet10=(BasicBlock, (1, 1, 1, 1)),
+    resnet18=(BasicBlock, (2, 2, 2, 2)),
+    resnet34=(BasicBlock, (3, 4, 6, 3)),
+    resnet50=(Bottleneck, (3, 4, 6, 3)),
+    resnet101=(Bottleneck, (3, 4, 23, 3)),
+    resnet152=(Bottleneck, (3, 8, 36, 3)),
+)
+
+
+class ResNet(nn.Module):
+    """Trunk of a ResNet, without a classifier.
+
+    Args:
+        name: a key of `LAYERS`.
+        width: channels of the stem and of the first stage, 64 in the paper; SwAV's w2 is 128, w4 is 256.
+        stem: "imagenet" (7x7 stride 2, max-pool: the map is 1/32 of the image) or "small" (3x3 stride 1, no
+            max-pool: 1/8), the usual change for images of 32 to 64 pixels.
+        recompute: keep only each stage's input for the backward pass and compute the stage again: less memory for
+            about a third more time.
+    """
+
+    def __init__(self, name: str, width: int = 64, stem: str = "imagenet", recompute: bool = False) -> None:
+        super().__init__()
+        block, depths = LAYERS[name]
+        self.recompute = recompute
+        if stem == "small":
+            self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+            self.maxpool: nn.Module = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        channels_in = width
+        for stage, depth in enumerate(depths):
+            channels = width * 2**stage
+            blocks = []
+            for number in range(depth):
+                stride = 2 if stage > 0 and number == 0 else 1
+                channels_out = channels * block.expansion
+                downsample = None
+                if stride != 1 or channels_in != channels_out:
+                    downsample = nn.Sequential(
+                        nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
+                    )
+                blocks.append(block(channels_in, channels, stride, downsample))
+                channels_in = channels_out
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.feature_dim = channels_in
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) -> (b, feature_dim, h', w'), the last stage's output."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            if self.recompute and self.training and torch.is_grad_enabled():
+                contexts: Any = lambda stage=stage: without_statistics(stage)  # noqa: E731
+                x = checkpoint(stage, x, use_reentrant=False, context_fn=contexts)
+            else:
+                x = stage(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) -> (b, feature_dim), the last stage averaged over positions."""
+        return self.feature_map(x).mean(dim=(2, 3))

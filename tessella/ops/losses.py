@@ -1,0 +1,54 @@
+"""Losses as pure functions; float32 inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swapped_prediction(scores: Tensor, codes: Tensor, code_views: Sequence[int], temperature: float) -> Tensor:
+    """Every view predicts the codes of the other views that have one. SwAV, equations 1 and 2.
+
+    Args:
+        scores: (V, B, K) cosine similarities of V views to the prototypes.
+        codes: (A, B, K) soft assignments, rows sum to 1, constant.
+        code_views: the A views that the codes belong to; a view never predicts its own code.
+        temperature: > 0 (SwAV: 0.1).
+
+    Returns:
+        Scalar: mean over the A codes, over the V - 1 views that predict each, and over the batch.
+    """
+    views, batch, _ = scores.shape
+    log_p = F.log_softmax(scores.float() / temperature, dim=-1)
+    # Views that predict several codes meet their sum once: cross-entropy is linear in the target.
+    total = codes.sum(dim=0)
+    targets = total.expand(views, -1, -1).clone()
+    targets[list(code_views)] -= codes
+    return -(targets * log_p).sum() / (len(code_views) * (views - 1) * batch)
+
+
+def supervised_contrastive(embeddings: Tensor, groups: Tensor, temperature: float) -> Tensor:
+    """Embeddings of one group attract, all others repel: -log softmax, averaged over positives outside the log.
+
+    JigClu, section 3.3, L_clu: an anchor's positives are the other members of its group; the denominator holds
+    everything but the anchor itself. The positives' similarities are summed through group sums, so no N x N mask
+    is kept.
+
+    Args:
+        embeddings: (N, D) unit rows.
+        groups: (N,) int64 in [0, N); every group that occurs has at least two members.
+        temperature: > 0 (JigClu: 0.3).
+
+    Returns:
+        Scalar mean over anchors.
+    """
+    z = embeddings.float()
+    logits = z @ z.T / temperature
+    logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+    sums = torch.zeros_like(z).index_add(0, groups, z)
+    counts = torch.zeros(len(z), device=z.device).index_add(0, groups, torch.ones(len(z), device=z.device))
+    attraction = (z * (sums[groups] - z)).sum(dim=1) / (temperature * (counts[groups] - 1))
+    return (logits.logsumexp(dim=1) - attraction).mean()

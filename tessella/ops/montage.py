@@ -1,0 +1,110 @@
+"""JigClu's geometry: overlapping tiles of an image, montages of tiles, and montages taken apart again.
+
+Tiles are numbered column by column (for m = 2: top-left, bottom-left, top-right, bottom-right), the order of the
+official code, so that its location head can be imported. Montage slots are numbered row by row. The two orders are
+unrelated: a tile keeps its number wherever it lands.
+
+Source: Chen, Liu, Jia, "Jigsaw Clustering for Unsupervised Visual Representation Learning", CVPR 2021, section 3.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+
+def tile_boxes(width: ArrayLike, height: ArrayLike, m: int, overlap: ArrayLike) -> NDArray[np.int64]:
+    """Boxes of the m * m overlapping tiles of each image.
+
+    A tile reaches `overlap` of the image's side beyond its cell on every inner edge, so for m = 2 it covers
+    0.5 + overlap of each side. Edges are rounded half to even, as Pillow's crop does.
+
+    Args:
+        width: (n,) image widths in pixels.
+        height: (n,) image heights in pixels.
+        m: tiles per side, at least 1.
+        overlap: share of the image's side, in [0, 0.5]; a number, or (n,).
+
+    Returns:
+        (n, m * m, 4) of (left, top, right, bottom).
+    """
+    tile = np.arange(m * m)
+    column, row = tile // m, tile % m
+    overlap = np.asarray(overlap, dtype=np.float64).reshape(-1, 1)
+
+    def span(side: ArrayLike, cell: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        length = np.asarray(side, dtype=np.int64).reshape(-1, 1)
+        start = cell * length // m - overlap * length * (cell > 0)
+        end = (cell + 1) * length // m + overlap * length * (cell < m - 1)
+        return np.rint(np.clip(start, 0, length)), np.rint(np.clip(end, 0, length))
+
+    (left, right), (top, bottom) = span(width, column), span(height, row)
+    return np.stack((left, top, right, bottom), axis=-1).astype(np.int64)
+
+
+def montage_positions(n: int, m: int, rank: int, world_size: int) -> Tensor:
+    """Positions in the permuted tile list that make up one rank's montages.
+
+    Position k of the list of m * m * n tiles lies in montage k % n, slot k // n.
+
+    Returns:
+        (m * m, n / world_size) int64: entry (slot, j) is the position shown in `slot` of the rank's j-th montage.
+    """
+    local = n // world_size
+    slots = torch.arange(m * m)[:, None]
+    return slots * n + rank * local + torch.arange(local)[None, :]
+
+
+def stitch(tiles: Tensor, m: int) -> Tensor:
+    """Montages from tiles.
+
+    Args:
+        tiles: (m * m, b, c, s, s), slot by slot, slots row by row.
+        m: tiles per side.
+
+    Returns:
+        (b, c, m * s, m * s).
+    """
+    slots, b, c, s, _ = tiles.shape
+    grid = tiles.view(m, m, b, c, s, s)  # row, column, ...
+    return grid.permute(2, 3, 0, 4, 1, 5).reshape(b, c, m * s, m * s)
+
+
+def unstitch(montages: Tensor, m: int) -> Tensor:
+    """Tiles from montages; the exact inverse of `stitch`.
+
+    Args:
+        montages: (b, c, m * s, m * s).
+        m: tiles per side.
+
+    Returns:
+        (m * m, b, c, s, s), slots row by row.
+    """
+    b, c, side, _ = montages.shape
+    s = side // m
+    grid = montages.view(b, c, m, s, m, s)
+    return grid.permute(2, 4, 0, 1, 3, 5).reshape(m * m, b, c, s, s)
+
+
+def pool_cells(maps: Tensor, m: int) -> Tensor:
+    """One vector per montage slot: the feature map cut into m * m cells, each averaged.
+
+    A map whose side is not divisible by m is first enlarged to the next multiple (7 to 8 for m = 2, as in the
+    official code), so that no column is counted in two cells.
+
+    Args:
+        maps: (b, d, h, w).
+        m: cells per side.
+
+    Returns:
+        (m * m, b, d), cells row by row.
+    """
+    b, d, h, w = maps.shape
+    target = (-(-h // m) * m, -(-w // m) * m)
+    if target != (h, w):
+        maps = F.interpolate(maps, size=target, mode="bilinear", align_corners=False)
+    cells = F.adaptive_avg_pool2d(maps, (m, m))
+    return cells.flatten(2).permute(2, 0, 1)

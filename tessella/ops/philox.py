@@ -1,0 +1,92 @@
+"""Philox4x32-10: random numbers as a pure function of a key and a counter, vectorised in NumPy.
+
+Every random decision of a run (sample order, crops, colours, JigClu's permutation) is drawn here from counters such
+as (seed, epoch, image id, view), so neither workers nor ranks nor a restart can change it, and no generator state
+has to be saved. NumPy's own Philox is a sequential stream per generator; what is needed here is one draw at each of
+many counters, without a Python loop.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+
+def philox(key: tuple[int, int], counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]) -> NDArray[np.uint64]:
+    """Four independent 32-bit words at each counter.
+
+    Args:
+        key: two 32-bit words.
+        counter: four arrays of 32-bit words that broadcast to one shape.
+
+    Returns:
+        (4, *shape) uint64, values below 2**32.
+    """
+    words = np.broadcast_arrays(*(np.asarray(word, dtype=np.uint64) for word in counter))
+    a, b, c, d = words
+    key_0, key_1 = key
+    for _ in range(10):
+        product_0, product_1 = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a = (product_1 >> _SHIFT) ^ b ^ np.uint64(key_0)
+        c = (product_0 >> _SHIFT) ^ d ^ np.uint64(key_1)
+        b, d = product_1 & _LOW, product_0 & _LOW
+        key_0, key_1 = (key_0 + _KEY_STEPS[0]) & 0xFFFFFFFF, (key_1 + _KEY_STEPS[1]) & 0xFFFFFFFF
+    return np.stack((a, b, c, d))
+
+
+def stream_key(seed: int, stream: str) -> tuple[int, int]:
+    """Key of a named stream, so that two uses of one seed never share numbers.
+
+    Args:
+        seed: the run's seed, 0 <= seed < 2**64.
+        stream: a name of at most four ASCII letters.
+    """
+    name = int.from_bytes(stream.encode("ascii").ljust(4)[:4], "little")
+    return seed & 0xFFFFFFFF, ((seed >> 32) ^ name) & 0xFFFFFFFF
+
+
+def uniforms(key: tuple[int, int], ids: ArrayLike, epoch: int, lanes: ArrayLike, count: int) -> NDArray[np.float64]:
+    """`count` numbers in the open interval (0, 1) for each (id, lane).
+
+    Args:
+        key: from `stream_key`.
+        ids: (n,) non-negative 64-bit ids.
+        epoch: 0 <= epoch < 2**32.
+        lanes: (m,) ints in [0, 2**24), for example view numbers.
+        count: numbers per (id, lane), at most 1024.
+
+    Returns:
+        (n, m, count) float64.
+    """
+    ids64 = np.asarray(ids).astype(np.uint64)[:, None, None]
+    lanes64 = np.asarray(lanes).astype(np.uint64)[None, :, None]
+    blocks = np.arange(-(-count // 4), dtype=np.uint64)
+    words = philox(key, (ids64 & _LOW, ids64 >> _SHIFT, np.uint64(epoch), (lanes64 << np.uint64(8)) | blocks))
+    words = np.moveaxis(words, 0, -1).reshape(*words.shape[1:3], -1)[..., :count]
+    return (words.astype(np.float64) + 0.5) * 2.0**-32
+
+
+def permutation(key: tuple[int, int], ids: ArrayLike, epoch: int) -> NDArray[np.int64]:
+    """A random order of `ids`: positions sorted by each id's own random number.
+
+    Two ids keep their relative order when others come or go, and no library's shuffle algorithm is involved, so the
+    order survives upgrades.
+
+    Args:
+        key: from `stream_key`.
+        ids: (n,) distinct non-negative 64-bit ids.
+        epoch: 0 <= epoch < 2**32.
+
+    Returns:
+        (n,) int64, a permutation of range(n).
+    """
+    ids64 = np.asarray(ids).astype(np.uint64)
+    high, low, _, _ = philox(key, (ids64 & _LOW, ids64 >> _SHIFT, np.uint64(epoch), np.uint64(0)))
+    return np.argsort((high << _SHIFT) | low, kind="stable").astype(np.int64)

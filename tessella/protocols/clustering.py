@@ -1,0 +1,88 @@
+"""How well clusters found without labels agree with the classes.
+
+    unit features -> k-means with one cluster per class -> accuracy (best one-to-one map), NMI, ARI, purity
+
+The figure depends on the split: the papers differ, so the record names it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessella.errors import UserError
+from tessella.ops import metrics
+from tessella.ops.kmeans import kmeans
+from tessella.protocols.features import EvalData
+
+
+@dataclass(frozen=True)
+class ClusteringConfig:
+    """k-means on unit features: k-means++ starts, the best restart by inertia counts, never by labels."""
+
+    version: ClassVar[int] = 1
+    split: Literal["test", "train"] = "test"
+    clusters: int | None = None  # default: as many as the split has classes
+    restarts: int = 10
+    iterations: int = 300
+    seeds: tuple[int, ...] = (0, 1, 2)  # scores are means over these
+
+
+def clustering(backbone: nn.Module, data: EvalData, config: ClusteringConfig) -> dict[str, Any]:
+    """Cluster one split's features and compare with its classes.
+
+    Returns:
+        The figures of `score_assignments`, means over the seeds; `std` holds their standard deviations over
+        the seeds (sample formula; absent with one seed); `split`, `clusters` and `classes` say what was
+        compared.
+    """
+    features = data.features(backbone, config.split)
+    assert features.labels is not None
+    present, labels = features.labels.unique(return_inverse=True)
+    k = config.clusters or len(present)
+    x = features.x.to(data.device)
+    runs = []
+    for seed in config.seeds:
+        found = kmeans(
+            F.normalize(x, dim=1), k, restarts=config.restarts, iterations=config.iterations, seed=seed
+        ).assignments
+        runs.append(score_assignments(found, labels, k))
+    scores: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
+    if len(runs) > 1:
+        scores["std"] = {name: float(np.std([run[name] for run in runs], ddof=1)) for name in runs[0]}
+    return scores | {"split": config.split, "clusters": k, "classes": len(present)}
+
+
+def score_assignments(assignments: Tensor, labels: Tensor, clusters: int) -> dict[str, float]:
+    """Agreement of hard assignments with labels, k-means's or a method's own.
+
+    Args:
+        assignments: (n,) int64 in [0, clusters).
+        labels: (n,) int64, every class from 0 to the largest present.
+        clusters: K, empty ones included. With K above the number of classes, purity grows with K and NMI and
+            ARI are the figures to compare.
+
+    Returns:
+        `nmi` (arithmetic mean), `ari`, `purity`, `used_clusters`, `perplexity` of the cluster sizes,
+        `largest_share`; first of all `accuracy`, where there are as many clusters as classes.
+
+    Raises:
+        UserError: there is no image.
+    """
+    if not len(labels):
+        raise UserError("there are no images to score: give a test set with at least one readable image")
+    table = metrics.contingency(assignments, labels, clusters, int(labels.max()) + 1)
+    sizes = table.sum(axis=1)
+    scores = {"accuracy": metrics.clustering_accuracy(table)} if table.shape[0] == table.shape[1] else {}
+    return scores | {
+        "nmi": metrics.normalised_mutual_information(table),
+        "ari": metrics.adjusted_rand_index(table),
+        "purity": metrics.purity(table),
+        "used_clusters": float((sizes > 0).sum()),
+        "perplexity": metrics.perplexity(sizes),
+        "largest_share": float(sizes.max() / sizes.sum()),
+    }

@@ -1,0 +1,154 @@
+"""Weighted k-nearest-neighbour classification of frozen features: no training, so nothing to tune.
+
+    unit features of test x unit features of train -> k nearest -> each votes exp(similarity / T) for its
+    class
+
+Exact: every similarity is computed, block by block. Source: Wu, Xiong, Yu, Lin, "Unsupervised feature
+    learning via non-parametric instance discrimination", CVPR 2018 (k 200, T 0.1 there; k 20 and T 0.07 are
+    today's usual figures).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessella.ops.metrics import per_class_accuracy, wilson_interval
+from tessella.protocols.features import EvalData, gather_rows, rank_rows
+
+_QUERIES = 512  # of one block: enough for an efficient product, few enough to keep the block small
+_HEADLINE = (20, 0.07)  # fixed beforehand: the best of several would be picked on the test set
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """Which neighbourhoods are scored; `top1` is always k 20 at T 0.07."""
+
+    version: ClassVar[int] = 1
+    k: tuple[int, ...] = (1, 20, 200)  # k 1 is the plain nearest neighbour, whatever T
+    temperatures: tuple[float, ...] = (0.07, 0.1)
+    chunk: int = 5_000_000  # similarities held at a time; changes the memory, not the result
+
+
+def knn(backbone: nn.Module, data: EvalData, config: KnnConfig) -> dict[str, Any]:
+    """Classify the test images by their neighbours among the train images.
+
+    When both are the same images, no image counts as its own neighbour (leave-one-out).
+
+    Returns:
+        `top1`, `top1_interval` and `mean_per_class` of the headline, `per_class`, and an accuracy `k{k}_T{T}`
+        in [0, 1] for each setting (`k1` for the plain nearest neighbour); `notes` says what was clipped.
+    """
+    train, test = data.features(backbone, "train"), data.features(backbone, "test")
+    assert train.labels is not None and test.labels is not None
+    loo = data.same_images
+    most = len(train.x) - loo
+    ks = sorted({min(k, most) for k in (*config.k, _HEADLINE[0])})
+    temperatures = sorted({*config.temperatures, _HEADLINE[1]})
+    mine = torch.from_numpy(rank_rows(len(test.x)))
+    predictions = knn_predict(
+        train.x,
+        train.labels,
+        test.x[mine],
+        classes=len(data.classes),
+        ks=ks,
+        temperatures=temperatures,
+        chunk=config.chunk,
+        exclude=mine if loo else None,
+        device=data.device,
+    )
+    correct = {
+        setting: gather_rows(predicted.cpu(), len(test.x), data.device) == test.labels
+        for setting, predicted in predictions.items()
+    }
+    headline = correct[min(_HEADLINE[0], most), _HEADLINE[1]]
+    top1 = float(headline.double().mean())
+    per_class = per_class_accuracy(headline, test.labels, len(data.classes))
+    scores: dict[str, Any] = {
+        "top1": top1,
+        "top1_interval": list(wilson_interval(top1, len(headline))),
+        "mean_per_class": float(per_class.nanmean()),
+    }
+    for (k, temperature), hits in correct.items():
+        scores["k1" if k == 1 else f"k{k}_T{temperature:g}"] = float(hits.double().mean())
+    scores["per_class"] = {
+        name: x for name, x in zip(data.classes, per_class.tolist(), strict=True) if not np.isnan(x)
+    }
+    scores["leave_one_out"] = loo
+    clipped = sorted({k for k in (*config.k, _HEADLINE[0]) if k > most})
+    scores["notes"] = [
+        f"k {k} is more than the {most} neighbours there are; k {most} was used" for k in clipped
+    ]
+    return scores
+
+
+@torch.no_grad()
+def knn_predict(
+    train_x: Tensor,
+    train_labels: Tensor,
+    test_x: Tensor,
+    *,
+    classes: int,
+    ks: list[int],
+    temperatures: list[float],
+    chunk: int = 5_000_000,
+    exclude: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[tuple[int, float], Tensor]:
+    """The class that the neighbours vote for.
+
+    Args:
+        train_x: (N, d) float32, N > 0.
+        train_labels: (N,) int64 in [0, classes).
+        test_x: (n, d) float32.
+        classes: of train and test together.
+        ks: numbers of neighbours, each in [1, N] (one less with `exclude`).
+        temperatures: each > 0.
+        chunk: similarities held at a time.
+        exclude: (n,) int64: for each query the train row that is no neighbour of it (itself); None for none.
+        device: where the products run; the train features must fit there.
+
+    Returns:
+        (n,) int64 on `device` for each (k, temperature).
+    """
+    train_x, train_labels = F.normalize(train_x.to(device), dim=1), train_labels.to(device)
+    votes_of: dict[tuple[int, float], list[Tensor]] = {(k, t): [] for k in ks for t in temperatures}
+    queries = min(_QUERIES, chunk)
+    for start in range(0, len(test_x), queries):
+        part = F.normalize(test_x[start : start + queries].to(device), dim=1)
+        own = None if exclude is None else exclude[start : start + queries].to(device)
+        similarity, index = _nearest(train_x, part, max(ks), max(1, chunk // len(part)), own)
+        labels = train_labels[index]
+        for temperature in temperatures:
+            # Relative to the nearest: a common factor leaves the vote as it is and keeps exp in range.
+            weights = ((similarity - similarity[:, :1]) / temperature).exp()
+            for k in ks:
+                votes = torch.zeros(len(part), classes, device=part.device)
+                votes.scatter_add_(1, labels[:, :k], weights[:, :k])
+                votes_of[k, temperature].append(votes.argmax(dim=1))
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    return {setting: torch.cat([empty, *parts]) for setting, parts in votes_of.items()}
+
+
+def _nearest(
+    train: Tensor, queries: Tensor, k: int, columns: int, own: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The k largest similarities of each query, (q, k) sorted downwards, and their train rows."""
+    best = queries.new_empty(len(queries), 0)
+    rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(train), columns):
+        part = train[start : start + columns]
+        similarity = queries @ part.T
+        if own is not None:
+            inside = ((own >= start) & (own < start + len(part))).nonzero()[:, 0]
+            similarity[inside, own[inside] - start] = -torch.inf
+        values, index = similarity.topk(min(k, len(part)), dim=1)
+        best, rows = torch.cat([best, values], dim=1), torch.cat([rows, index + start], dim=1)
+        best, order = best.topk(min(k, best.shape[1]), dim=1)
+        rows = rows.gather(1, order)
+    return best, rows

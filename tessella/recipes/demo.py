@@ -1,0 +1,120 @@
+"""`tessella demo`: embedded digits, no network, minutes on two cores; what pretraining buys, in one table.
+
+    for each seed: pretrain on the unlabelled train split -> evaluate the backbone and its random init
+    raw pixels are evaluated once; everything is judged on a held-out split
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from tessella.data.sources import open_images
+from tessella.engine.checkpoint_files import write_json_atomic
+from tessella.engine.evaluate import Record, score
+from tessella.engine.launch import cores_at_hand, pick_device
+from tessella.engine.pretrain import pretrain
+from tessella.engine.weights import Loaded, random_twin, resolve_backbone
+from tessella.errors import UserError
+from tessella.protocols.clustering import ClusteringConfig
+from tessella.protocols.features import EvalData
+from tessella.protocols.knn import KnnConfig
+from tessella.protocols.linear import FewLabelsConfig, LinearConfig
+from tessella.recipes import recipe
+from tessella.report.run import write_report
+
+_PROTOCOLS = (KnnConfig(), FewLabelsConfig(labels_per_class=(1,), draws=20), LinearConfig(), ClusteringConfig())
+
+
+class Column(NamedTuple):
+    """One figure of the table and where it stands in the records."""
+
+    title: str
+    protocol: str
+    score: str
+
+
+COLUMNS = (
+    Column("kNN", "knn", "top1"),
+    Column("10 labels", "fewlabels", "top1_1"),
+    Column("linear", "linear-fast", "top1"),
+    Column("k-means ACC", "clustering", "accuracy"),
+    Column("NMI", "clustering", "nmi"),
+    Column("ARI", "clustering", "ari"),
+)
+
+
+class Pixels(nn.Module):
+    """The baseline that needs no network: an image's own values."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.feature_dim = 3 * size * size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, 3, size, size) -> (b, 3 * size * size)."""
+        return x.flatten(1)
+
+
+def demo(out: Path, *, seeds: int = 3, device: str = "auto") -> Path:
+    """Pretrain on the embedded digits, print the table, write the report.
+
+    Args:
+        out: an empty or missing folder; becomes the run folder of the first seed, the others lie in `seed-N`.
+        seeds: number of runs, at least 1.
+        device: auto, cpu, cuda or mps.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        UserError: the folder is not empty, or an argument is out of range.
+    """
+    if seeds < 1:
+        raise UserError(f"seeds={seeds} must be at least 1")
+    records: list[Record] = []
+    for seed in range(seeds):
+        config = dataclasses.replace(recipe("swav_digits"), seed=seed, device=device)
+        print(f"Pretraining on 1437 digits without their labels, seed {seed} ({seed + 1} of {seeds})", flush=True)
+        run = pretrain(config, out if seed == 0 else out / f"seed-{seed}")
+        loaded = resolve_backbone(str(run))._replace(name=f"pretrained, seed {seed}")
+        transform = loaded.transform
+        train, test = (open_images(f"digits::{split}", labels=True) for split in ("train", "test"))
+        data = EvalData(train, test, transform, pick_device(device), cores_at_hand())
+        if seed == 0:
+            pixels = Loaded(Pixels(transform.size), config.backbone, transform, None, "raw pixels")
+            records += score(pixels, data, _PROTOCOLS, seed)
+        records += score(random_twin(loaded, seed), data, _PROTOCOLS, seed) + score(loaded, data, _PROTOCOLS, seed)
+    write_json_atomic(out / "evaluation.json", records)
+    print_table(records)
+    images = open_images("digits::train")
+    report = write_report(out, images=images, spec=config.method.views, clusters=_clusters(out, images))
+    print(f"\nReport: {report}\nNext:   tessella pretrain swav_cpu --data YOUR_IMAGES --out RUN")
+    return report
+
+
+def print_table(records: list[Record]) -> None:
+    """Means over the seeds in per cent, with their standard deviation."""
+    table = Table(title="Held-out digits, per cent (mean ± standard deviation over seeds)")
+    table.add_column("features")
+    for column in COLUMNS:
+        table.add_column(column.title, justify="right", no_wrap=True)
+    for name in ("raw pixels", "random init", "pretrained"):
+        cells = []
+        for column in COLUMNS:
+            values = [
+                100 * record["scores"][column.score]
+                for record in records
+                if record["protocol"] == column.protocol and record["backbone"].startswith(name)
+            ]
+            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.1f}{spread}")
+        table.add_row(name, *cells)
+    Console(width=None if Console().is_terminal else 110).print(table)

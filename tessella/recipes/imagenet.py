@@ -1,0 +1,111 @@
+"""The papers' ImageNet runs, one function per published variant. Scores are top-1 of the linear probe."""
+
+from __future__ import annotations
+
+from tessella.data.views import IMAGENET_MEAN, CropGroup, ViewSpec
+from tessella.engine.config import RunConfig
+from tessella.methods.jigclu import JigcluConfig
+from tessella.methods.swav import OFFICIAL_STD, SwavConfig
+from tessella.modules.backbone import BackboneConfig
+from tessella.optim import OptimizerConfig
+
+_SWAV_LARGE_BATCH = OptimizerConfig(
+    name="larc", lr=4.8, weight_decay=1e-6, warmup_epochs=10, warmup_lr=0.3, final_lr=0.0048
+)
+_SWAV_SMALL_BATCH = OptimizerConfig(name="larc", lr=0.6, weight_decay=1e-6, final_lr=0.0006)
+_SMALL_BATCH_METHOD = SwavConfig(queue_length=3840, queue_from_epoch=15, freeze_prototypes_steps=5005)
+
+
+def _crops(*groups: CropGroup) -> ViewSpec:
+    return ViewSpec(groups, IMAGENET_MEAN, OFFICIAL_STD)
+
+
+
+def _swav(epochs: int, method: SwavConfig = SwavConfig()) -> RunConfig:
+    return RunConfig(method, BackboneConfig("resnet50"), _SWAV_LARGE_BATCH, epochs=epochs, batch_size=4096)
+
+
+def swav_imagenet_100ep() -> RunConfig:
+    """SwAV, ResNet-50, 2x224 + 6x96 crops, batch 4096, 100 epochs.
+
+    Published: 72.1 (VISSL's rerun 72.0). Source: official script swav_100ep_pretrain, 64 GPUs.
+    """
+    return _swav(100)
+
+
+def swav_imagenet_200ep() -> RunConfig:
+    """SwAV, ResNet-50, 2x224 + 6x96 crops, batch 4096, 200 epochs.
+
+    Published: 73.9 (VISSL's rerun 73.9). Source: official script swav_200ep_pretrain, 64 GPUs.
+    """
+    return _swav(200)
+
+
+def swav_imagenet_400ep() -> RunConfig:
+    """SwAV, ResNet-50, 2x224 + 6x96 crops, batch 4096, 400 epochs.
+
+    Published: 74.6 (VISSL's rerun 74.8). Source: official script swav_400ep_pretrain, 64 GPUs.
+    """
+    return _swav(400)
+
+
+def swav_imagenet_800ep() -> RunConfig:
+    """SwAV, ResNet-50, 2x224 + 6x96 crops, batch 4096, 800 epochs.
+
+    Published: 75.3 (VISSL's rerun 74.9; treat 75.3 as the best of a spread). Source: official script
+    swav_800ep_pretrain, 64 GPUs, 3 min 40 s per epoch on V100.
+    """
+    return _swav(800)
+
+
+def swav_imagenet_400ep_2x224() -> RunConfig:
+    """SwAV, ResNet-50, two 224 crops and no small ones, batch 4096, 400 epochs.
+
+    Published: 70.1 (VISSL's rerun 69.5). Source: official script swav_400ep_2x224_pretrain.
+    """
+    return _swav(400, SwavConfig(views=_crops(CropGroup(2, 224, (0.08, 1.0)))))
+
+
+def swav_imagenet_200ep_bs256() -> RunConfig:
+    """SwAV, ResNet-50, batch 256 with a queue of 3840 from epoch 15, 200 epochs.
+
+    Published: 72.7 (VISSL's rerun 73.1). Source: official script swav_200ep_bs256_pretrain, 4 GPUs, 52 min per
+    epoch on V100.
+    """
+    return RunConfig(_SMALL_BATCH_METHOD, BackboneConfig("resnet50"), _SWAV_SMALL_BATCH, epochs=200, batch_size=256)
+
+
+def swav_imagenet_400ep_bs256() -> RunConfig:
+    """SwAV, ResNet-50, batch 256 with a queue of 3840 from epoch 15, 400 epochs.
+
+    Published: 74.3 (VISSL's rerun 74.3). Source: official script swav_400ep_bs256_pretrain, 4 GPUs.
+    """
+    return RunConfig(_SMALL_BATCH_METHOD, BackboneConfig("resnet50"), _SWAV_SMALL_BATCH, epochs=400, batch_size=256)
+
+
+def swav_imagenet_w2_400ep() -> RunConfig:
+    """SwAV, ResNet-50 of double width, 2x224 + 4x96 crops, batch 4096, 400 epochs.
+
+    Published: 77.3 (VISSL's rerun 77.0). Source: official script swav_RN50w2_400ep_pretrain, 128 GPUs.
+    """
+    method = SwavConfig(hidden_dim=8192, views=_crops(CropGroup(2, 224, (0.14, 1.0)), CropGroup(4, 96, (0.05, 0.14))))
+    return RunConfig(method, BackboneConfig("resnet50", 128), _SWAV_LARGE_BATCH, epochs=400, batch_size=4096)
+
+
+def swav_imagenet_w4_400ep() -> RunConfig:
+    """SwAV, ResNet-50 of fourfold width, 2x224 + 4x96 crops, batch 2560 with a queue of 2560, 400 epochs.
+
+    Published: 77.9 (VISSL's rerun 77.0). Source: official script swav_RN50w4_400ep_pretrain, 64 GPUs.
+    """
+    crops = _crops(CropGroup(2, 224, (0.08, 1.0)), CropGroup(4, 96, (0.08, 0.14)))
+    method = SwavConfig(hidden_dim=8192, queue_length=2560, queue_from_epoch=0, views=crops)
+    return RunConfig(method, BackboneConfig("resnet50", 256), _SWAV_LARGE_BATCH, epochs=400, batch_size=2560)
+
+
+def jigclu_imagenet_200ep() -> RunConfig:
+    """JigClu, ResNet-50, montages of 2x2 tiles of 112 pixels, batch 256, 200 epochs.
+
+    Published: 66.4. Source: official README, 4 GPUs, about 5 days on 2080 Ti. One forward per image.
+    """
+    optimizer = OptimizerConfig(lr=0.03, weight_decay=1e-4, per_epoch=True)
+    return RunConfig(JigcluConfig(), BackboneConfig("resnet50"), optimizer, epochs=200, batch_size=256)

@@ -1,0 +1,181 @@
+"""A run: what it leaves behind, that it goes on exactly, that ranks do not change it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tessella.data.loader import Loader
+from tessella.data.sampler import EpochOrder
+from tessella.data.sources import open_images
+from tessella.engine.config import to_yaml
+from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted, StopRequest
+from tessella.engine.pretrain import _build, pretrain, resume
+from tessella.engine.weights import resolve_backbone
+from tessella.errors import UserError
+from tessella.methods.method import Progress
+from tessella.optim import OptimizerConfig
+from tests.engine.runs import assert_same, final_state, tiny_run
+
+METHODS = ["swav", "jigclu"]
+
+
+def log_without_timing(run: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "timing"} for line in lines if line["kind"] == "step"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_resumed_in_mid_epoch_equals_a_straight_one_bit_for_bit(method: str, tmp_path: Path):
+    straight = pretrain(tiny_run(method), tmp_path / "straight")
+    sliced = pretrain(tiny_run(method, max_steps=3), tmp_path / "sliced")
+    assert int(final_state(sliced)["step"]) == 3  # of five in the first epoch
+    resume(sliced, {"max_steps": 4})
+    resume(sliced, {"max_steps": None})
+    assert_same(final_state(straight), final_state(sliced))
+    # A slice's own last step is logged too; the straight run's lines are all there, equal.
+    sliced_log = log_without_timing(sliced)
+    assert all(line in sliced_log for line in log_without_timing(straight) if line["step"] % 5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_a_function_of_its_seed(method: str, tmp_path: Path):
+    one, same, other = (
+        final_state(pretrain(tiny_run(method, seed=seed, max_steps=2), tmp_path / str(i)))
+        for i, seed in enumerate((0, 0, 1))
+    )
+    assert_same(one, same)
+    assert not torch.equal(one["method.backbone.conv1.weight"], other["method.backbone.conv1.weight"])
+
+
+def test_the_number_of_decoding_threads_changes_nothing(tmp_path: Path):
+    states = [
+        final_state(pretrain(tiny_run(workers=w, max_steps=2), tmp_path / str(w))) for w in (1, 3)
+    ]
+    assert_same(*states)
+
+
+def test_an_update_is_the_mean_gradient_of_its_micro_batches(tmp_path: Path):
+    """One plain SGD step of lr 1 moves the weights by minus the gradient; each half-batch is a batch of its own."""
+    plain = OptimizerConfig("sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
+    config = tiny_run("jigclu", accumulate=2, max_steps=1, optimizer=plain)
+    moved = final_state(pretrain(config, tmp_path / "run"))["method.location_head.weight"]
+
+    images = open_images(config.data)
+    state = _build(config, images, torch.device("cpu"))
+    start = state.method.location_head.weight.detach().clone()
+    loader = Loader(
+        images, state.method.view_spec(config.method), EpochOrder(images.ids, 64, seed=0),
+        seed=0, device="cpu", workers=1, accumulate=2,
+    )  # fmt: skip
+    gradients = []
+    for batch in next(loader.epoch(0)):
+        state.method(batch, Progress(0, 5, 2)).loss.backward()
+        gradients.append(state.method.location_head.weight.grad.clone())
+        state.method.zero_grad()
+    torch.testing.assert_close(start - moved, (gradients[0] + gradients[1]) / 2, atol=1e-6, rtol=1e-4)
+
+    with pytest.raises(UserError, match="cannot be shared equally"):
+        pretrain(tiny_run("jigclu", accumulate=3), tmp_path / "odd")
+
+
+def test_the_product_is_the_trained_backbone(tmp_path: Path):
+    run = pretrain(tiny_run(max_steps=2), tmp_path / "run")
+    loaded = resolve_backbone(str(run))
+    assert loaded.transform.size == 16 and loaded.method is not None and loaded.method.clusters == 20
+    state = final_state(run)
+    for name, tensor in loaded.backbone.state_dict().items():
+        assert torch.equal(tensor, state[f"method.backbone.{name}"])
+
+
+def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="not an empty folder"):
+        pretrain(tiny_run(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_resume_refuses_what_would_change_the_result_and_other_images(tmp_path: Path):
+    run = pretrain(tiny_run(max_steps=1), tmp_path / "run")
+    with pytest.raises(UserError, match="seed would change"):
+        resume(run, {"seed": 3})
+    with pytest.raises(UserError, match="images of digits::train have changed"):
+        resume(run, {"data": "digits::train"})
+    with pytest.raises(UserError, match="not a run folder"):
+        resume(tmp_path)
+
+
+def test_a_stop_request_saves_and_the_run_goes_on_identically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    straight = pretrain(tiny_run(), tmp_path / "straight")
+    monkeypatch.setattr(StopRequest, "seen_by_any_rank", lambda self, step, device: step == 3)
+    with pytest.raises(Interrupted, match="step 3 of 10"):
+        pretrain(tiny_run(), tmp_path / "stopped")
+    monkeypatch.undo()
+    monkeypatch.setenv("TESSELLA_CACHE", str(tmp_path / "cache"))
+    assert_same(final_state(straight), final_state(resume(tmp_path / "stopped")))
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from tessella.engine.config import load_config
+from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted
+from tessella.engine.pretrain import _build, pretrain, resume
+out = Path(sys.argv[2])
+try:
+    resume(out) if (out / "config.yaml").exists() else pretrain(load_config(Path(sys.argv[1])), out)
+except Interrupted:
+    sys.exit(EXIT_INTERRUPTED)
+"""
+
+
+def start(config: Path, out: Path, *launcher: str) -> subprocess.Popen[bytes]:
+    script = config.with_name("script.py")
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [*(launcher or (sys.executable,)), str(script), str(config), str(out)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any((run / "checkpoints").glob(f"step-*{step:04d}*")):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"no checkpoint of step {step}: exit code {process.poll()}")
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, EXIT_INTERRUPTED)])
+def test_a_killed_process_resumes_to_identical_weights(how: signal.Signals, code: int, tmp_path: Path):
+    config = tiny_run(epochs=4, checkpoint_minutes=1e-9)  # a checkpoint after every step
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    straight = pretrain(config, tmp_path / "straight")
+    process = start(tmp_path / "config.yaml", tmp_path / "killed")
+    wait_for_step(process, tmp_path / "killed", 4)
+    process.send_signal(how)
+    assert process.wait(60) == code
+    assert_same(final_state(straight), final_state(resume(tmp_path / "killed")))
+
+
+def test_two_ranks_train_as_one_and_one_rank_goes_on_for_two(tmp_path: Path):
+    config = tiny_run(max_steps=2)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511")
+    assert start(tmp_path / "config.yaml", tmp_path / "two", *torchrun).wait(200) == 0
+    pretrain(config, tmp_path / "one")
+    for _ in range(2):
+        one, two = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], atol=1e-3, rtol=1e-2, msg=lambda m, n=name: f"{n}: {m}")
+        for name in ("one", "two"):
+            resume(tmp_path / name, {"max_steps": 3})

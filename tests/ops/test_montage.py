@@ -1,0 +1,80 @@
+"""JigClu's geometry: the worked boxes, the order of slots, exact inverses, cells that do not leak."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tessella.ops.montage import montage_positions, pool_cells, stitch, tile_boxes, unstitch
+
+
+def test_tiles_have_the_worked_boxes_column_by_column():
+    boxes = tile_boxes([100], [80], 2, 0.3)[0].tolist()
+    assert boxes == [[0, 0, 80, 64], [0, 16, 80, 80], [20, 0, 100, 64], [20, 16, 100, 80]]
+
+
+def test_an_odd_side_is_rounded_as_pillow_rounds():
+    left, right = tile_boxes([101], [101], 2, 0.3)[0][[0, 2]]
+    assert (left[2] - left[0], right[2] - right[0]) == (80, 81)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("size", [(100, 80), (333, 217), (32, 32)])
+def test_neighbours_share_twice_the_overlap(size: tuple[int, int], overlap: float):
+    width, height = size
+    boxes = tile_boxes([width], [height], 2, overlap)[0]
+    top_left, bottom_left = boxes[0], boxes[1]
+    shared = max(0, top_left[3] - bottom_left[1]) * (top_left[2] - top_left[0])
+    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (top_left, bottom_left)]
+    iou = shared / (sum(areas) - shared)
+    assert abs(iou - 2 * overlap) < 4 / min(size)
+
+
+def test_at_one_half_every_tile_is_the_whole_image_and_larger_grids_stay_inside():
+    assert (tile_boxes([100], [80], 2, 0.5)[0] == [0, 0, 100, 80]).all()
+    boxes = tile_boxes([90], [90], 3, 0.1)[0]
+    assert boxes.min() == 0 and boxes.max() == 90
+    assert boxes[4].tolist() == [21, 21, 69, 69]  # the centre tile grows on every side
+
+
+def test_boxes_of_many_images_at_once_equal_one_by_one():
+    widths, heights = np.array([64, 101, 500]), np.array([48, 77, 333])
+    together = tile_boxes(widths, heights, 2, 0.3)
+    for row, (w, h) in enumerate(zip(widths, heights, strict=True)):
+        assert (tile_boxes([w], [h], 2, 0.3)[0] == together[row]).all()
+
+
+def test_stitch_puts_slots_row_by_row_and_unstitch_is_its_exact_inverse():
+    tiles = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 2, 3, 5, 5).contiguous()
+    montage = stitch(tiles, 2)
+    corners = [montage[0, 0, 0, 0], montage[0, 0, 0, -1], montage[0, 0, -1, 0], montage[0, 0, -1, -1]]
+    assert [int(c) for c in corners] == [0, 1, 2, 3]
+    random = torch.randn(9, 2, 3, 4, 4)
+    assert torch.equal(unstitch(stitch(random, 3), 3), random)
+
+
+def test_a_slot_of_a_montage_is_the_position_it_was_filled_from():
+    n, m = 6, 2
+    order = torch.randperm(m * m * n)
+    tiles = order.float().view(-1, 1, 1, 1)[torch.arange(m * m * n)].expand(-1, 3, 4, 4)
+    rebuilt = torch.empty(m * m * n)
+    for rank in range(2):
+        positions = montage_positions(n, m, rank, 2)
+        cells = pool_cells(stitch(tiles[positions], m), m)[..., 0]
+        rebuilt[positions] = cells
+    assert torch.equal(rebuilt.long(), order)
+
+
+def test_a_seven_column_map_is_split_without_counting_the_centre_twice():
+    weights = torch.tensor([0.296875, 0.28125, 0.28125, 0.140625, 0, 0, 0])
+    columns = torch.eye(7).view(7, 1, 1, 7).expand(7, 1, 7, 7)
+    left = pool_cells(columns.contiguous(), 2)[0, :, 0]
+    torch.testing.assert_close(left, weights, atol=1e-6, rtol=0)
+
+
+def test_a_divisible_map_is_averaged_block_by_block():
+    maps = torch.randn(2, 3, 4, 4)
+    blocks = F.avg_pool2d(maps, 2).flatten(2).permute(2, 0, 1)
+    torch.testing.assert_close(pool_cells(maps, 2), blocks)

@@ -1,0 +1,71 @@
+"""Update rules and schedules, step by step, against the specification's numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from tessella.optim import LARC, OptimizerConfig, build_optimizer, learning_rate
+
+
+def slow_larc(p: torch.Tensor, g: torch.Tensor, wd: float, trust: float = 0.001) -> torch.Tensor:
+    if p.norm() == 0 or g.norm() == 0:
+        return g
+    return trust * p.norm() / (g.norm() + wd * p.norm() + 1e-8) * (g + wd * p)
+
+
+def test_larc_gives_the_hand_checked_step():
+    p = nn.Parameter(torch.tensor([3.0, 4.0]))
+    p.grad = torch.tensor([0.6, 0.8])
+    LARC([p], lr=4.8, momentum=0.9, weight_decay=1e-6, trust=0.001).step()
+    torch.testing.assert_close(p.detach(), torch.tensor([3 - 0.0144, 4 - 0.0192]), atol=1e-6, rtol=0)
+
+
+def test_larc_equals_the_rule_tensor_by_tensor_over_many_steps():
+    parameters = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.randn(2))]
+    slow = [p.detach().clone() for p in parameters]
+    buffers: list[torch.Tensor | None] = [None, None, None]
+    optimizer = LARC(parameters, lr=0.5, momentum=0.9, weight_decay=0.01, trust=0.001)
+    for _ in range(4):
+        for i, p in enumerate(parameters):
+            p.grad = torch.randn_like(p)
+            g = slow_larc(slow[i], p.grad, 0.01)
+            buffers[i] = g.clone() if buffers[i] is None else 0.9 * buffers[i] + g
+            slow[i] = slow[i] - 0.5 * buffers[i]
+        optimizer.step()
+    for p, expected in zip(parameters, slow, strict=True):
+        torch.testing.assert_close(p.detach(), expected)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.01
+
+
+def test_larc_leaves_a_zero_parameter_its_raw_gradient_and_skips_missing_gradients():
+    zero, frozen = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
+    zero.grad = torch.tensor([1.0, 2.0, 3.0])
+    LARC([zero, frozen], lr=0.1, momentum=0.9, weight_decay=1e-6, trust=0.001).step()
+    torch.testing.assert_close(zero.detach(), torch.tensor([-0.1, -0.2, -0.3]))
+    assert torch.equal(frozen.detach(), torch.ones(3))
+
+
+def test_swav_schedule_is_linspace_then_cosine_per_step():
+    config = OptimizerConfig(lr=4.8, warmup_epochs=10, warmup_lr=0.3, final_lr=0.0048)
+    steps, epochs = 312, 100
+    rates = [learning_rate(config, step, steps, epochs) for step in range(steps * epochs)]
+    t = np.arange(steps * (epochs - 10))
+    cosine = 0.0048 + 0.5 * (4.8 - 0.0048) * (1 + np.cos(np.pi * t / len(t)))
+    np.testing.assert_allclose(rates, np.concatenate([np.linspace(0.3, 4.8, steps * 10), cosine]), rtol=1e-12)
+    assert rates[3119] == rates[3120] == 4.8 and 0.0048 < rates[-1] < 0.00481
+
+
+def test_jigclu_schedule_is_a_cosine_that_steps_with_the_epoch():
+    config = OptimizerConfig(lr=0.03, per_epoch=True)
+    assert learning_rate(config, 0, 5004, 200) == learning_rate(config, 5003, 5004, 200) == 0.03
+    np.testing.assert_allclose(learning_rate(config, 100 * 5004 + 7, 5004, 200), 0.015)
+    assert learning_rate(config, 199 * 5004, 5004, 200) < 3e-6
+
+
+def test_norms_and_biases_can_be_kept_from_decay():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    groups = build_optimizer(net, OptimizerConfig(decay_norm_and_bias=False, weight_decay=0.1)).param_groups
+    assert [len(g["params"]) for g in groups] == [1, 3] and [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert len(build_optimizer(net, OptimizerConfig()).param_groups) == 1
