@@ -317,7 +317,7 @@ def _check_labels(images: ImageSet) -> None:
         joint = "/" if "::" in images.name else "::"
         raise UserError(
             f"{_shown(images.name)} has all its images in one class, {_shown(parts[0])}: name the folder that"
-            f" holds the classes' folders, for example {_shown(images.name)}{joint}{_shown('/'.join(parts[:-2]))}"
+            f" holds the classes' folders, for example {_shown(images.name + joint + '/'.join(parts[:-2]))}"
         )
     missing = np.flatnonzero(images.index.labels < 0)
     if len(missing):

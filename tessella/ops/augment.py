@@ -218,18 +218,22 @@ def _blur_matrix(sigma: NDArray[np.float32], side: int, device: torch.device) ->
     Returns:
         (n, side, side) float32, rows sum to one.
     """
-    radius = np.minimum(np.maximum(np.ceil(3 * sigma), _LEAST_BLUR_RADIUS), side - 1).astype(np.int64)
-    reach = int(radius.max())
-    distance = np.arange(-reach, reach + 1)
-    kernel = np.exp(-0.5 * (distance / sigma[:, None].astype(np.float64)) ** 2) * (
-        np.abs(distance) <= radius[:, None]
-    )
-    kernel /= kernel.sum(axis=1, keepdims=True)
-    source = np.abs(np.arange(side)[:, None] + distance)  # mirrored at 0 ...
-    source = np.where(source < side, source, 2 * (side - 1) - source)  # ... and at the other end
-    into = to_device(source.astype(np.int64), device).expand(len(sigma), -1, -1)
-    weights = to_device(kernel.astype(np.float32), device)[:, None, :].expand(-1, side, -1)
-    return torch.zeros(len(sigma), side, side, device=device).scatter_add_(2, into, weights)
+    radius = np.minimum(np.maximum(np.ceil(3 * sigma), _LEAST_BLUR_RADIUS), side - 1)[:, None]
+    distance = np.arange(radius.max() + 2)  # the last one is beyond every radius and has weight 0
+    kernel = np.exp(-0.5 * (distance / sigma[:, None].astype(np.float64)) ** 2) * (distance <= radius)
+    kernel /= kernel[:, :1] + 2 * kernel[:, 1:].sum(axis=1, keepdims=True)
+    weights = to_device(kernel.astype(np.float32), device)
+
+    # A pixel is seen at its own place and, but for the end pixels, in a mirror at each end.
+    into, pixel = np.arange(side)[:, None], np.arange(side)
+    at_start = np.where(pixel > 0, into + pixel, side * 2)
+    at_end = np.where(pixel < side - 1, 2 * (side - 1) - into - pixel, side * 2)
+    places = np.stack((np.abs(into - pixel), at_start, at_end)).clip(max=len(distance) - 1)
+    direct, *mirrored = to_device(places.reshape(3, -1), device)
+    matrix = weights.index_select(1, direct)
+    for place in mirrored:
+        matrix += weights.index_select(1, place)
+    return matrix.view(-1, side, side)
 
 
 def _filter_both_sides(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -390,10 +390,9 @@ def test_many_threads_read_the_same_archives(folder, tmp_path, monkeypatch):
         barrier.wait()
         return [images.read(row) for row in some]
 
+    chunks = [rows[i::8] for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        for chunk, found in zip(
-            (rows[i::8] for i in range(8)), pool.map(read, (rows[i::8] for i in range(8)))
-        ):
+        for chunk, found in zip(chunks, pool.map(read, chunks), strict=True):
             assert found == [expected[row] for row in chunk]
 
 
@@ -404,8 +403,12 @@ def test_a_list_gives_the_files_it_names_relative_to_itself(folder, tmp_path):
     outside = write_image(tmp_path / "outside.png")
     with open(folder / "list.csv", "w", newline="") as file:
         csv.writer(file).writerows(
-            [["split", "file", "class"], ["x", "cat/a.jpg", "tabby"], ["x", "dog/wide.png", "beagle"]]
-            + [["x", str(outside), "tabby"]]
+            [
+                ["split", "file", "class"],
+                ["x", "cat/a.jpg", "tabby"],
+                ["x", "dog/wide.png", "beagle"],
+                ["x", str(outside), "tabby"],
+            ]
         )
     images = open_images(str(folder / "list.csv"), labels=True)
     assert set(keys(images)) == {"cat/a.jpg", "dog/wide.png", str(outside)}
@@ -423,7 +426,7 @@ def test_a_parquet_list_equals_the_csv_one(folder):
     pyarrow.parquet.write_table(pyarrow.table({"path": paths, "label": labels}), folder / "list.parquet")
     lines = [
         "path,label",
-        *(f"{path},{'' if label is None else label}" for path, label in zip(paths, labels)),
+        *(f"{path},{'' if label is None else label}" for path, label in zip(paths, labels, strict=True)),
     ]
     (folder / "list.csv").write_text("\n".join(lines) + "\n")
     one, other = open_images(str(folder / "list.csv")), open_images(str(folder / "list.parquet"))

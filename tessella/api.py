@@ -1,0 +1,245 @@
+"""What `import tessella` offers: the commands as functions, on names of data as well as on arrays in memory.
+
+    import tessella
+
+    run = tessella.pretrain("photos/", recipe="swav_cpu", out="runs/first", epochs=10)
+    run = tessella.pretrain(pixels, recipe="jigclu_cpu", out="runs/mine", **{"method.temperature": 0.2})
+    run = tessella.resume("runs/first")
+
+    backbone = tessella.load_backbone(run)  # a torch module: (b, 3, h, w) -> (b, backbone.feature_dim)
+    records = tessella.evaluate(run, train="digits::train", test="digits::test", protocols=["knn"])
+    features = tessella.embed(run, "photos/", out="photos.parquet").x
+
+    list(tessella.recipes.RECIPES)  # names for `recipe`
+    tessella.recipes.recipe("swav_cpu")  # all its settings
+
+Images are given as on the command line (a folder, a list, archives, a data set's name), as a uint8 array (N, H, W, 3)
+or (N, H, W), where labels are needed as a pair (array, N integers), or as an opened `tessella.data.sources.ImageSet`.
+What is wrong with an input is said by `tessella.UserError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tessella.data.sources import ArrayImages, ImageSet, open_images
+from tessella.engine import embed as _embed
+from tessella.engine import evaluate as _evaluate
+from tessella.engine import pretrain as _pretrain
+from tessella.engine.config import RunConfig, from_dict, to_dict
+from tessella.engine.weights import resolve_backbone
+from tessella.errors import UserError
+from tessella.modules.backbone import Backbone
+from tessella.protocols.features import Features
+from tessella.recipes import recipe as _recipe
+
+Images: TypeAlias = str | Path | ImageSet | NDArray[np.uint8] | tuple[NDArray[np.uint8], ArrayLike]
+
+
+def pretrain(data: Images, recipe: str, out: str | Path, **settings: Any) -> Path:
+    """Train a backbone on unlabelled images.
+
+    Args:
+        data: the images; see the module. Labels are never read.
+        recipe: a name in `tessella.recipes.RECIPES`.
+        out: the run folder; missing or empty.
+        **settings: any field of `RunConfig` in place of the recipe's value: `epochs=10`, parts as dictionaries
+            (`optimizer={"lr": 0.1}`) or under dotted names (`**{"method.views.groups.0.size": 160}`).
+
+    Returns:
+        `out`, with `backbone.safetensors` in it.
+
+    Raises:
+        UserError: the input cannot be used; the text says what to change.
+        tessella.engine.interrupt.Interrupted: Ctrl-C or SIGTERM; the run is saved and `resume` goes on.
+    """
+    images = _opened(data)
+    config = with_settings(_recipe(recipe), settings | {"data": images.name})
+    return _pretrain.pretrain(config, Path(out), images)
+
+
+def resume(run: str | Path, data: Images | None = None, **changes: Any) -> Path:
+    """Go on exactly where a run stopped.
+
+    Args:
+        run: its folder.
+        data: the images, if they were an array or lie elsewhere now; they must be the same ones.
+        **changes: how the run is executed, for example `workers=4`; see `tessella.engine.config.FREE_FIELDS`.
+
+    Returns:
+        `run`.
+
+    Raises:
+        UserError: there is no such run, its images have changed, or a change would alter its result.
+        tessella.engine.interrupt.Interrupted: as in `pretrain`.
+    """
+    images = None if data is None else _opened(data)
+    if images is not None:
+        changes["data"] = images.name
+    return _pretrain.resume(Path(run), changes, images)
+
+
+def load_backbone(source: str | Path) -> Backbone:
+    """A backbone as a torch module in eval mode, on the CPU.
+
+    Args:
+        source: a run folder, a `.safetensors` file of a ResNet, or `random:NETWORK`.
+
+    Returns:
+        A module that maps normalised images (b, 3, h, w) to features (b, `feature_dim`).
+
+    Raises:
+        UserError: `source` names no backbone.
+    """
+    backbone = resolve_backbone(str(source)).backbone
+    backbone.eval()
+    return backbone
+
+
+def evaluate(
+    backbone: str | Path,
+    train: Images,
+    test: Images,
+    *,
+    protocols: Sequence[str] = ("knn", "linear", "fewlabels", "clustering"),
+    out: str | Path | None = None,
+    baseline: bool = False,
+    device: str = "auto",
+    workers: int | None = None,
+    seed: int = 0,
+    image_size: int | None = None,
+    batch_size: int = 256,
+) -> list[dict[str, Any]]:
+    """Score a backbone by some protocols and print the main figures.
+
+    Args:
+        backbone: a run folder, a `.safetensors` file of a ResNet, or `random:NETWORK`.
+        train: labelled images to learn from.
+        test: labelled images to be judged on.
+        protocols: knn, linear, linear-swav, linear-jigclu, fewlabels, clustering.
+        out: folder of `evaluation.json`; nothing is written without it.
+        baseline: add the scores of the same network at random init.
+        device: auto, cpu, cuda or mps.
+        workers: decoding threads; default: the cores at hand.
+        seed: of every random choice of the protocols.
+        image_size: pixels of the evaluated crop; default: the run's.
+        batch_size: images per forward pass; changes the speed, not the result.
+
+    Returns:
+        One record per protocol; the figures are under `scores`.
+
+    Raises:
+        UserError: the input cannot be used; the text says what to change.
+    """
+    return _evaluate.evaluate(
+        str(backbone),
+        _opened(train, labels=True),
+        _opened(test, labels=True),
+        protocols=protocols,
+        out=None if out is None else Path(out),
+        baseline=baseline,
+        device=device,
+        workers=workers,
+        seed=seed,
+        image_size=image_size,
+        batch_size=batch_size,
+    )
+
+
+def embed(
+    backbone: str | Path,
+    data: Images,
+    out: str | Path,
+    *,
+    labels: bool = False,
+    device: str = "auto",
+    workers: int | None = None,
+    image_size: int | None = None,
+    batch_size: int = 256,
+) -> Features:
+    """Write the features of images to a file, and return them.
+
+    Args:
+        backbone: a run folder, a `.safetensors` file of a ResNet, or `random:NETWORK`.
+        data: the images.
+        out: NAME.parquet or NAME.npy; must not exist.
+        labels: write class labels too (parquet only).
+        device: auto, cpu, cuda or mps.
+        workers: decoding threads; default: the cores at hand.
+        image_size: pixels of the evaluated crop; default: the run's.
+        batch_size: images per forward pass; changes the speed, not the result.
+
+    Returns:
+        Features with `x` (N, feature_dim) float32 and the rows they belong to.
+
+    Raises:
+        UserError: the input cannot be used, or a file is in the way.
+    """
+    return _embed.embed(
+        str(backbone),
+        _opened(data, labels=labels),
+        Path(out),
+        labels=labels,
+        device=device,
+        workers=workers,
+        image_size=image_size,
+        batch_size=batch_size,
+    )
+
+
+def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """The run with some fields replaced.
+
+    Args:
+        config: where the other values come from.
+        settings: field -> value; parts as dictionaries or under dotted names, members of a list by number.
+
+    Raises:
+        UserError: there is no such field, or it does not take the value.
+    """
+    tree = to_dict(config)
+    for name, value in settings.items():
+        *parents, last = name.split(".")
+        part = tree
+        for parent in parents:
+            part = _member(part, parent, name)
+        _member(part, last, name)
+        _put(part, last, value)
+    return from_dict(RunConfig, tree, "settings")
+
+
+def _member(part: Any, key: str, name: str) -> Any:
+    try:
+        return part[int(key)] if isinstance(part, list) else part[key]
+    except (KeyError, IndexError, ValueError, TypeError):
+        known = range(len(part)) if isinstance(part, list) else part if isinstance(part, dict) else ()
+        choices = ", ".join(map(str, known)) or "nothing below it"
+        raise UserError(f"a run has no setting {name!r}: in place of {key!r} there is {choices}") from None
+
+
+def _put(part: Any, key: str, value: Any) -> None:
+    """Set one value; a dictionary only replaces what it names."""
+    if isinstance(part, list):
+        part[int(key)] = to_dict(value)
+    elif isinstance(value, dict) and isinstance(part[key], dict):
+        for inner, inner_value in value.items():
+            _member(part[key], inner, f"{key}.{inner}")
+            _put(part[key], inner, inner_value)
+    else:
+        part[key] = to_dict(value)
+
+
+def _opened(data: Images, labels: bool = False) -> ImageSet:
+    if isinstance(data, ImageSet):
+        return data
+    if isinstance(data, str | Path):
+        return open_images(str(data), labels=labels)
+    pixels, targets = data if isinstance(data, tuple) else (data, None)
+    if labels and targets is None:
+        raise UserError("labels are needed here: give the images as a pair (array, labels)")
+    return ArrayImages("array", pixels, targets if labels else None)

@@ -1,0 +1,171 @@
+"""Curves and bars as plain numbers, which a template draws as inline SVG.
+
+Positions are in per cent of the plot, and the drawn line lies in a square of 1000 x 1000 units that the browser
+stretches: a chart fits a phone and a poster, while its text keeps its size. No library of charts is needed for this,
+and a page with the picture in it needs no script.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+_MOST_POINTS = 600  # of a drawn curve: about what a screen can show
+_GAPS_UP_TO = 150  # bars; more of them are drawn without a gap between them
+
+
+class Tick(NamedTuple):
+    """A number at an axis."""
+
+    position: float  # per cent from the left or from the top
+    label: str
+
+
+class Chart(NamedTuple):
+    """One chart. Texts are plain: whoever draws it escapes them."""
+
+    title: str
+    sentence: str  # what one sees and what is good
+    path: str  # SVG path in 1000 x 1000 units, y downwards
+    filled: bool
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    x_label: str
+    latest: str  # the last value, for who reads no curves; empty for bars
+    rule: Tick | None  # a horizontal line to compare with
+
+
+def line_chart(
+    points: Iterable[tuple[float, float | None]],
+    *,
+    title: str,
+    sentence: str,
+    from_zero: bool = False,
+    rule: float | None = None,
+    rule_label: str = "",
+) -> Chart | None:
+    """A curve over the steps of a run.
+
+    Args:
+        points: (step, value) in ascending order of steps >= 0; None and values that are not finite leave a gap.
+        title: of the chart.
+        sentence: what one sees and what is good.
+        from_zero: whether the axis starts at 0.
+        rule: a value to mark with a horizontal line; the axis reaches it.
+        rule_label: what to call it.
+
+    Returns:
+        The chart, or None if there is not one value.
+    """
+    points = [(step, value if value is not None and math.isfinite(value) else None) for step, value in points]
+    values = [value for _, value in points if value is not None]
+    if not values:
+        return None
+    reached = [*values, *([rule] if rule is not None else []), *([0.0] if from_zero else [])]
+    marks = nice_ticks(min(reached), max(reached))
+    low, high, last = marks[0], marks[-1], max(points[-1][0], 1)
+    steps = [mark for mark in nice_ticks(0, last, whole=True) if mark <= last]
+
+    def y(value: float) -> float:
+        return 100 * (high - value) / (high - low)
+
+    return Chart(
+        title,
+        sentence,
+        path=_line(((10 * 100 * step / last, None if v is None else 10 * y(v)) for step, v in _thinned(points))),
+        filled=False,
+        x_ticks=[Tick(100 * step / last, label) for step, label in zip(steps, tick_labels(steps), strict=True)],
+        y_ticks=[Tick(y(mark), label) for mark, label in zip(marks, tick_labels(marks), strict=True)],
+        x_label="step",
+        latest=f"{values[-1]:.4g}",
+        rule=None if rule is None else Tick(y(rule), f"{rule_label} {rule:.4g}"),
+    )
+
+
+def bar_chart(heights: Sequence[int], *, title: str, sentence: str, x_label: str) -> Chart:
+    """Bars side by side.
+
+    Args:
+        heights: of each bar, at least one, >= 0.
+        title: of the chart.
+        sentence: what one sees and what is good.
+        x_label: what a bar is.
+    """
+    marks, count = nice_ticks(0, max(max(heights), 1), whole=True), len(heights)
+    numbers = [mark for mark in nice_ticks(0, count, whole=True) if 1 <= mark <= count]
+    width = 1000 / count
+    bar = width * (0.8 if count <= _GAPS_UP_TO else 1.0)
+    path = " ".join(
+        f"M{i * width + (width - bar) / 2:.1f},1000V{1000 * (1 - height / marks[-1]):.1f}h{bar:.2f}V1000Z"
+        for i, height in enumerate(heights)
+        if height
+    )
+    return Chart(
+        title,
+        sentence,
+        path,
+        filled=True,
+        x_ticks=[
+            Tick(100 * (n - 0.5) / count, label) for n, label in zip(numbers, tick_labels(numbers), strict=True)
+        ],
+        y_ticks=[
+            Tick(100 * (1 - mark / marks[-1]), label) for mark, label in zip(marks, tick_labels(marks), strict=True)
+        ],
+        x_label=x_label,
+        latest="",
+        rule=None,
+    )
+
+
+def nice_ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Three to seven round numbers, evenly spaced, that enclose [low, high].
+
+    Args:
+        low: smallest value.
+        high: largest value, >= low.
+        whole: whether only whole numbers will do.
+    """
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a constant is drawn in the middle
+        room = abs(low) / 2 or 1.0
+        low, high = low - room, high + room
+    rough = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    if whole:
+        step = max(1.0, math.ceil(step))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """The numbers with just enough decimals to tell them apart."""
+    step = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=1.0)
+    if step < 1e-4 or max(map(abs, ticks), default=0) >= 1e7:
+        return [f"{tick:.3g}" for tick in ticks]
+    decimals = next(d for d in range(6) if abs(step * 10**d - round(step * 10**d)) < 1e-6)
+    return [f"{tick:,.{decimals}f}" for tick in ticks]
+
+
+def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
+    """Of a long curve the lowest and the highest point of each stretch, so that no spike is lost."""
+    length = math.ceil(len(points) / (_MOST_POINTS // 2))
+    if length <= 2:
+        return list(points)
+    kept = []
+    for start in range(0, len(points), length):
+        stretch = points[start : start + length]
+        with_value = [point for point in stretch if point[1] is not None]
+        ends = {min(with_value, key=lambda p: p[1] or 0.0), max(with_value, key=lambda p: p[1] or 0.0)}
+        kept += sorted(ends) if with_value else [stretch[0]]
+    return kept
+
+
+def _line(points: Iterable[tuple[float, float | None]]) -> str:
+    parts, pen_down = [], False
+    for x, y in points:
+        if y is not None:
+            # A point alone becomes a dot: a line of no length with a round end.
+            parts.append(f"{'L' if pen_down else 'M'}{x:.1f},{y:.1f}" + ("" if pen_down else "h0"))
+        pen_down = y is not None
+    return "".join(parts)
