@@ -13,9 +13,9 @@
     list(tessella.recipes.RECIPES)  # names for `recipe`
     tessella.recipes.recipe("swav_cpu")  # all its settings
 
-Images are given as on the command line (a folder, a list, archives, a data set's name), as a uint8 array (N, H, W, 3)
-or (N, H, W), where labels are needed as a pair (array, N integers), or as an opened `tessella.data.sources.ImageSet`.
-What is wrong with an input is said by `tessella.UserError`.
+Images are given as on the command line (a folder, a list, archives, a data set's name), as a uint8 array
+(N, H, W, 3) or (N, H, W), where labels are needed as a pair (array, N integers), or as an opened
+`tessella.data.sources.ImageSet`. What is wrong with an input is said by `tessella.UserError`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def pretrain(data: Images, recipe: str, out: str | Path, **settings: Any) -> Pat
         data: the images; see the module. Labels are never read.
         recipe: a name in `tessella.recipes.RECIPES`.
         out: the run folder; missing or empty.
-        **settings: any field of `RunConfig` in place of the recipe's value: `epochs=10`, parts as dictionaries
-            (`optimizer={"lr": 0.1}`) or under dotted names (`**{"method.views.groups.0.size": 160}`).
+        **settings: any field of `RunConfig` in place of the recipe's value: `epochs=10`; parts as
+            dictionaries (`optimizer={"lr": 0.1}`) or dotted names (`**{"method.views.groups.0.size": 160}`).
 
     Returns:
         `out`, with `backbone.safetensors` in it.

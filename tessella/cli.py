@@ -12,14 +12,16 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
 import io
 import os
 import re
 import shlex
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from tessella.errors import UserError
 
@@ -32,11 +34,13 @@ EXIT_CTRL_C = 130
 
 _HELP = ("-h", "--help")
 _SHOWN_UNREADABLE = 20  # files that `scan` lists with their reason
-Device = Literal["auto", "cpu", "cuda", "mps"]
+_MOST_CLUSTERED = 50_000  # images that `report` sorts into clusters: minutes on a CPU
+
+Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class Command(NamedTuple):
-    """One row of the table of commands: its arguments in short, what it does, and the function of its words."""
+    """One row of the table of commands: its words in short, what it does, and who takes them."""
 
     usage: str
     summary: str
@@ -52,14 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code; see the module.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _dispatch(words)
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
     except UserError as error:
         _say(str(error))
         return EXIT_USER_ERROR
+    except SystemExit as stop:  # after a command's help, and at a second Ctrl-C
+        return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         _say("stopped by Ctrl-C")
         return EXIT_CTRL_C
@@ -70,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     name, rest = (words[0], words[1:]) if words else ("--help", [])
-    if name in (*_HELP, "help"):
+    if name in _HELP:
         print(_overview())
         return 0
     if name == "--version":
@@ -80,41 +85,40 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"there is no command {name!r}; {hint}The commands are {', '.join(COMMANDS)}")
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise UserError(f"there is no command {name!r}{hint} The commands are {', '.join(COMMANDS)}")
     return COMMANDS[name].run(rest)
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "Learn visual representations from unlabelled images by clustering.",
-            "",
-            "usage: tessella COMMAND ...        `tessella COMMAND --help` explains one command",
-            "",
-            *lines,
-            "",
-            "DATA is a folder of images, a .csv or .parquet list, .tar archives, a torchvision data set (cifar10 ...),",
-            "hf:NAME, digits or shapes. First steps: `tessella demo`, then `tessella scan DATA`.",
-        ]
-    )
+    lines = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    return f"""\
+Learn visual representations from unlabelled images by clustering.
+
+usage: tessella COMMAND ...        `tessella COMMAND --help` explains one command
+
+{lines}
+
+DATA is a folder of images, a .csv or .parquet list, .tar archives, a data set of torchvision (cifar10, ...),
+hf:NAME, digits or shapes; a part is named behind two colons, as in digits::train.
+First steps: `tessella demo`, then `tessella scan DATA` on your own images."""
 
 
-# --- train ----------------------------------------------------------------------------------------------------------
+# --- train --------------------------------------------------------------------------------------------------
 
 
-def _pretrain(words: list[str]) -> int:
-    name, rest = _first_word("pretrain", words, "RECIPE")
-    if name is None:
+def pretrain(words: list[str]) -> int:
+    """Train a backbone: RECIPE --data DATA --out RUN, and any other field of the run."""
+    if words and words[0] in _HELP:
         print(_pretrain_help())
         return 0
+    name, rest = _first_word("pretrain", "RECIPE", words)
     import tyro
 
-    from tessella.engine.pretrain import pretrain
+    from tessella.engine.pretrain import pretrain as train
     from tessella.recipes import recipe
 
-    start = dataclasses.replace(recipe(name), data=tyro.MISSING)  # a setting that must be given
+    start = dataclasses.replace(recipe(name), data=tyro.MISSING_NONPROP)  # a setting that must be given
     options = dataclasses.make_dataclass(
         "Options",
         [
@@ -122,245 +126,250 @@ def _pretrain(words: list[str]) -> int:
             ("config", Annotated[type(start), tyro.conf.arg(name="")], start),
         ],
     )
-    given = _parse(
-        "pretrain", options, rest, prog=f"tessella pretrain {name}", description=_pretrain_help(short=True)
-    )
-    if given.config.recipe != name:
-        raise UserError(
-            f"--recipe {given.config.recipe} contradicts the recipe {name}: name one recipe, as first word"
-        )
-    code = _until_interrupted(given.out, lambda: pretrain(given.config, given.out))
-    if code == 0 and _rank() == 0:
-        run = shlex.quote(str(given.out))
-        print(f"Judge it:   tessella evaluate {run} --train LABELLED --test LABELLED --baseline --out {run}")
-        print(f"Look at it: tessella report {run}")
-    return code
+    options.__doc__ = "Train a backbone on unlabelled images. What is not given is as in the recipe."
+    given = _parse("pretrain", options, rest, prog=f"tessella pretrain {name}")
+    out, config = given.out, given.config
+    if config.recipe != name:
+        raise UserError(f"--recipe {config.recipe} contradicts the first word, {name}: leave --recipe out")
+    return _until_done(out, lambda: train(config, out))
 
 
-def _pretrain_help(short: bool = False) -> str:
-    if short:
-        return "Train a backbone. Settings that are not given are the recipe's."
-    return "\n".join(
-        [
-            f"usage: tessella pretrain {COMMANDS['pretrain'].usage}",
-            "",
-            "Train a backbone on unlabelled images. RUN must be missing or empty. A setting is any field of the run,",
-            "for example --epochs 3 --method.temperature 0.2; `tessella pretrain RECIPE --help` shows all.",
-            "",
-            *_recipe_lines(),
-        ]
-    )
+def _pretrain_help() -> str:
+    recipes = "\n".join(_recipe_lines())
+    return f"""\
+usage: tessella pretrain {COMMANDS["pretrain"].usage}
+
+Train a backbone on unlabelled images. RUN must be missing or empty. A setting is any field of the run, for
+example --epochs 3 --method.temperature 0.2; `tessella pretrain RECIPE --help` shows all. The recipes:
+
+{recipes}"""
 
 
-def _resume(words: list[str]) -> int:
-    name, rest = _first_word("resume", words, "RUN")
-    if name is None or any(word in _HELP for word in rest):
+def resume(words: list[str]) -> int:
+    """Go on with a run: RUN, and what may change about its execution."""
+    if any(word in _HELP for word in words):
         print(_resume_help())
         return 0
+    name, rest = _first_word("resume", "RUN", words)
     from tessella.engine.config import load_config
-    from tessella.engine.pretrain import resume
+    from tessella.engine.pretrain import resume as go_on
 
     run = Path(name)
     saved = load_config(run / "config.yaml")
-    given: RunConfig = _parse("resume", type(saved), rest, default=saved)
-    changes = {
-        field.name: getattr(given, field.name)
-        for field in dataclasses.fields(given)
-        if getattr(given, field.name) != getattr(saved, field.name)
-    }
-    return _until_interrupted(run, lambda: resume(run, changes))
+    given = _parse("resume", type(saved), rest, default=saved)
+    new = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    changes = {field: value for field, value in new.items() if value != getattr(saved, field)}
+    return _until_done(run, lambda: go_on(run, changes))
 
 
 def _resume_help() -> str:
     from tessella.engine.config import FREE_FIELDS
 
     flags = " ".join(f"--{name.replace('_', '-')}" for name in FREE_FIELDS)
-    return "\n".join(
-        [
-            f"usage: tessella resume {COMMANDS['resume'].usage}",
-            "",
-            "Go on exactly where the run stopped, from its newest valid checkpoint. What decides the result stays as it",
-            f"was; how the run is executed may change: {flags}.",
-            "A run that --max-steps cut short goes on to its end with --max-steps None.",
-        ]
-    )
+    return f"""\
+usage: tessella resume {COMMANDS["resume"].usage}
+
+Go on exactly where the run stopped, from its newest valid checkpoint. What decides the result stays as it
+was; how the run is executed may change:
+{flags}
+
+A run that --max-steps cut short goes on to its end with --max-steps None."""
 
 
-def _until_interrupted(run: Path, train: Callable[[], object]) -> int:
+def _until_done(run: Path, train: Callable[[], object]) -> int:
+    """Train, and say what to do next."""
     from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted
 
+    name = shlex.quote(str(run))
     try:
         train()
     except Interrupted as stop:
-        _say(f"{stop}; `tessella resume {shlex.quote(str(run))}` goes on")
+        _say(f"{stop}; `tessella resume {name}` goes on")
         return EXIT_INTERRUPTED
+    if _rank() == 0:
+        print(
+            f"Judge it:   tessella evaluate {name} --train LABELLED --test LABELLED --baseline --out {name}"
+        )
+        print(f"Look at it: tessella report {name}")
     return 0
 
 
-def _demo(words: list[str]) -> int:
-    def demo(*, out: Path = Path("tessella-demo"), seeds: int = 3, device: Device = "auto") -> int:
-        """Pretrain on embedded digits, evaluate, write a report: minutes on two cores, no network.
+def demo(*, out: Path = Path("tessella-demo"), seeds: int = 3, device: Device = "auto") -> int:
+    """Pretrain on embedded digits, evaluate, write a report: minutes on two cores, no network.
 
-        Args:
-            out: folder for the runs and the report; missing or empty.
-            seeds: number of runs; the table shows their mean and spread.
-            device: where to run.
-        """
-        from tessella.engine.interrupt import Interrupted
-        from tessella.recipes.demo import demo as run_demo
+    Args:
+        out: folder of the runs and the report; missing or empty.
+        seeds: number of runs; the table shows their mean and spread.
+        device: where to run.
+    """
+    from tessella.engine.interrupt import Interrupted
+    from tessella.recipes.demo import demo as run_demo
 
-        try:
-            run_demo(out, seeds=seeds, device=device)
-        except Interrupted:
-            raise KeyboardInterrupt from None  # its first run alone could go on, but a demo is started anew
-        return 0
-
-    return _parse("demo", demo, words)()
+    try:
+        run_demo(out, seeds=seeds, device=device)
+    except Interrupted:
+        raise KeyboardInterrupt from None  # one of its runs could go on, but a demo is started anew
+    return 0
 
 
-# --- use ------------------------------------------------------------------------------------------------------------
+# --- use ----------------------------------------------------------------------------------------------------
 
 
-def _evaluate(words: list[str]) -> int:
-    def evaluate(
-        backbone: str,
-        /,
-        *,
-        train: str,
-        test: str,
-        out: Path,
-        protocols: tuple[str, ...] = ("knn", "linear", "fewlabels", "clustering"),
-        baseline: bool = False,
-        device: Device = "auto",
-        workers: int | None = None,
-        seed: int = 0,
-        image_size: int | None = None,
-        batch_size: int = 256,
-    ) -> int:
-        """Judge a backbone by labelled images that it did not need for training.
+def evaluate(
+    backbone: str,
+    /,
+    *,
+    train: str,
+    test: str,
+    out: Path,
+    protocols: tuple[str, ...] = ("knn", "linear", "fewlabels", "clustering"),
+    baseline: bool = False,
+    device: Device = "auto",
+    workers: int | None = None,
+    seed: int = 0,
+    image_size: int | None = None,
+    batch_size: int = 256,
+) -> int:
+    """Judge a backbone on labelled images.
 
-        Args:
-            backbone: a run folder, a .safetensors file of a ResNet, or random:NETWORK.
-            train: labelled images to learn from.
-            test: labelled images to be judged on.
-            out: folder of evaluation.json; the run's own folder is a good place.
-            protocols: any of knn, linear, linear-swav, linear-jigclu, fewlabels, clustering.
-            baseline: also score the same network at random init.
-            device: where to run.
-            workers: decoding threads; default: the cores at hand.
-            seed: of every random choice of the protocols.
-            image_size: pixels of the evaluated crop; default: the run's.
-            batch_size: images per forward pass; changes the speed, not the result.
-        """
-        from tessella.engine.evaluate import evaluate as run_evaluation
+    Args:
+        backbone: a run folder, a .safetensors file of a ResNet, or random:NETWORK.
+        train: labelled images to learn from.
+        test: labelled images to be judged on.
+        out: folder of evaluation.json; in the run's own folder, `tessella report` shows it.
+        protocols: any of knn, linear, linear-swav, linear-jigclu, fewlabels, clustering.
+        baseline: also score the same network at random init.
+        device: where to run.
+        workers: decoding threads; default: the cores at hand.
+        seed: of every random choice of the protocols.
+        image_size: pixels of the evaluated crop; default: the run's.
+        batch_size: images per forward pass; changes the speed, not the result.
+    """
+    from tessella.engine.evaluate import evaluate as score
 
-        run_evaluation(
-            backbone,
-            train,
-            test,
-            protocols=protocols,
-            out=out,
-            baseline=baseline,
-            device=device,
-            workers=workers,
-            seed=seed,
-            image_size=image_size,
-            batch_size=batch_size,
-        )
-        _tell_written(out / "evaluation.json")
-        return 0
-
-    return _parse("evaluate", evaluate, words)()
+    score(
+        backbone,
+        train,
+        test,
+        protocols=protocols,
+        out=out,
+        baseline=baseline,
+        device=device,
+        workers=workers,
+        seed=seed,
+        image_size=image_size,
+        batch_size=batch_size,
+    )
+    _tell_written(out / "evaluation.json")
+    return 0
 
 
-def _embed(words: list[str]) -> int:
-    def embed(
-        backbone: str,
-        data: str,
-        /,
-        *,
-        out: Path,
-        labels: bool = False,
-        device: Device = "auto",
-        workers: int | None = None,
-        image_size: int | None = None,
-        batch_size: int = 256,
-    ) -> int:
-        """Write the features of images to a file.
+def embed(
+    backbone: str,
+    data: str,
+    /,
+    *,
+    out: Path,
+    labels: bool = False,
+    device: Device = "auto",
+    workers: int | None = None,
+    image_size: int | None = None,
+    batch_size: int = 256,
+) -> int:
+    """Write the features of images to a file.
 
-        Args:
-            backbone: a run folder, a .safetensors file of a ResNet, or random:NETWORK.
-            data: the images.
-            out: NAME.parquet, or NAME.npy with the images' names and ids in files beside it.
-            labels: write class labels too (parquet only).
-            device: where to run.
-            workers: decoding threads; default: the cores at hand.
-            image_size: pixels of the evaluated crop; default: the run's.
-            batch_size: images per forward pass; changes the speed, not the result.
-        """
-        from tessella.engine.embed import embed as write_embedding
+    Args:
+        backbone: a run folder, a .safetensors file of a ResNet, or random:NETWORK.
+        data: the images.
+        out: NAME.parquet, or NAME.npy with the images' names and ids in files beside it.
+        labels: write class labels too (parquet only).
+        device: where to run.
+        workers: decoding threads; default: the cores at hand.
+        image_size: pixels of the evaluated crop; default: the run's.
+        batch_size: images per forward pass; changes the speed, not the result.
+    """
+    from tessella.engine.embed import embed as write_features
 
-        features = write_embedding(
-            backbone,
-            data,
-            out,
-            labels=labels,
-            device=device,
-            workers=workers,
-            image_size=image_size,
-            batch_size=batch_size,
-        )
-        count, dim = features.x.shape
-        skipped = f"; {len(features.skipped)} could not be read" if features.skipped else ""
-        _tell_written(out, f" ({count} images, {dim} values each{skipped})")
-        return 0
-
-    return _parse("embed", embed, words)()
+    features = write_features(
+        backbone,
+        data,
+        out,
+        labels=labels,
+        device=device,
+        workers=workers,
+        image_size=image_size,
+        batch_size=batch_size,
+    )
+    count, dim = features.x.shape
+    skipped = f"; {len(features.skipped)} could not be read" if features.skipped else ""
+    _tell_written(out, f" ({count} images, {dim} values each{skipped})")
+    return 0
 
 
-def _report(words: list[str]) -> int:
-    def report(run: Path, /) -> int:
-        """Write RUN/report.html: curves, views as the method saw them, clusters, settings.
+def report(run: Path, /) -> int:
+    """Write RUN/report.html: figures, curves, views as the method saw them, settings.
 
-        Args:
-            run: a run folder.
-        """
-        from tessella.engine.config import load_config
-        from tessella.report.run import write_report
+    Args:
+        run: a run folder.
+    """
+    from tessella.data.sources import open_images
+    from tessella.engine.config import load_config
+    from tessella.methods import METHODS
+    from tessella.report.run import write_report
 
-        load_config(run / "config.yaml")  # says so, if this is no run
-        _tell_written(write_report(run))
-        return 0
+    config = load_config(run / "config.yaml")
+    spec = METHODS[config.method.name][1].view_spec(config.method)
+    images = clusters = None
+    try:  # a page without pictures is better than none
+        images = open_images(config.data)
+        clusters = _clusters(run, images)
+    except UserError as error:
+        _say(f"the page shows less, because {error}")
+    _tell_written(write_report(run, images=images, spec=spec, clusters=clusters))
+    return 0
 
-    return _parse("report", report, words)()
+
+def _clusters(run: Path, images: ImageSet) -> list[int] | None:
+    """The method's cluster of each image, -1 for the unreadable; None if there is nothing to show."""
+    import torch
+
+    from tessella.engine.launch import cores_at_hand, pick_device
+    from tessella.engine.weights import resolve_backbone
+    from tessella.protocols.features import extract
+
+    loaded = resolve_backbone(str(run))
+    if loaded.method is None or not loaded.method.clusters or len(images) > _MOST_CLUSTERED:
+        return None
+    device, method = pick_device("auto"), loaded.method
+    features = extract(loaded.backbone, images, loaded.transform, device=device, workers=cores_at_hand())
+    with torch.inference_mode():
+        parts = [method.to(device).assign(x.to(device)).cpu() for x in features.x.split(4096)]
+    numbers = torch.full((len(images),), -1)
+    numbers[torch.from_numpy(features.rows)] = torch.cat(parts)
+    return numbers.tolist()
 
 
-# --- look -----------------------------------------------------------------------------------------------------------
+# --- look ---------------------------------------------------------------------------------------------------
 
 
-def _recipes(words: list[str]) -> int:
-    def recipes(name: str | None = None, /) -> int:
-        """List the recipes, or show one with its source, cost and settings.
+def recipes(name: str | None = None, /) -> int:
+    """List the recipes, or show one with its source, cost and settings.
 
-        Args:
-            name: of a recipe; without it, all are listed.
-        """
-        print("\n".join(_recipe_lines() if name is None else _recipe_page(name)))
-        return 0
-
-    return _parse("recipes", recipes, words)()
+    Args:
+        name: of a recipe; without it, all are listed.
+    """
+    print("\n".join(_recipe_lines() if name is None else _recipe_page(name)))
+    return 0
 
 
 def _recipe_lines() -> list[str]:
     from tessella.recipes import RECIPES
 
     width = max(map(len, RECIPES))
-    return [f"{name:<{width}}  {(run.__doc__ or '').partition('\n')[0]}" for name, run in RECIPES.items()]
+    return [f"{name:<{width}}  {(run.__doc__ or '').splitlines()[0]}" for name, run in RECIPES.items()]
 
 
 def _recipe_page(name: str) -> list[str]:
-    import inspect
-
     from tessella.engine.config import to_yaml
     from tessella.recipes import RECIPES, recipe
 
@@ -371,61 +380,63 @@ def _recipe_page(name: str) -> list[str]:
         f"Command: tessella pretrain {name} --data DATA --out RUN",
         f"Cost:    {_cost(config)}",
         "",
-        "Settings, each of which the command takes (method.temperature as --method.temperature VALUE):",
+        "Settings; each can be given, as in --method.temperature 0.2:",
         "",
         to_yaml(config).rstrip(),
     ]
 
 
 def _cost(config: RunConfig) -> str:
-    """Forwards per image, counted in images of the first view's size; a montage of m x m tiles is one image."""
+    """Forwards per image, in images of the first view's size; a montage of m x m tiles is one image."""
     from tessella.methods import METHODS
 
     groups = METHODS[config.method.name][1].view_spec(config.method).groups
     side = groups[0].size * groups[0].tiles
     forwards = sum(group.views * group.size**2 for group in groups) / side**2
-    views = " + ".join(f"{group.views} x {group.size}" for group in groups)
-    kind = "one montage of its tiles" if groups[0].tiles > 1 else "its crops"
-    return f"{forwards:.3g} forwards of {side} x {side} pixels per image and epoch: {kind}, {views} pixels"
+    views = " and ".join(f"{group.views} of {group.size}" for group in groups)
+    seen = f"tiles, {views} pixels, in one montage" if groups[0].tiles > 1 else f"crops, {views} pixels"
+    unit = "forward" if forwards == 1 else "forwards"
+    return f"{forwards:.3g} {unit} of {side} x {side} pixels per image and epoch ({seen})"
 
 
-def _scan(words: list[str]) -> int:
-    def scan(data: str, /) -> int:
-        """Look at images before training: how many, how large, what cannot be read, which recipe fits.
+def scan(data: str, /) -> int:
+    """Look at images before training: how many, how large, what cannot be read, which recipe fits.
 
-        Args:
-            data: the images.
-        """
-        from tessella.data.sources import open_images
+    Args:
+        data: the images.
+    """
+    from tessella.data.sources import open_images
 
-        print("\n".join(map(_printable, _scan_lines(open_images(data)))))
-        return 0
-
-    return _parse("scan", scan, words)()
+    print("\n".join(map(_printable, _scan_lines(open_images(data)))))
+    return 0
 
 
 def _scan_lines(images: ImageSet) -> list[str]:
     import numpy as np
 
-    widths, heights = images.sizes[:, 0], images.sizes[:, 1]
-    short = int(np.median(images.sizes.min(axis=1)))
+    widths, heights = np.asarray(images.sizes).T
+    short = int(np.median(np.minimum(widths, heights)))
     if images.uniform_size:
-        sizes = "all {} x {} pixels".format(*images.uniform_size)
+        sizes = f"all {widths[0]} x {heights[0]} pixels"
     else:
         sizes = (
             f"{widths.min()} to {widths.max()} pixels wide, {heights.min()} to {heights.max()} high; "
-            f"shorter side {short} in the median"
+            f"the shorter side has {short} in the median"
         )
-    lines = [
+    failed = images.unreadable
+    names, reason = suggested_recipes(short)
+    return [
         f"images      {len(images):,}",
         f"sizes       {sizes}",
-        f"unreadable  {len(images.unreadable):,}",
+        f"unreadable  {len(failed):,}",
+        *(f"            {key}: {why}" for key, why in failed[:_SHOWN_UNREADABLE]),
+        *(
+            [f"            and {len(failed) - _SHOWN_UNREADABLE:,} more"]
+            if len(failed) > _SHOWN_UNREADABLE
+            else []
+        ),
+        f"recipe      {' or '.join(names)}: {reason}",
     ]
-    lines += [f"            {key}: {reason}" for key, reason in images.unreadable[:_SHOWN_UNREADABLE]]
-    if len(images.unreadable) > _SHOWN_UNREADABLE:
-        lines.append(f"            and {len(images.unreadable) - _SHOWN_UNREADABLE:,} more")
-    names, reason = suggested_recipes(short)
-    return [*lines, f"recipe      {' or '.join(names)}: {reason}"]
 
 
 def suggested_recipes(short_side: int) -> tuple[tuple[str, ...], str]:
@@ -435,89 +446,101 @@ def suggested_recipes(short_side: int) -> tuple[tuple[str, ...], str]:
         short_side: pixels, in the median.
     """
     if short_side <= 64:
-        return ("swav_cpu", "jigclu_cpu"), "made for images of about 32 pixels; minutes on two cores"
+        return ("swav_cpu", "jigclu_cpu"), "made for images of about 32 pixels, minutes on two cores"
     return (
         ("swav_imagenet_200ep_bs256", "jigclu_imagenet_200ep"),
-        "made for photos, on a GPU; JigClu makes one forward per image. To try things out on a CPU: swav_cpu",
+        "made for photos, on GPUs; on a CPU, try things out with swav_cpu",
     )
 
 
-# --- words ----------------------------------------------------------------------------------------------------------
+# --- words --------------------------------------------------------------------------------------------------
 
 
-def _first_word(command: str, words: list[str], what: str) -> tuple[str | None, list[str]]:
-    """The word that says what the options mean, and the options; None for a question for help."""
-    if words and words[0] in _HELP:
-        return None, []
+def _typed(function: Callable[..., int]) -> Callable[[list[str]], int]:
+    """A command whose words are its function's arguments: positional before `/`, options after `*`."""
+    return lambda words: _parse(function.__name__, function, words)()
+
+
+def _first_word(command: str, what: str, words: list[str]) -> tuple[str, list[str]]:
+    """The word that decides what the options mean, and the options."""
     if not words or words[0].startswith("-"):
         raise UserError(f"{what} comes first: tessella {command} {COMMANDS[command].usage}")
     return words[0], words[1:]
 
 
 def _parse(
-    command: str,
-    target: Any,
-    words: list[str],
-    *,
-    prog: str | None = None,
-    default: Any = None,
-    description: str = "",
+    command: str, target: Any, words: list[str], *, prog: str | None = None, default: Any = None
 ) -> Any:
     """Typed settings from words.
 
     Args:
         command: for the usage in messages.
-        target: a function, or a dataclass.
+        target: a function or a dataclass; its docstring and comments are the help.
         words: the options.
         prog: what the help calls the command.
         default: of a dataclass.
-        description: of a dataclass; a function has its docstring.
 
     Returns:
-        The function with its arguments bound, to be called, or an instance of the dataclass.
+        The function with its arguments bound, ready to be called, or an instance of the dataclass.
 
     Raises:
-        UserError: the words do not fit. tyro says so in a box of many lines; here it becomes one.
+        UserError: the words do not fit.
         SystemExit: help was asked for, and shown.
     """
     import tyro
 
-    parsed = (
-        target if isinstance(target, type) else functools.wraps(target)(functools.partial(_bound, target))
-    )
-    said = io.StringIO()
+    prog = prog or f"tessella {command}"
+    target = target if isinstance(target, type) else _recording(target)
+    boxes = io.StringIO()  # tyro tells errors in a box of many lines; a user error is one line
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(boxes):
             return tyro.cli(
-                parsed,
-                prog=prog or f"tessella {command}",
-                description=description or None,
+                target,
+                prog=prog,
                 args=words,
                 default=tyro.MISSING_NONPROP if default is None else default,
-                config=(tyro.conf.AvoidSubcommands,),  # a run's method is the recipe's
+                config=(tyro.conf.AvoidSubcommands,),  # a run's method is its recipe's
             )
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
-        raise UserError(
-            f"{_in_one_line(said.getvalue())}; usage: tessella {command} {COMMANDS[command].usage}"
-        ) from None
+    usage = f"tessella {command} {COMMANDS[command].usage}"
+    raise UserError(f"{_in_one_line(boxes.getvalue())}. Usage: {usage}; `{prog} --help` explains all")
 
 
-def _bound(function: Callable[..., int], *args: Any, **kwargs: Any) -> Callable[[], int]:
-    return functools.partial(function, *args, **kwargs)
+def _recording(function: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """What tyro may call: it binds the arguments and leaves the command to be run outside of the parser."""
+    import tyro
+
+    def record(*args: Any, **kwargs: Any) -> Callable[[], int]:
+        return functools.partial(function, *args, **kwargs)
+
+    signature, hints = inspect.signature(function), typing.get_type_hints(function)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            hints[name] = Annotated[hints[name], tyro.conf.arg(metavar=name.upper())]
+    typed = [parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()]
+    record.__doc__, record.__annotations__ = function.__doc__, hints
+    record.__signature__ = signature.replace(parameters=typed)  # type: ignore[attr-defined]
+    return record
 
 
 def _in_one_line(box: str) -> str:
     """What a box of tyro says: its first section, and the options that it thinks were meant."""
-    text = re.sub(r"[─│╭╮╰╯|+]|-{3,}", " ", box.partition("\n")[2])
-    message = re.split(r"Argument helptext:|For full helptext|Perhaps you meant:|Similar arguments:", text)
-    meant = re.findall(r"(?<!\S)--[a-z][\w.-]*", text.partition("Perhaps you meant:")[2])
-    hint = f" (did you mean {' or '.join(dict.fromkeys(meant))}?)" if meant else ""
-    return " ".join(message[0].split()).rstrip(".") + hint
+    lines = [line.strip(" │|") for line in box.splitlines()[1:-1]]
+    body = " ".join(line for line in lines if not re.fullmatch("[─-]*", line))
+    if "(required)" in body:
+        missing = [line.split()[0] for line in lines if re.fullmatch(r"--[\w.-]+ \S+|\[?[A-Z]{2,}\]?", line)]
+        return f"{', '.join(missing)} must be given"
+    said, _, meant = body.partition("Perhaps you meant:")
+    said = re.split(r"Argument helptext:|For full helptext", said)[0].strip().rstrip(".")
+    said = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", said)
+    said = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", said)
+    flags = list(dict.fromkeys(re.findall(r"(?<!\S)--[a-z][\w.-]*", meant.partition("For full helptext")[0])))
+    return said + (f" (did you mean {' or '.join(flags[:3])}?)" if flags else "")
 
 
-# --- console --------------------------------------------------------------------------------------------------------
+# --- console ------------------------------------------------------------------------------------------------
 
 
 def _tell_written(path: Path, more: str = "") -> None:
@@ -526,38 +549,62 @@ def _tell_written(path: Path, more: str = "") -> None:
 
 
 def _say(text: str) -> None:
-    """One line on standard error: once per machine, because another machine's trouble may be its own."""
+    """One line on standard error, once per machine: another machine's trouble may be its own."""
     if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0:
         who = f"tessella (rank {_rank()})" if _rank() else "tessella"
         print(f"{who}: {_printable(text)}", file=sys.stderr)
 
 
 def _rank() -> int:
-    """This process's rank, as the launcher says, because torch may not be loaded."""
+    """This process's rank as its launcher names it; torch may not be loaded."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
 
 
 def _printable(text: str) -> str:
-    """Text for a terminal: foreign names may hold control characters."""
+    """Text for a terminal: one line, and no control characters that a foreign name may hold."""
     text = " ".join(text.splitlines())
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "[--out DIR] [--seeds N]", "embedded digits, no network: pretrain, evaluate, report", _demo
+        "[--out DIR] [--seeds N]",
+        "embedded digits, no network: pretrain, evaluate, report",
+        _typed(demo),
     ),
-    "scan": Command("DATA", "what is in a data set, what cannot be read, which recipe fits", _scan),
-    "recipes": Command("[NAME]", "list complete runs, or show one with its source and cost", _recipes),
+    "scan": Command(
+        "DATA",
+        "what is in a data set, what cannot be read, which recipe fits",
+        _typed(scan),
+    ),
+    "recipes": Command(
+        "[NAME]",
+        "list complete runs, or show one with its source and cost",
+        _typed(recipes),
+    ),
     "pretrain": Command(
-        "RECIPE --data DATA --out RUN [--SETTING VALUE ...]", "train a backbone on images", _pretrain
+        "RECIPE --data DATA --out RUN [--SETTING VALUE ...]",
+        "train a backbone on unlabelled images",
+        pretrain,
     ),
-    "resume": Command("RUN [--SETTING VALUE ...]", "go on exactly where a run stopped", _resume),
+    "resume": Command(
+        "RUN [--SETTING VALUE ...]",
+        "go on exactly where a run stopped",
+        resume,
+    ),
     "evaluate": Command(
         "BACKBONE --train DATA --test DATA --out DIR [--protocols NAME ...] [--baseline]",
         "judge a backbone: kNN, linear probe, few labels, clustering",
-        _evaluate,
+        _typed(evaluate),
     ),
-    "embed": Command("BACKBONE DATA --out FILE", "write features as .parquet or .npy", _embed),
-    "report": Command("RUN", "write a page about a run", _report),
+    "embed": Command(
+        "BACKBONE DATA --out FILE",
+        "write features as .parquet or .npy",
+        _typed(embed),
+    ),
+    "report": Command(
+        "RUN",
+        "write a page about a run",
+        _typed(report),
+    ),
 }

@@ -224,10 +224,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _orientation_of_header(image: Image.Image, encoded: bytes) -> int:
-    if image.format == "PNG" and "exif" not in image.info:
-        if not any(mark in encoded for mark in _PNG_ORIENTATION_MARKS):
-            return 1  # getexif would decode the whole image to look behind the pixels
-        image.load()
+    """As `_orientation`, without decoding a PNG's pixels just to see that nothing lies behind them."""
+    if image.format == "PNG" and not any(mark in encoded for mark in _PNG_ORIENTATION_MARKS):
+        return 1
     return _orientation(image)
 
 

@@ -349,8 +349,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path.name}/{_MANIFEST} is not of a format that this Tessella reads (up to {FORMAT}): "
             "if a newer one wrote it, upgrade"
         )
-    unsealed = {key: value for key, value in manifest.items() if key != "sha256"}
-    if data != _sealed(unsealed):
+    if data != _resealed(manifest):
         raise Damaged(f"{path.name}/{_MANIFEST} has changed since it was written")
     files, tensors = manifest.get("files"), manifest.get("tensors")
     if not (isinstance(files, dict) and isinstance(tensors, dict) and _STATE in files):
@@ -459,6 +458,14 @@ def _sealed(manifest: dict[str, Any]) -> bytes:
     """The manifest's bytes, which end with the hash of all that comes before it."""
     seal = hashlib.sha256(_json_text(manifest).encode("ascii")).hexdigest()
     return _json_text({**manifest, "sha256": seal}).encode("ascii")
+
+
+def _resealed(manifest: dict[str, Any]) -> bytes | None:
+    """The bytes that a read manifest should have; None if `save` cannot have written it."""
+    try:
+        return _sealed({key: value for key, value in manifest.items() if key != "sha256"})
+    except (ValueError, RecursionError):
+        return None
 
 
 def _parse_json_object(path: Path, name: str, data: bytes) -> dict[str, Any]:

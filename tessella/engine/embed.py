@@ -15,7 +15,7 @@ from tessella import dist
 from tessella.data.sources import ImageSet, open_images
 from tessella.engine.checkpoint_files import write_text_atomic
 from tessella.engine.config import to_dict
-from tessella.engine.evaluate import joined_ranks
+from tessella.engine.evaluate import join_ranks
 from tessella.engine.launch import cores_at_hand
 from tessella.engine.weights import Loaded, resolve_backbone, weights_sha256
 from tessella.errors import UserError
@@ -57,23 +57,23 @@ def embed(
         UserError: the input cannot be used, or a file is in the way.
     """
     files = _files(out, labels)
-    with joined_ranks(device) as on:
-        loaded = resolve_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
-        images = open_images(data, labels=labels) if isinstance(data, str) else data
-        features = extract(
-            loaded.backbone,
-            images,
-            loaded.transform,
-            batch_size=batch_size,
-            device=on,
-            workers=workers or cores_at_hand(),
-        )
-        if dist.rank() == 0:
-            if out.suffix == ".npy":
-                _write_npy(files, features, images)
-            else:
-                _write_parquet(out, features, images, labels, _origin(loaded, images))
-        dist.barrier()
+    on = join_ranks(device)
+    loaded = resolve_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
+    images = open_images(data, labels=labels) if isinstance(data, str) else data
+    features = extract(
+        loaded.backbone,
+        images,
+        loaded.transform,
+        batch_size=batch_size,
+        device=on,
+        workers=workers or cores_at_hand(),
+    )
+    if dist.rank() == 0:
+        if out.suffix == ".npy":
+            _write_npy(files, features, images)
+        else:
+            _write_parquet(out, features, images, labels, _origin(loaded, images))
+    dist.barrier()
     return features
 
 

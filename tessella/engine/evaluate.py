@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
@@ -9,27 +10,29 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from torch import Tensor
 
 from tessella import dist
 from tessella.data.sources import ImageSet, open_images
 from tessella.engine.checkpoint_files import write_json_atomic
 from tessella.engine.config import to_dict
 from tessella.engine.launch import cores_at_hand, pick_device
+from tessella.engine.log import printable
+from tessella.engine.run_folder import versions
 from tessella.engine.weights import Loaded, random_twin, resolve_backbone, weights_sha256
 from tessella.errors import UserError
+from tessella.methods.method import Method
 from tessella.protocols import EvalData, default_config, protocol_of
 from tessella.protocols.clustering import score_assignments
 from tessella.protocols.features import frozen
 
 Record = dict[str, Any]
 
-_LIBRARIES = ("tessella", "torch", "numpy", "scipy", "Pillow", "simplejpeg")
 _ASSIGN_ROWS = 4096  # features that a method assigns at a time: (rows, prototypes) scores must fit the device
 _OWN_CLUSTERS = "own-clusters"  # record of a method's own assignments
 _OWN_VERSION = 1
@@ -89,34 +92,34 @@ def evaluate(
     """
     configs = [_seeded(default_config(p) if isinstance(p, str) else p, seed) for p in protocols]
     earlier = _earlier_records(out)  # before hours of work, not after
-    with joined_ranks(device) as on, _full_float32():
-        loaded = (
-            resolve_backbone(backbone, image_size=image_size, seed=seed)
-            if isinstance(backbone, str)
-            else backbone
-        )
-        train_images = open_images(train, labels=True) if isinstance(train, str) else train
-        test_images = train_images if test == train else test
-        test_images = open_images(test_images, labels=True) if isinstance(test_images, str) else test_images
-        data = EvalData(
-            train_images, test_images, loaded.transform, on, workers or cores_at_hand(), batch_size
-        )
-        records = [_record(loaded, data, config, seed) for config in configs]
-        if (
-            loaded.method is not None
-            and loaded.method.clusters
-            and "clustering" in (r["protocol"] for r in records)
-        ):
-            records.append(_own_clusters(loaded, data, seed))
+    on = join_ranks(device)
+    with _full_float32():
+        loaded = backbone
+        if isinstance(loaded, str):
+            loaded = resolve_backbone(loaded, image_size=image_size, seed=seed)
+        train_images = _open(train)
+        test_images = train_images if test == train else _open(test)
+        workers = workers or cores_at_hand()
+        data = EvalData(train_images, test_images, loaded.transform, on, workers, batch_size)
+        records = score(loaded, data, configs, seed)
         if baseline:
             _add_baselines(records, configs, random_twin(loaded, seed), data)
         if dist.rank() == 0:
             if out is not None:
-                kept = [
-                    record for record in earlier if _identity(record) not in {_identity(r) for r in records}
-                ]
+                new = {_identity(record) for record in records}
+                kept = [record for record in earlier if _identity(record) not in new]
                 write_json_atomic(out / "evaluation.json", kept + records)
             print_scores(records)
+        dist.barrier()  # no rank goes on before the file is there
+    return records
+
+
+def score(loaded: Loaded, data: EvalData, configs: Sequence[Any], seed: int) -> list[Record]:
+    """One record per protocol; where clustering is asked for, one more for a method that clusters itself."""
+    records = [_record(loaded, data, config, seed) for config in configs]
+    own = loaded.method is not None and loaded.method.clusters
+    if own and "clustering" in (record["protocol"] for record in records):
+        records.append(_own_clusters(loaded, data, seed))
     return records
 
 
@@ -134,9 +137,8 @@ def print_scores(records: list[Record]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(
-        title=escape(f"{records[0]['backbone']} on {records[0]['test']['name']}") if records else None
-    )
+    title = f"{records[0]['backbone']} on {records[0]['test']['name']}" if records else ""
+    table = Table(title=escape(printable(title)))
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i < 2 else "right")
     for row in rows:
@@ -144,21 +146,27 @@ def print_scores(records: list[Record]) -> None:
     Console().print(table)
 
 
-@contextmanager
-def joined_ranks(device: str) -> Iterator[torch.device]:
-    """This rank's device; under torchrun, the process group too, unless there is one already."""
+def join_ranks(device: str) -> torch.device:
+    """This rank's device; under torchrun, the process group is started unless there is one already."""
     on = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_launched():
-        yield on
-        return
+        return on
     if on.type == "cuda":
         on = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(on)
     torch_dist.init_process_group("nccl" if on.type == "cuda" else "gloo")
-    try:
-        yield on
-    finally:
+    # Not earlier: torch cannot start a second group under one torchrun, and another evaluation may follow.
+    atexit.register(_leave_ranks)
+    return on
+
+
+def _leave_ranks() -> None:
+    if dist.is_launched():
         torch_dist.destroy_process_group()
+
+
+def _open(images: str | ImageSet) -> ImageSet:
+    return open_images(images, labels=True) if isinstance(images, str) else images
 
 
 def _record(loaded: Loaded, data: EvalData, config: Any, seed: int) -> Record:
@@ -175,13 +183,17 @@ def _own_clusters(loaded: Loaded, data: EvalData, seed: int) -> Record:
     start = time.perf_counter()
     features = data.features(loaded.backbone, "test")
     assert features.labels is not None
-    method.to(data.device)
-    with frozen(method), torch.inference_mode():
-        parts = [method.assign(x.to(data.device)).cpu() for x in features.x.split(_ASSIGN_ROWS)]
     present, labels = features.labels.unique(return_inverse=True)
-    scores = score_assignments(torch.cat(parts), labels, method.clusters)
+    scores = score_assignments(assign(method, features.x, data.device), labels, method.clusters)
     sizes = {"split": "test", "clusters": method.clusters, "classes": len(present)}
     return _signed(_OWN_CLUSTERS, _OWN_VERSION, scores | sizes, {}, loaded, data, seed, start)
+
+
+def assign(method: Method, features: Tensor, device: torch.device) -> Tensor:
+    """The method's own cluster of each image: (n, feature_dim) features -> (n,) int64 on the CPU."""
+    method.to(device)
+    with frozen(method), torch.inference_mode():
+        return torch.cat([method.assign(x.to(device)).cpu() for x in features.split(_ASSIGN_ROWS)])
 
 
 def _signed(
@@ -209,7 +221,7 @@ def _signed(
         "seed": seed,
         "device": torch.cuda.get_device_name(data.device) if data.device.type == "cuda" else data.device.type,
         "ranks": dist.world_size(),
-        "libraries": {library: _version(library) for library in _LIBRARIES},
+        "libraries": versions(),
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -291,13 +303,6 @@ def _percent(scores: Record, name: str) -> str:
     stds = scores.get("std", {})
     spread = stds.get(name, scores.get(name.replace("top1_", "std_")) if name.startswith("top1_") else None)
     return f"{100 * scores[name]:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
 
 
 @contextmanager

@@ -31,7 +31,7 @@ COLLAPSED_STD = 0.05
 COLLAPSED_RANK = 2.0
 # Collapsed runs that users reported rested within 1e-4 of ln K. A healthy loss passes through that value, but
 # does not stay within 0.1 % of it for five reports.
-COLLAPSED_LOSS = 1e-3
+COLLAPSED_LOSS = 3e-4
 # Assignments spread as if over less than 5 % of the clusters. Uneven clusters are normal, and so are some
 # empty ones.
 FEW_CLUSTERS = 0.05

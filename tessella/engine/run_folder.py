@@ -27,7 +27,7 @@ from tessella.engine.monitor import Monitor
 from tessella.errors import UserError
 from tessella.methods.method import Method
 
-_PACKAGES = ("tessella", "torch", "torchvision", "numpy", "Pillow", "simplejpeg", "lightning-fabric", "timm")
+_PACKAGES = ("tessella", "torch", "torchvision", "numpy", "scipy", "Pillow", "simplejpeg", "lightning-fabric", "timm")
 
 _FRESH_SECONDS = 60  # short epochs do not each pay for a checkpoint
 

@@ -167,9 +167,8 @@ def extract(
         for pixels, rows in progress(batches, title, -(-len(mine) // batch_size)):
             if len(rows):  # none, when no image of the batch could be read
                 places = torch.from_numpy(np.asarray(rows) // dist.world_size())
-                with (
-                    torch.inference_mode()
-                ):  # not around the loop: the loader's threads write into its tensors
+                # Inference mode here, not around the loop: the loader's threads write into its tensors.
+                with torch.inference_mode():
                     found[places] = backbone(pixels).float().cpu()
                 seen[places] = 1
     found, seen = gather_rows(found, len(images), device), gather_rows(seen, len(images), device)

@@ -1,17 +1,19 @@
 """Curves and bars as plain numbers, which a template draws as inline SVG.
 
-Positions are in per cent of the plot, and the drawn line lies in a square of 1000 x 1000 units that the browser
-stretches: a chart fits a phone and a poster, while its text keeps its size. No library of charts is needed for this,
-and a page with the picture in it needs no script.
+Positions are in per cent of the plot, and the drawn line lies in a square of 1000 x 1000 units that the
+browser stretches: a chart fits a phone and a poster, while its text keeps its size. It takes neither a
+library of charts nor, in the page, a script.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 _MOST_POINTS = 600  # of a drawn curve: about what a screen can show
+_MOST_BARS = 1500  # of more, evenly spaced ones are drawn
 _GAPS_UP_TO = 150  # bars; more of them are drawn without a gap between them
 
 
@@ -48,7 +50,7 @@ def line_chart(
     """A curve over the steps of a run.
 
     Args:
-        points: (step, value) in ascending order of steps >= 0; None and values that are not finite leave a gap.
+        points: (step, value), steps >= 0 and ascending; None and what is not finite leave a gap.
         title: of the chart.
         sentence: what one sees and what is good.
         from_zero: whether the axis starts at 0.
@@ -64,7 +66,7 @@ def line_chart(
         return None
     reached = [*values, *([rule] if rule is not None else []), *([0.0] if from_zero else [])]
     marks = nice_ticks(min(reached), max(reached))
-    low, high, last = marks[0], marks[-1], max(points[-1][0], 1)
+    low, high, last = marks[0], marks[-1], max(1, *(step for step, _ in points))
     steps = [mark for mark in nice_ticks(0, last, whole=True) if mark <= last]
 
     def y(value: float) -> float:
@@ -73,9 +75,13 @@ def line_chart(
     return Chart(
         title,
         sentence,
-        path=_line(((10 * 100 * step / last, None if v is None else 10 * y(v)) for step, v in _thinned(points))),
+        path=_line(
+            ((10 * 100 * step / last, None if v is None else 10 * y(v)) for step, v in _thinned(points))
+        ),
         filled=False,
-        x_ticks=[Tick(100 * step / last, label) for step, label in zip(steps, tick_labels(steps), strict=True)],
+        x_ticks=[
+            Tick(100 * step / last, label) for step, label in zip(steps, tick_labels(steps), strict=True)
+        ],
         y_ticks=[Tick(y(mark), label) for mark, label in zip(marks, tick_labels(marks), strict=True)],
         x_label="step",
         latest=f"{values[-1]:.4g}",
@@ -87,14 +93,16 @@ def bar_chart(heights: Sequence[int], *, title: str, sentence: str, x_label: str
     """Bars side by side.
 
     Args:
-        heights: of each bar, at least one, >= 0.
+        heights: of each bar, at least one, >= 0, in descending order.
         title: of the chart.
         sentence: what one sees and what is good.
         x_label: what a bar is.
     """
     marks, count = nice_ticks(0, max(max(heights), 1), whole=True), len(heights)
     numbers = [mark for mark in nice_ticks(0, count, whole=True) if 1 <= mark <= count]
-    width = 1000 / count
+    if count > _MOST_BARS:
+        heights = [heights[i * count // _MOST_BARS] for i in range(_MOST_BARS)]
+    width = 1000 / len(heights)
     bar = width * (0.8 if count <= _GAPS_UP_TO else 1.0)
     path = " ".join(
         f"M{i * width + (width - bar) / 2:.1f},1000V{1000 * (1 - height / marks[-1]):.1f}h{bar:.2f}V1000Z"
@@ -107,10 +115,12 @@ def bar_chart(heights: Sequence[int], *, title: str, sentence: str, x_label: str
         path,
         filled=True,
         x_ticks=[
-            Tick(100 * (n - 0.5) / count, label) for n, label in zip(numbers, tick_labels(numbers), strict=True)
+            Tick(100 * (n - 0.5) / count, label)
+            for n, label in zip(numbers, tick_labels(numbers), strict=True)
         ],
         y_ticks=[
-            Tick(100 * (1 - mark / marks[-1]), label) for mark, label in zip(marks, tick_labels(marks), strict=True)
+            Tick(100 * (1 - mark / marks[-1]), label)
+            for mark, label in zip(marks, tick_labels(marks), strict=True)
         ],
         x_label=x_label,
         latest="",
@@ -126,21 +136,21 @@ def nice_ticks(low: float, high: float, whole: bool = False) -> list[float]:
         high: largest value, >= low.
         whole: whether only whole numbers will do.
     """
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a constant is drawn in the middle
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-300):  # a constant is drawn in the middle
         room = abs(low) / 2 or 1.0
         low, high = low - room, high + room
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    if whole:
-        step = max(1.0, math.ceil(step))
+    factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next(factor * power for factor in factors if factor * power >= rough * (1 - 1e-9))
+    step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, last + 1)]
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
     """The numbers with just enough decimals to tell them apart."""
-    step = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=1.0)
+    step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
     if step < 1e-4 or max(map(abs, ticks), default=0) >= 1e7:
         return [f"{tick:.3g}" for tick in ticks]
     decimals = next(d for d in range(6) if abs(step * 10**d - round(step * 10**d)) < 1e-6)
@@ -152,12 +162,14 @@ def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, 
     length = math.ceil(len(points) / (_MOST_POINTS // 2))
     if length <= 2:
         return list(points)
-    kept = []
+    kept: list[tuple[float, float | None]] = []
     for start in range(0, len(points), length):
         stretch = points[start : start + length]
-        with_value = [point for point in stretch if point[1] is not None]
-        ends = {min(with_value, key=lambda p: p[1] or 0.0), max(with_value, key=lambda p: p[1] or 0.0)}
-        kept += sorted(ends) if with_value else [stretch[0]]
+        values = [(value, step) for step, value in stretch if value is not None]
+        if values:
+            kept += [(step, value) for step, value in sorted({min(values)[::-1], max(values)[::-1]})]
+        else:
+            kept.append(stretch[0])
     return kept
 
 

@@ -1,7 +1,7 @@
-"""What a run looked at: augmented views, montages and members of clusters, as PNG files and as data for a page.
+"""What a run looked at: augmented views, montages and members of clusters, as PNG files and for a page.
 
-Views are drawn anew from the run's seed, by the same plan and the same operations as in training: what is shown is
-what the network saw.
+Views are drawn anew from the run's seed, by the same plan and the same operations as in training: what is
+shown is what the network saw (within one level of 255 where training resizes while it decodes).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXAMPLES = 4  # images whose views are shown
 LARGEST = 8  # clusters that are shown
 MEMBERS = 10  # of each
 
-# Orange, blue, green, pink: told apart by most colour-blind readers, and visible on light and dark (Okabe and Ito).
+# Orange, blue, green, pink of Okabe and Ito: colour-blind readers, too, tell them apart on light and dark.
 COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7")
 
 _ORIGINAL_SIDE = 320  # pixels; a page needs no whole photo
@@ -88,6 +88,8 @@ class Album:
     """Pictures saved as PNG in one folder, which holds nothing else."""
 
     def __init__(self, folder: Path) -> None:
+        if folder.is_symlink():  # in a stranger's run it may lead to pictures that are not ours to delete
+            folder.unlink()
         folder.mkdir(exist_ok=True)
         for left_over in folder.glob("*.png"):  # of an earlier report, perhaps of other clusters
             left_over.unlink()
@@ -109,7 +111,9 @@ def example_rows(images: ImageSet, count: int = EXAMPLES) -> list[tuple[int, Pix
     return list({pair[0]: pair for pair in found if pair is not None}.values())
 
 
-def show_views(images: ImageSet, spec: ViewSpec, seed: int, album: Album) -> tuple[list[Example], list[Picture]]:
+def show_views(
+    images: ImageSet, spec: ViewSpec, seed: int, album: Album
+) -> tuple[list[Example], list[Picture]]:
     """Some images as training saw them in its first epoch, and the montages of their tiles.
 
     Args:
@@ -119,10 +123,12 @@ def show_views(images: ImageSet, spec: ViewSpec, seed: int, album: Album) -> tup
         album: where the pictures go.
 
     Returns:
-        The examples; and for each crop group of tiles as many montages as there are examples, their tiles shuffled
-        as in training, though among these images only.
+        The examples; and for each crop group of tiles as many montages as there are examples, their tiles
+        shuffled as in training, though among these images only.
     """
     chosen = example_rows(images)
+    if not chosen:
+        return [], []
     views = [_execute(spec, seed, images, row, pixels) for row, pixels in chosen]
     largest = max(group.size for group in spec.groups)
     examples = []
@@ -137,18 +143,22 @@ def show_views(images: ImageSet, spec: ViewSpec, seed: int, album: Album) -> tup
             ]
             shown.append(Group(pictures, group.size / largest, group.tiles if group.tiles > 1 else 0))
         original = album.add(f"image-{number}", _at_most(pixels, _ORIGINAL_SIDE), name)
-        examples.append(Example(name, original, _boxes(plan, pixels), shown, COLOURS[(number - 1) % len(COLOURS)]))
+        examples.append(
+            Example(name, original, _boxes(plan, pixels), shown, COLOURS[(number - 1) % len(COLOURS)])
+        )
     montages = [
         picture
         for g, group in enumerate(spec.groups)
         if group.tiles > 1
-        for picture in _montages(torch.stack([groups[g] for _, groups in views], dim=1), group.tiles, seed, album)
+        for picture in _montages(
+            torch.stack([groups[g] for _, groups in views], dim=1), group.tiles, seed, album
+        )
     ]
     return examples, montages
 
 
 def show_clusters(images: ImageSet, clusters: ArrayLike, album: Album) -> list[Cluster]:
-    """The largest clusters, each with members spread evenly over the data set: neither the best nor the worst.
+    """The largest clusters, with members spread evenly over the data set: neither the best nor the worst.
 
     Args:
         images: N of them.
@@ -189,11 +199,13 @@ def _execute(
     image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
     groups, first = [], 0
     for group in spec.groups:
-        part = ViewPlan(*(array[0, first : first + group.views] for array in plan))
+        part = ViewPlan(*(array[0] for array in plan.select([0], slice(first, first + group.views))))
         first += group.views
         crops = []
         for left, top, width, height in part.box.tolist():
-            area = image[:, :, top : top + height, left : left + width]  # cut first: a photo is large as floats
+            area = image[
+                :, :, top : top + height, left : left + width
+            ]  # cut first: a photo is large as floats
             crops.append(crop_resize(area, torch.tensor([[0, 0, width, height]]), group.size))
         colours = {name: values for name, values in part._asdict().items() if name != "box"}
         views = photometric(torch.cat(crops), **colours, mean=spec.mean, std=spec.std)

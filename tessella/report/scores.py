@@ -64,7 +64,7 @@ class _Figure(NamedTuple):
     std: float | None
 
 
-_Figures = dict[str, dict[Column, dict[Any, _Figure]]]  # row name -> column -> seed -> figure
+_Figures = dict[str, dict[Column, dict[str, _Figure]]]  # row name -> column -> seed -> figure
 
 
 def score_tables(records: Any, run_name: str) -> list[ScoreTable]:
@@ -96,10 +96,14 @@ def _table(train: str, test: str, records: list[dict[str, Any]], run_name: str) 
                     row.setdefault(column, {})[str(record.get("seed"))] = figure
     columns = sorted({column for row in figures.values() for column in row})
     means = {
-        name: {column: _mean(list(seeds.values())) for column, seeds in row.items()} for name, row in figures.items()
+        name: {column: _mean(list(seeds.values())) for column, seeds in row.items()}
+        for name, row in figures.items()
     }
     trained = {name for name in means if name in (run_name, "pretrained")}
-    rows = [_row(name, means, columns, name in trained) for name in sorted(means, key=lambda n: n in trained)]
+    rows = [
+        _row(_title(name, figures[name], name in trained), means[name], means, columns, name in trained)
+        for name in sorted(means, key=lambda name: name in trained)
+    ]
     headings: list[tuple[str, int]] = []
     for column in columns:
         count = headings.pop()[1] if headings and headings[-1][0] == column.heading else 0
@@ -107,15 +111,28 @@ def _table(train: str, test: str, records: list[dict[str, Any]], run_name: str) 
     return ScoreTable(train, test, _facts(records), columns, headings, rows)
 
 
-def _row(name: str, means: dict[str, dict[Column, _Figure]], columns: list[Column], trained: bool) -> Row:
+def _title(name: str, row: dict[Column, dict[str, _Figure]], trained: bool) -> str:
+    seeds = max(map(len, row.values()), default=1)
+    if seeds > 1:
+        return f"{'pretrained' if trained else name}, mean of {seeds} seeds"
+    return "pretrained (this run)" if trained else name
+
+
+def _row(
+    title: str,
+    figures: dict[Column, _Figure],
+    everyone: dict[str, dict[Column, _Figure]],
+    columns: list[Column],
+    trained: bool,
+) -> Row:
     cells = []
     for column in columns:
-        figure = means[name].get(column)
+        figure = figures.get(column)
         if figure is None:
             cells.append(Cell("", "", "", False))
             continue
-        others = [row[column].value for row in means.values() if column in row]
-        untrained = means.get("random init", {}).get(column)
+        others = [row[column].value for row in everyone.values() if column in row]
+        untrained = everyone.get("random init", {}).get(column)
         cells.append(
             Cell(
                 text=f"{100 * figure.value:.1f}",
@@ -124,7 +141,7 @@ def _row(name: str, means: dict[str, dict[Column, _Figure]], columns: list[Colum
                 best=len(others) > 1 and round(figure.value, 3) == round(max(others), 3),
             )
         )
-    return Row("pretrained (this run)" if trained else name, cells, trained)
+    return Row(title, cells, trained)
 
 
 def _figures(protocol: str, scores: dict[str, Any]) -> Iterator[tuple[Column, _Figure]]:
@@ -138,7 +155,9 @@ def _figures(protocol: str, scores: dict[str, Any]) -> Iterator[tuple[Column, _F
             few = _FEW.match(str(name)) if score == "top1_N" else None
             if (name == score or few) and _is_number(value):
                 number = int(few[1]) if few else 0
-                std = scores.get(f"std_{number}") if few else stds.get(name) if isinstance(stds, dict) else None
+                std = (
+                    scores.get(f"std_{number}") if few else stds.get(name) if isinstance(stds, dict) else None
+                )
                 text = str(number) if few else variant or label
                 yield Column(rank, number, heading, text), _Figure(value, std if _is_number(std) else None)
 
@@ -155,10 +174,12 @@ def _facts(records: Iterable[dict[str, Any]]) -> str:
     sentences = []
     described = [test for test in (record.get("test") for record in records) if isinstance(test, dict)]
     images = next((d["images"] for d in described if _is_number(d.get("images")) and d["images"] > 0), None)
-    classes = next((d["classes"] for d in described if _is_number(d.get("classes")) and d["classes"] > 0), None)
+    classes = next(
+        (d["classes"] for d in described if _is_number(d.get("classes")) and d["classes"] > 0), None
+    )
     if images:
         sentences.append(
-            f"Judged on {images:,.0f} test images, so chance alone moves an accuracy by up to "
+            f"With {images:,.0f} test images, chance alone moves an accuracy by up to "
             f"± {98 / math.sqrt(images):.1f} points (95 %)."
         )
     if classes:
@@ -172,4 +193,6 @@ def _name_of(record: dict[str, Any], split: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
+    )  # no NaN either

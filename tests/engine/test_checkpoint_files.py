@@ -458,6 +458,9 @@ def test_a_manifest_that_lies_under_a_valid_seal_is_refused(lie: str, checkpoint
         "9" * 10_000,
         "\xff",
         '{"format": 1e999}',
+        '{"format": 1, "x": 1e999}',
+        '{"format": 1, "x": NaN}',
+        '{"format": 1, "x": ' + "[" * 900 + "]" * 900 + "}",
     ],
 )
 def test_a_manifest_that_is_not_a_json_object_is_refused(text: str, checkpoint: Path):
@@ -518,6 +521,24 @@ def test_pruning_never_trades_a_valid_checkpoint_for_a_damaged_one(tmp_path: Pat
     assert len(heard) == 2
     save(tmp_path, 200, {}, {})  # the run reaches the damaged one's step
     assert newest(tmp_path, ignore) == tmp_path / "step-00000200"
+
+
+def test_a_pruning_killed_anywhere_leaves_no_half_removed_checkpoint(tmp_path: Path):
+    for call in range(1, 100):
+        folder = tmp_path / str(call)
+        for step in (1, 2, 3):
+            save(folder, step, tensors_of(step), state_of(step))
+        try:
+            with failing_at(call, Killed()):
+                prune(folder)
+        except Killed:
+            for path in folder.glob("step-*"):
+                assert_holds(path, int(path.name[-1]))
+            assert {"step-00000002", "step-00000003"} <= set(names(folder))
+        else:
+            assert names(folder) == ["step-00000002", "step-00000003"]
+            break
+    assert call > 5
 
 
 def test_damage_is_a_warning_unless_somebody_listens(checkpoint: Path):

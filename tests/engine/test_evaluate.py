@@ -114,8 +114,9 @@ def test_the_table_is_plain_where_there_is_no_terminal(capsys):
 
 def test_the_table_is_drawn_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    run()
-    assert "nearest neighbour" in capsys.readouterr().out
+    run(loaded()._replace(name="[red]\x1b[2J"))
+    out = capsys.readouterr().out
+    assert "nearest neighbour" in out and "[red]" in out and "\x1b[2J" not in out
 
 
 def test_an_unknown_protocol_is_refused_with_the_nearest_name():
