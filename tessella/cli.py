@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from tessella.errors import UserError
+from tessella.text import printable
 
 if TYPE_CHECKING:
     from tessella.data.sources import ImageSet
@@ -34,7 +35,6 @@ EXIT_CTRL_C = 130
 
 _HELP = ("-h", "--help")
 _SHOWN_UNREADABLE = 20  # files that `scan` lists with their reason
-_MOST_CLUSTERED = 50_000  # images that `report` sorts into clusters: minutes on a CPU
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -187,9 +187,7 @@ def _until_done(run: Path, train: Callable[[], object]) -> int:
         _say(f"{stop}; `tessella resume {name}` goes on")
         return EXIT_INTERRUPTED
     if _rank() == 0:
-        print(
-            f"Judge it:   tessella evaluate {name} --train LABELLED --test LABELLED --baseline --out {name}"
-        )
+        print(f"Judge it:   tessella evaluate {name} --train LABELLED --test LABELLED --baseline --out {name}")
         print(f"Look at it: tessella report {name}")
     return 0
 
@@ -312,41 +310,10 @@ def report(run: Path, /) -> int:
     Args:
         run: a run folder.
     """
-    from tessella.data.sources import open_images
-    from tessella.engine.config import load_config
-    from tessella.methods import METHODS
-    from tessella.report.run import write_report
+    from tessella.report.of_run import report as write_report
 
-    config = load_config(run / "config.yaml")
-    spec = METHODS[config.method.name][1].view_spec(config.method)
-    images = clusters = None
-    try:  # a page without pictures is better than none
-        images = open_images(config.data)
-        clusters = _clusters(run, images)
-    except UserError as error:
-        _say(f"the page shows less, because {error}")
-    _tell_written(write_report(run, images=images, spec=spec, clusters=clusters))
+    _tell_written(write_report(run))
     return 0
-
-
-def _clusters(run: Path, images: ImageSet) -> list[int] | None:
-    """The method's cluster of each image, -1 for the unreadable; None if there is nothing to show."""
-    import torch
-
-    from tessella.engine.launch import cores_at_hand, pick_device
-    from tessella.engine.weights import resolve_backbone
-    from tessella.protocols.features import extract
-
-    loaded = resolve_backbone(str(run))
-    if loaded.method is None or not loaded.method.clusters or len(images) > _MOST_CLUSTERED:
-        return None
-    device, method = pick_device("auto"), loaded.method
-    features = extract(loaded.backbone, images, loaded.transform, device=device, workers=cores_at_hand())
-    with torch.inference_mode():
-        parts = [method.to(device).assign(x.to(device)).cpu() for x in features.x.split(4096)]
-    numbers = torch.full((len(images),), -1)
-    numbers[torch.from_numpy(features.rows)] = torch.cat(parts)
-    return numbers.tolist()
 
 
 # --- look ---------------------------------------------------------------------------------------------------
@@ -388,9 +355,9 @@ def _recipe_page(name: str) -> list[str]:
 
 def _cost(config: RunConfig) -> str:
     """Forwards per image, in images of the first view's size; a montage of m x m tiles is one image."""
-    from tessella.methods import METHODS
+    from tessella.methods import views_of
 
-    groups = METHODS[config.method.name][1].view_spec(config.method).groups
+    groups = views_of(config.method).groups
     side = groups[0].size * groups[0].tiles
     forwards = sum(group.views * group.size**2 for group in groups) / side**2
     views = " and ".join(f"{group.views} of {group.size}" for group in groups)
@@ -407,7 +374,7 @@ def scan(data: str, /) -> int:
     """
     from tessella.data.sources import open_images
 
-    print("\n".join(map(_printable, _scan_lines(open_images(data)))))
+    print("\n".join(map(printable, _scan_lines(open_images(data)))))
     return 0
 
 
@@ -430,11 +397,7 @@ def _scan_lines(images: ImageSet) -> list[str]:
         f"sizes       {sizes}",
         f"unreadable  {len(failed):,}",
         *(f"            {key}: {why}" for key, why in failed[:_SHOWN_UNREADABLE]),
-        *(
-            [f"            and {len(failed) - _SHOWN_UNREADABLE:,} more"]
-            if len(failed) > _SHOWN_UNREADABLE
-            else []
-        ),
+        *([f"            and {len(failed) - _SHOWN_UNREADABLE:,} more"] if len(failed) > _SHOWN_UNREADABLE else []),
         f"recipe      {' or '.join(names)}: {reason}",
     ]
 
@@ -468,9 +431,7 @@ def _first_word(command: str, what: str, words: list[str]) -> tuple[str, list[st
     return words[0], words[1:]
 
 
-def _parse(
-    command: str, target: Any, words: list[str], *, prog: str | None = None, default: Any = None
-) -> Any:
+def _parse(command: str, target: Any, words: list[str], *, prog: str | None = None, default: Any = None) -> Any:
     """Typed settings from words.
 
     Args:
@@ -545,25 +506,19 @@ def _in_one_line(box: str) -> str:
 
 def _tell_written(path: Path, more: str = "") -> None:
     if _rank() == 0:
-        print(_printable(f"Written: {path}{more}"))
+        print(printable(f"Written: {path}{more}"))
 
 
 def _say(text: str) -> None:
     """One line on standard error, once per machine: another machine's trouble may be its own."""
     if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0:
         who = f"tessella (rank {_rank()})" if _rank() else "tessella"
-        print(f"{who}: {_printable(text)}", file=sys.stderr)
+        print(f"{who}: {printable(text)}", file=sys.stderr)
 
 
 def _rank() -> int:
     """This process's rank as its launcher names it; torch may not be loaded."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
-
-
-def _printable(text: str) -> str:
-    """Text for a terminal: one line, and no control characters that a foreign name may hold."""
-    text = " ".join(text.splitlines())
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 COMMANDS: dict[str, Command] = {

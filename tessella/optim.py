@@ -15,14 +15,16 @@ from torch import Tensor, nn
 class OptimizerConfig:
     """The optimiser and its learning-rate schedule: a linear warm-up, then a cosine."""
 
-    name: Literal["sgd", "larc", "adamw"] = "sgd"
+    name: Literal["sgd", "larc", "lars", "adamw"] = "sgd"
     lr: float = 0.03  # after the warm-up, at the run's batch size; nothing is scaled behind your back
-    momentum: float = 0.9  # of SGD and LARC; AdamW's first beta
+    momentum: float = 0.9  # of SGD, LARC and LARS; AdamW's first beta
     weight_decay: float = 1e-4
     decay_norm_and_bias: bool = True  # the official SwAV and JigClu decay every parameter
-    trust: float = 0.001  # LARC's trust coefficient
+    trust: float = 0.001  # trust coefficient of LARC and LARS
+    idle_epochs: int = 0  # at learning rate 0 before the warm-up, while CoKe finds its first clusters
     warmup_epochs: int = 0
     warmup_lr: float = 0.0  # at the first step of the warm-up
+    warmup_end: Literal["last", "next"] = "last"  # step that has the full rate: the warm-up's last, or the one after it
     final_lr: float = 0.0  # the cosine's end
     per_epoch: bool = False  # keep the learning rate constant within an epoch, as JigClu does
 
@@ -30,8 +32,9 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
     """Learning rate of one update.
 
-    Warm-up: `linspace(warmup_lr, lr)` inclusive at both ends. Then `final + (lr - final) (1 + cos(pi t / T)) / 2`,
-    t = 0 ... T - 1, in steps, or in epochs if `per_epoch`. SwAV, main_swav; JigClu, section 10 of its specification.
+    Warm-up over W: `linspace(warmup_lr, lr)` inclusive at both ends; or, if `warmup_end` is "next", in shares
+    max(t, 1) / W, t = 0 ... W - 1. Then `final + (lr - final) (1 + cos(pi t / T)) / 2`, t = 0 ... T - 1. In steps, or
+    in epochs if `per_epoch`. SwAV, main_swav; JigClu, section 10 of its specification; CoKe, main_*.
 
     Args:
         config: the schedule.
@@ -40,9 +43,13 @@ def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, epoc
         epochs: of the run.
     """
     now, unit = (step // steps_per_epoch, 1) if config.per_epoch else (step, steps_per_epoch)
-    warmup, total = config.warmup_epochs * unit, epochs * unit
+    warmup, total = config.warmup_epochs * unit, (epochs - config.idle_epochs) * unit
+    now -= config.idle_epochs * unit
+    if now < 0:
+        return 0.0
     if now < warmup:
-        share = now / (warmup - 1) if warmup > 1 else 1.0
+        inclusive = now / (warmup - 1) if warmup > 1 else 1.0
+        share = inclusive if config.warmup_end == "last" else max(now, 1) / warmup
         return config.warmup_lr + share * (config.lr - config.warmup_lr)
     t = (now - warmup) / max(total - warmup, 1)
     return config.final_lr + 0.5 * (config.lr - config.final_lr) * (1 + math.cos(math.pi * t))
@@ -52,11 +59,14 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     """The optimiser over all trainable parameters of `module`."""
     decayed = [p for p in module.parameters() if p.requires_grad and (p.dim() > 1 or config.decay_norm_and_bias)]
     plain = [p for p in module.parameters() if p.requires_grad and not (p.dim() > 1 or config.decay_norm_and_bias)]
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}] if plain else [{"params": decayed}]
+    groups: list[dict[str, Any]] = [{"params": decayed}]
+    if plain:
+        groups.append({"params": plain, "weight_decay": 0.0})
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
-    if config.name == "larc":
-        return LARC(groups, config.lr, config.momentum, config.weight_decay, config.trust)
+    if config.name in ("larc", "lars"):
+        kind = LARS if config.name == "lars" else LARC
+        return kind(groups, config.lr, config.momentum, config.weight_decay, config.trust)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
@@ -101,4 +111,25 @@ class LARC(torch.optim.SGD):
         scale = torch.where(both, self.trust * p_norm / (g_norm + decay * p_norm + self.eps), 1.0)
         decayed = torch._foreach_mul(params, list((decay * both).unbind()))
         torch._foreach_add_(grads, decayed)
+        torch._foreach_mul_(grads, list(scale.unbind()))
+
+
+class LARS(LARC):
+    """SGD with momentum whose gradients of matrices and filters are first scaled to the size of the weights.
+
+    For each tensor with gradient and more than one dimension: g <- a (g + wd p) with a = trust |p| / |g + wd p|, or 1
+    if either norm is 0. Biases and norms get neither decay nor scaling.
+
+    Source: You, Gitman, Ginsburg, 2017, in the variant of CoKe's official runs.
+    """
+
+    def _scale_gradients(self, params: list[Tensor], decay: float) -> None:
+        params = [p for p in params if p.dim() > 1]
+        if not params:
+            return
+        grads = [p.grad for p in params if p.grad is not None]
+        torch._foreach_add_(grads, params, alpha=decay)
+        p_norm = torch.stack(torch._foreach_norm(params))
+        g_norm = torch.stack(torch._foreach_norm(grads))
+        scale = torch.where((p_norm > 0) & (g_norm > 0), self.trust * p_norm / g_norm, 1.0)
         torch._foreach_mul_(grads, list(scale.unbind()))

@@ -1,0 +1,1 @@
+"""Images in: sources, index, view plans, order, loader."""

@@ -192,9 +192,7 @@ def _open(encoded: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise Unreadable(
-            f"not an image of a known format ({', '.join(FORMATS)}), or its header is damaged"
-        ) from error
+        raise Unreadable(f"not an image of a known format ({', '.join(FORMATS)}), or its header is damaged") from error
     except Exception as error:
         raise Unreadable(_reason(error)) from error
     _check_pixels(*image.size)
@@ -251,9 +249,7 @@ def _sixteen_bits(image: Image.Image) -> NDArray[np.uint8]:
     values = np.asarray(image)
     if image.mode == "I":  # 32 bits in memory; PNG and PPM hold 16-bit values there
         if image.format not in ("PNG", "PPM"):
-            raise Unreadable(
-                "32-bit integer pixels: their range is unknown; save the image with 8 or 16 bits"
-            )
+            raise Unreadable("32-bit integer pixels: their range is unknown; save the image with 8 or 16 bits")
         values = values.clip(0, 65535)
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 

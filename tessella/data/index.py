@@ -9,7 +9,6 @@ per machine. Every image has an id that depends on its key alone: it stays when 
 """
 
 # Paths of images are plain strings, because Path objects for millions of files cost more than their headers.
-# ruff: noqa: PTH116
 
 from __future__ import annotations
 
@@ -54,9 +53,7 @@ class Listing:
     byte_sizes: Sequence[int] | None  # None when an image's size is known only by reading it
     labels: Sequence[int] | None = None  # class of each image, -1 for none
     classes: list[str] = field(default_factory=list)
-    columns: dict[str, Sequence[int]] = field(
-        default_factory=dict
-    )  # what the source needs to find an image again
+    columns: dict[str, Sequence[int]] = field(default_factory=dict)  # what the source needs to find an image again
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # key, reason
     watched: list[Evidence] = field(default_factory=list)  # tells later whether the listing still holds
 
@@ -255,9 +252,7 @@ def _encode(key: str) -> bytes:
 
 def _build(listing: Listing) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Columns and meta data: headers read, unreadable images set apart, rows sorted by key."""
-    position_of = {
-        _encode(key): position for position, key in enumerate(listing.keys)
-    }  # of equal keys the last
+    position_of = {_encode(key): position for position, key in enumerate(listing.keys)}  # of equal keys the last
     keys = sorted(position_of)
     positions = [position_of[key] for key in keys]
     measured = _measure(listing, positions)
@@ -266,9 +261,7 @@ def _build(listing: Listing) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     bad = [(listing.keys[positions[i]], found) for i, found in enumerate(measured) if isinstance(found, str)]
     table = np.array([measured[i] for i in good], dtype=np.int64).reshape(-1, 3)
     chosen = np.array([positions[i] for i in good], dtype=np.int64)
-    labels = (
-        np.full(len(good), -1) if listing.labels is None else np.asarray(listing.labels, np.int64)[chosen]
-    )
+    labels = np.full(len(good), -1) if listing.labels is None else np.asarray(listing.labels, np.int64)[chosen]
     columns = _columns([keys[i] for i in good], table[:, :2].astype(np.int32), table[:, 2], labels)
     for name, values in listing.columns.items():
         columns[f"source_{name}"] = np.asarray(values, dtype=np.int64)[chosen]
@@ -387,10 +380,7 @@ def _load(folder: Path, files: Sequence[str]) -> Index | None:
             evidence_of(entry[0]) != tuple(entry) for entry in known
         ):
             return None
-        columns = {
-            name: np.load(built / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in meta["columns"]
-        }
+        columns = {name: np.load(built / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in meta["columns"]}
         return Index(columns, meta)
     except (OSError, ValueError, KeyError, TypeError):
         return None

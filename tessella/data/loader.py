@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tessella.data.batch import Batch
 from tessella.data.decode import Unreadable
-from tessella.data.sampler import check_shares, share
+from tessella.data.sampler import Order, check_shares, share
 from tessella.data.sources import ImageSet
 from tessella.data.views import CropGroup, ViewPlan, ViewSpec, draw
 from tessella.errors import UserError
@@ -43,21 +43,6 @@ _LONGEST_STRIP = 16  # longer side / shorter side that an evaluation resizes who
 
 T = TypeVar("T")
 Task = Callable[[], None]
-
-
-class Order(Protocol):
-    """What the loader asks of an order; see `data.sampler`."""
-
-    batch_size: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Full batches in one epoch."""
-        ...
-
-    def batch(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """(batch_size,) rows of one step over all ranks."""
-        ...
 
 
 class _Draft(NamedTuple):
@@ -145,10 +130,10 @@ class Loader:
                 self.wait_seconds += time.perf_counter() - start
                 yield step
 
-    def _micro_batches(self, epoch: int, first_step: int) -> Iterator[NDArray[np.int64]]:
+    def _micro_batches(self, epoch: int, first_step: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
         for step in range(first_step, self.order.steps_per_epoch):
-            rows = self.order.batch(epoch, step)
-            yield from share(rows, self.rank, self.world_size, self.accumulate)
+            for rows in share(self.order.batch(epoch, step), self.rank, self.world_size, self.accumulate):
+                yield step, rows
 
     # Decoding
 
@@ -160,21 +145,21 @@ class Loader:
 
     def _drafts(self, epoch: int, first_step: int) -> Iterator[tuple[_Draft, Sequence[Task]]]:
         pinned = self.device.type == "cuda"
-        for rows in self._micro_batches(epoch, first_step):
+        for step, rows in self._micro_batches(epoch, first_step):
             pixels = [
                 torch.empty(g.views, len(rows), g.size, g.size, 3, dtype=torch.uint8, pin_memory=pinned)
                 for g in self.spec.groups
             ]
-            draft = _Draft(rows.copy(), self._plan(epoch, rows), pixels)
-            yield draft, [partial(self._fill, draft, epoch, positions) for positions in _parts(len(rows))]
+            draft = _Draft(rows.copy(), self._plan(epoch, rows, step), pixels)
+            yield draft, [partial(self._fill, draft, epoch, step, positions) for positions in _parts(len(rows))]
 
-    def _fill(self, draft: _Draft, epoch: int, positions: list[int]) -> None:
+    def _fill(self, draft: _Draft, epoch: int, step: int, positions: list[int]) -> None:
         """Decode some images of a batch and cut their views; other threads fill other positions."""
         for position in positions:
             row, image = self._read(int(draft.rows[position]))
             if row != draft.rows[position]:
                 draft.rows[position] = row
-                substitute = self._plan(epoch, [row])
+                substitute = self._plan(epoch, [row], step)
                 for name in ViewPlan._fields:
                     getattr(draft.plan, name)[position] = getattr(substitute, name)[0]
             boxes = iter(draft.plan.box[position].tolist())
@@ -194,9 +179,7 @@ class Loader:
                 return candidate, self._decode(candidate)
             except Unreadable as error:
                 self._skip(candidate, error.reason)
-        raise UserError(
-            "none of the data set's images can be decoded: check the files, or give another data set"
-        )
+        raise UserError("none of the data set's images can be decoded: check the files, or give another data set")
 
     def _decode(self, row: int) -> NDArray[np.uint8]:
         image = self.images.image(row)
@@ -242,9 +225,9 @@ class Loader:
         return torch.from_numpy(pixels).to(self.device)
 
     def _from_device(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
-        for rows in self._micro_batches(epoch, first_step):
+        for step, rows in self._micro_batches(epoch, first_step):
             rows = self._stand_in[rows]
-            plan = self._plan(epoch, rows)
+            plan = self._plan(epoch, rows, step)
             chosen, boxes = to_device(rows, self.device), to_device(plan.box, self.device)
             images = self._pixels.index_select(0, chosen)
             pixels, first = [], 0
@@ -256,9 +239,9 @@ class Loader:
 
     # Both
 
-    def _plan(self, epoch: int, rows: ArrayLike) -> ViewPlan:
+    def _plan(self, epoch: int, rows: ArrayLike, step: int = 0) -> ViewPlan:
         rows = np.asarray(rows)
-        return draw(self.spec, self.seed, epoch, self.images.ids[rows], self.images.sizes[rows])
+        return draw(self.spec, self.seed, epoch, self.images.ids[rows], self.images.sizes[rows], step)
 
     def _finish(self, rows: NDArray[np.int64], plan: ViewPlan, pixels: list[Tensor]) -> Batch:
         """A batch from its crops, (v * B, 3, s, s) uint8 per group, view after view."""
@@ -308,9 +291,7 @@ def evaluation_batches(
         raise UserError(f"resize={resize} is less than the crop size={size}: give resize={size} or more")
     device, rows = torch.device(device), np.asarray(rows, dtype=np.int64)
 
-    def fill(
-        pixels: Tensor, readable: NDArray[np.bool_], wanted: NDArray[np.int64], positions: list[int]
-    ) -> None:
+    def fill(pixels: Tensor, readable: NDArray[np.bool_], wanted: NDArray[np.int64], positions: list[int]) -> None:
         for position in positions:
             row = int(wanted[position])
             try:
@@ -323,9 +304,7 @@ def evaluation_batches(
     def drafts() -> Iterator[tuple[tuple[Tensor, NDArray[np.bool_], NDArray[np.int64]], Sequence[Task]]]:
         for start in range(0, len(rows), batch_size):
             wanted = rows[start : start + batch_size]
-            pixels = torch.empty(
-                len(wanted), size, size, 3, dtype=torch.uint8, pin_memory=device.type == "cuda"
-            )
+            pixels = torch.empty(len(wanted), size, size, 3, dtype=torch.uint8, pin_memory=device.type == "cuda")
             draft = pixels, np.zeros(len(wanted), dtype=np.bool_), wanted
             yield draft, [partial(fill, *draft, positions) for positions in _parts(len(wanted))]
 

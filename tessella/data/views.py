@@ -8,8 +8,9 @@ of one plan can be compared. `data.decode` executes a plan's boxes, `ops.augment
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -55,6 +56,8 @@ class CropGroup:
     photometry: Photometry = field(default_factory=Photometry)
     tiles: int = 1  # tiles per side; above 1, view q of the group lies in tile q and views = tiles * tiles
     overlap: float = 0.0  # of tiles, in shares of the image's side; see ops.montage.tile_boxes
+    overlap_max: float | None = None  # given: each overlap is drawn uniformly from [overlap, overlap_max]
+    overlap_per: Literal["image", "batch", "axis"] = "image"  # what has a draw of its own; axis: x and y of each image
 
     def __post_init__(self) -> None:
         if self.tiles > 1 and self.views != self.tiles**2:
@@ -65,6 +68,11 @@ class CropGroup:
             raise UserError(f"crop scale {self.scale} is not a range within (0, 1]: give the lower bound first")
         if not 0 <= self.overlap <= 0.5:
             raise UserError(f"tile overlap {self.overlap} is outside [0, 0.5]: at 0.5 every tile is the whole image")
+        if self.overlap_max is not None and not self.overlap <= self.overlap_max <= 0.5:
+            raise UserError(
+                f"tile overlap {self.overlap} to {self.overlap_max} is not a range within [0, 0.5]: give the lower "
+                "bound first"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,12 +101,16 @@ class ViewPlan(NamedTuple):
     sigma: NDArray[np.float32]  # (B, V): blur in pixels of the crop, 0 for none
     solarize: NDArray[np.bool_]  # (B, V)
 
-    def select(self, images: slice | ArrayLike, views: slice = slice(None)) -> ViewPlan:
+    def select(self, images: slice | NDArray[np.int64], views: slice = slice(None)) -> ViewPlan:
         """The plan of some images and a run of views."""
-        return ViewPlan(*(array[images][:, views] for array in self))
+        return _plan(array[images][:, views] for array in self)
 
 
-def draw(spec: ViewSpec, seed: int, epoch: int, ids: ArrayLike, sizes: ArrayLike) -> ViewPlan:
+def _plan(arrays: Iterable[NDArray[Any]]) -> ViewPlan:
+    return ViewPlan(*arrays)
+
+
+def draw(spec: ViewSpec, seed: int, epoch: int, ids: ArrayLike, sizes: ArrayLike, step: int = 0) -> ViewPlan:
     """The plan of one epoch's views.
 
     Args:
@@ -107,6 +119,7 @@ def draw(spec: ViewSpec, seed: int, epoch: int, ids: ArrayLike, sizes: ArrayLike
         epoch: from 0.
         ids: (B,) stable 64-bit image ids.
         sizes: (B, 2) width and height of the upright images in pixels.
+        step: within the epoch, from 0; matters only where a batch shares a draw (`overlap_per` "batch").
 
     Returns:
         A plan of B images and `spec.views` views.
@@ -115,16 +128,30 @@ def draw(spec: ViewSpec, seed: int, epoch: int, ids: ArrayLike, sizes: ArrayLike
     numbers = uniforms(stream_key(seed, "view"), ids, epoch, np.arange(spec.views), _NUMBERS)
     parts, first = [], 0
     for group in spec.groups:
-        parts.append(_draw_group(group, numbers[:, first : first + group.views], sizes))
+        overlap = _draw_overlap(group, seed, epoch, [step] if group.overlap_per == "batch" else ids)
+        parts.append(_draw_group(group, numbers[:, first : first + group.views], sizes, overlap))
         first += group.views
-    return ViewPlan(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
+    return _plan(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
 
 
-def _draw_group(group: CropGroup, numbers: NDArray[np.float64], sizes: NDArray[np.int64]) -> ViewPlan:
+def _draw_overlap(group: CropGroup, seed: int, epoch: int, counters: ArrayLike) -> NDArray[np.float64]:
+    """Overlap of the tiles along x and y, one row per counter: (n, 2), or (1, 2) for all."""
+    if group.overlap_max is None:
+        return np.full((1, 2), group.overlap)
+    # A stream of its own: everything else is drawn as if the overlap were fixed.
+    numbers = uniforms(stream_key(seed, "over"), counters, epoch, [0], 2)[:, 0]
+    if group.overlap_per != "axis":
+        numbers[:, 1] = numbers[:, 0]
+    return group.overlap + numbers * (group.overlap_max - group.overlap)
+
+
+def _draw_group(
+    group: CropGroup, numbers: NDArray[np.float64], sizes: NDArray[np.int64], overlap: NDArray[np.float64]
+) -> ViewPlan:
     n, views, _ = numbers.shape
     photo = group.photometry
     if group.tiles > 1:
-        left, top, right, bottom = np.moveaxis(tile_boxes(sizes[:, 0], sizes[:, 1], group.tiles, group.overlap), -1, 0)
+        left, top, right, bottom = np.moveaxis(tile_boxes(sizes[:, 0], sizes[:, 1], group.tiles, overlap), -1, 0)
     else:
         left = top = np.zeros((n, views), dtype=np.int64)
         right, bottom = (np.repeat(side[:, None], views, axis=1) for side in sizes.T)
@@ -151,7 +178,7 @@ def _draw_group(group: CropGroup, numbers: NDArray[np.float64], sizes: NDArray[n
 def _random_resized_crop(
     numbers: NDArray[np.float64], width: NDArray[np.int64], height: NDArray[np.int64], group: CropGroup
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """torchvision's rejection sampling, all ten tries at once; the first that fits counts, else a centre crop.
+    """Random resized crops by torchvision's rejection sampling, all ten tries at once; the first that fits counts, else a centre crop.
 
     Args:
         numbers: (n, views, 22) uniforms: ten of (area, ratio), then the position.

@@ -7,7 +7,7 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import yaml
 
@@ -15,6 +15,8 @@ from tessella.errors import UserError
 from tessella.methods import METHODS, MethodConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
+
+Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class RunConfig:
     image_size: int = 224  # pixels of a whole image at evaluation
     max_steps: int | None = None  # stop here; the schedule still spans `epochs`
     accumulate: int = 1  # micro-batches per update; codes and contrasts are computed within a micro-batch
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     precision: Literal["auto", "32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it, else 32
     compile: bool = False  # torch.compile the backbone
     nodes: int = 1  # machines, under torchrun or SLURM
@@ -47,9 +49,10 @@ class RunConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed={self.seed} must lie in [0, 2**64)")
-        if self.optimizer.warmup_epochs > self.epochs:
+        if self.optimizer.idle_epochs + self.optimizer.warmup_epochs > self.epochs:
+            idle = f"optimizer.idle_epochs={self.optimizer.idle_epochs} with " if self.optimizer.idle_epochs else ""
             raise UserError(
-                f"optimizer.warmup_epochs={self.optimizer.warmup_epochs} is longer than the run of {self.epochs} "
+                f"{idle}optimizer.warmup_epochs={self.optimizer.warmup_epochs} is longer than the run of {self.epochs} "
                 "epochs: shorten the warm-up or lengthen the run"
             )
         if self.max_steps is not None and self.max_steps < 1:
@@ -75,7 +78,7 @@ def from_dict(kind: Any, value: Any, path: str = "config") -> Any:
     Raises:
         UserError: an unknown or missing field, or a value of another type; the text names the field.
     """
-    if kind is MethodConfig or typing.get_origin(kind) is types.UnionType and _all_dataclasses(kind):
+    if kind is MethodConfig or (typing.get_origin(kind) is types.UnionType and _all_dataclasses(kind)):
         name = value.get("name") if isinstance(value, dict) else None
         if name not in METHODS:
             raise UserError(f"{path}.name is {name!r}; known methods: {', '.join(METHODS)}")
@@ -104,16 +107,13 @@ def _all_dataclasses(kind: Any) -> bool:
 
 
 def _checked_scalar(kind: Any, value: Any, path: str) -> Any:
-    if typing.get_origin(kind) is Literal:
-        allowed: tuple[Any, ...] = typing.get_args(kind)
-        fits = value in allowed
-    else:
-        members = typing.get_args(kind) or (kind,)
-        allowed = tuple(getattr(member, "__name__", str(member)) for member in members)
-        if float in members and type(value) is int:
-            value = float(value)
-        fits = any(type(value) is member for member in members)
-    if not fits:
+    members = (kind,) if typing.get_origin(kind) is Literal else typing.get_args(kind) or (kind,)
+    words = [word for m in members if typing.get_origin(m) is Literal for word in typing.get_args(m)]
+    kinds = [member for member in members if typing.get_origin(member) is not Literal]
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if value not in words and type(value) not in kinds:
+        allowed = [*(getattr(member, "__name__", str(member)) for member in kinds), *words]
         raise UserError(f"{path} is {value!r}; expected {' or '.join(map(str, allowed))}")
     return value
 

@@ -82,12 +82,8 @@ def _files(out: Path, labels: bool) -> list[Path]:
     if out.suffix not in (".npy", ".parquet"):
         raise UserError(f"{out} ends neither in .npy nor in .parquet: name the format by the ending")
     if out.suffix == ".npy" and labels:
-        raise UserError(
-            "a .npy file has no place for labels: write .parquet instead, or leave the labels out"
-        )
-    files = (
-        [out.with_suffix(".keys.txt"), out.with_suffix(".ids.npy"), out] if out.suffix == ".npy" else [out]
-    )
+        raise UserError("a .npy file has no place for labels: write .parquet instead, or leave the labels out")
+    files = [out.with_suffix(".keys.txt"), out.with_suffix(".ids.npy"), out] if out.suffix == ".npy" else [out]
     for file in files:
         if file.exists():
             raise UserError(f"{file} exists already: choose another --out or remove it")
@@ -108,9 +104,7 @@ def _write_npy(files: list[Path], features: Features, images: ImageSet) -> None:
             np.save(file, array, allow_pickle=False)
 
 
-def _write_parquet(
-    out: Path, features: Features, images: ImageSet, labels: bool, origin: dict[str, Any]
-) -> None:
+def _write_parquet(out: Path, features: Features, images: ImageSet, labels: bool, origin: dict[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

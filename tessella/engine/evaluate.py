@@ -22,7 +22,6 @@ from tessella.data.sources import ImageSet, open_images
 from tessella.engine.checkpoint_files import write_json_atomic
 from tessella.engine.config import to_dict
 from tessella.engine.launch import cores_at_hand, pick_device
-from tessella.engine.log import printable
 from tessella.engine.run_folder import versions
 from tessella.engine.weights import Loaded, random_twin, resolve_backbone, weights_sha256
 from tessella.errors import UserError
@@ -30,6 +29,7 @@ from tessella.methods.method import Method
 from tessella.protocols import EvalData, default_config, protocol_of
 from tessella.protocols.clustering import score_assignments
 from tessella.protocols.features import frozen
+from tessella.text import printable
 
 Record = dict[str, Any]
 
@@ -248,9 +248,7 @@ def _described(data: EvalData, split: str) -> Record:
 
 def _identity(record: Any) -> str:
     """What makes two records answers to one question."""
-    asked = {
-        key: record.get(key) for key in ("protocol", "version", "settings", "weights", "transform", "seed")
-    }
+    asked = {key: record.get(key) for key in ("protocol", "version", "settings", "weights", "transform", "seed")}
     asked |= {split: (record.get(split) or {}).get("fingerprint") for split in ("train", "test")}
     return json.dumps(asked, sort_keys=True)
 
@@ -268,9 +266,7 @@ def _earlier_records(out: Path | None) -> list[Record]:
     except ValueError:
         records = None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UserError(
-            f"{path} is not a list of records of an evaluation: move it away or choose another --out"
-        )
+        raise UserError(f"{path} is not a list of records of an evaluation: move it away or choose another --out")
     return records
 
 

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import math
 import time
-import unicodedata
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tessella.engine.checkpoint_files import explain_full_disk, write_text_atomic
 from tessella.engine.monitor import Alarm
 from tessella.methods.method import Progress
+from tessella.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -170,28 +170,6 @@ class RunLog:
             for name, value in values.items():
                 if math.isfinite(value):
                     self._tensorboard.add_scalar(prefix + name, value, step)
-
-
-def printable(text: str) -> str:
-    """`text` with every character that could steer a terminal as a backslash escape.
-
-    Control characters, line breaks, text-direction marks and parts of broken UTF-8: a file name may hold
-    them.
-
-    Args:
-        text: any.
-
-    Returns:
-        One line.
-    """
-    return "".join(_escaped(c) if unicodedata.category(c) in _UNSAFE else c for c in text)
-
-
-_UNSAFE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def _without_nonfinite(value: Any, names: list[str], name: str = "") -> Any:

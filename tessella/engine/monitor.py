@@ -20,17 +20,19 @@ from tessella.ops.metrics import effective_rank
 
 # A run starts where a collapsed one ends: loss near ln K, embeddings in a narrow cone, few clusters in use.
 # So nothing but a non-finite loss is said before the warm-up is over, and only what has lasted is said at
-# all. At a report every 20 steps both are over by step 100.
+# all: long enough at any distance between reports, and seen often enough. At a report every 20 steps both
+# are over by step 100, at one every 50 by step 150.
 WARMUP_STEPS = 100
-LASTING_REPORTS = 5
+LASTING_STEPS = 80
+LASTING_REPORTS = 3
 
 # The std of a unit vector's D components over the batch, times sqrt(D), is sqrt(1 - |mean|^2): 0.05 means a
 # mean cosine of 0.9975 between images. A random network shows 0.1 and more, a trained one about 1.
 COLLAPSED_STD = 0.05
 # Embeddings on one line give 1, on a plane at most 2. A random network shows tens.
 COLLAPSED_RANK = 2.0
-# Collapsed runs that users reported rested within 1e-4 of ln K. A healthy loss passes through that value, but
-# does not stay within 0.1 % of it for five reports.
+# Collapsed runs that users reported rested within 1e-4 of ln K. A healthy loss crosses ln K too, early on:
+# SwAV on small images stayed this close for some 20 steps.
 COLLAPSED_LOSS = 3e-4
 # Assignments spread as if over less than 5 % of the clusters. Uneven clusters are normal, and so are some
 # empty ones.
@@ -68,6 +70,7 @@ class Monitor(nn.Module):
     assigned_here: Tensor
     nonfinite_here: Tensor
     streaks: Tensor
+    since: Tensor
     raised: Tensor
     ALARMS = ("nonfinite_loss", "collapsed_embeddings", "loss_at_collapse", "few_clusters")
 
@@ -83,14 +86,16 @@ class Monitor(nn.Module):
         self.collapse_loss = collapse_loss
         self.clusters = clusters
         self.embedding_dim = embedding_dim
-        # Of all ranks: images per cluster since the epoch's start, non-finite losses since the last report.
+        # Of all ranks: images per cluster since the epoch's start, non-finite losses since the run's start.
         self._count("assigned", clusters or 0)
         self._count("nonfinite")
         # This rank's part of them since the last merge. Ranks differ in it, so it is not saved.
         self._count("assigned_here", clusters or 0, persistent=False)
         self._count("nonfinite_here", persistent=False)
-        # Per alarm: consecutive reports in which its condition held; whether it was said and has not cleared.
+        # Per alarm: consecutive reports in which its condition held, the step of the first of them, whether
+        # the alarm was raised and has not cleared.
         self._count("streaks", len(self.ALARMS))
+        self._count("since", len(self.ALARMS))
         self._count("raised", len(self.ALARMS))
         self.register_state_dict_pre_hook(_merge_if_alone)
         self._loss: Tensor | None = None
@@ -128,7 +133,7 @@ class Monitor(nn.Module):
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Whether every loss since the last report was finite on all ranks: ask before weights are saved.
+        """Whether every loss of the run was finite on all ranks: ask before weights are saved.
 
         On all ranks together; waits for the device.
         """
@@ -151,12 +156,11 @@ class Monitor(nn.Module):
             `assignment_entropy`: perplexity of the epoch's assignments / K, in (0, 1].
             `dead_clusters`: share of clusters without an image since the epoch's start; only once ten images
                 per cluster were seen.
-            `nonfinite_loss`: forward passes with a NaN or infinite loss since the last report.
+            `nonfinite_loss`: forward passes of the run with a NaN or infinite loss.
         """
         assert self._loss is not None and self._embeddings is not None, "report before the first observe"
         self.merge()
         figures = {"nonfinite_loss": float(self.nonfinite.item())}
-        self.nonfinite.zero_()
         if self.collapse_loss:
             loss = dist.all_reduce_sum(self._loss.float()).item() / dist.world_size()
             figures["loss_to_collapse"] = 1.0 - loss / self.collapse_loss
@@ -192,23 +196,25 @@ class Monitor(nn.Module):
 
         Returns:
             New alarms; usually none. A non-finite loss is said at once, everything else when it has lasted
-            for five reports and the first 100 steps are over.
+            for three reports and 80 steps and the first 100 steps are over.
         """
-        streaks, raised = self.streaks.tolist(), self.raised.tolist()
+        streaks, since, raised = self.streaks.tolist(), self.since.tolist(), self.raised.tolist()
         new = []
         for i, (name, seen) in enumerate(_findings(report, self.embedding_dim).items()):
             if seen is None:
                 continue  # cannot be told at this report, such as dead clusters early in an epoch
-            streaks[i] = streaks[i] + 1 if seen else 0
-            at_once = name == "nonfinite_loss"
-            lasting = streaks[i] >= LASTING_REPORTS and progress.step >= WARMUP_STEPS
-            if seen and not raised[i] and (at_once or lasting):
+            if not seen:
+                streaks[i] = raised[i] = 0
+                continue
+            since[i] = since[i] if streaks[i] else progress.step
+            streaks[i] += 1
+            due = max(WARMUP_STEPS, since[i] + LASTING_STEPS)
+            lasting = streaks[i] >= LASTING_REPORTS and progress.step >= due
+            if not raised[i] and (lasting or name == "nonfinite_loss"):
                 raised[i] = 1
                 new.append(Alarm(name, seen))
-            elif not seen:
-                raised[i] = 0
-        self.streaks.copy_(torch.tensor(streaks))
-        self.raised.copy_(torch.tensor(raised))
+        for buffer, values in ((self.streaks, streaks), (self.since, since), (self.raised, raised)):
+            buffer.copy_(torch.tensor(values))
         return new
 
 
@@ -232,8 +238,8 @@ def _nonfinite(report: dict[str, float]) -> str:
     if not report["nonfinite_loss"]:
         return ""
     return (
-        f"the loss was NaN or infinite in {report['nonfinite_loss']:.0f} passes since the last report, "
-        "where it should be finite in all: start again with a lower learning rate or a longer warm-up, and "
+        f"the loss was NaN or infinite in {report['nonfinite_loss']:.0f} forward passes, where it "
+        "should be finite in all: start again with a lower learning rate or a longer warm-up, and "
         "without 16-bit floats if they are in use"
     )
 

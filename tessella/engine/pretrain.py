@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from tessella import dist
 from tessella.data.batch import Batch
 from tessella.data.loader import Loader
-from tessella.data.sampler import EpochOrder
+from tessella.data.sampler import Order
 from tessella.data.sources import ImageSet, open_images
 from tessella.engine.config import FREE_FIELDS, RunConfig
 from tessella.engine.interrupt import Interrupted, StopRequest
@@ -22,7 +22,7 @@ from tessella.engine.log import RunLog
 from tessella.engine.monitor import Monitor
 from tessella.engine.run_folder import RunFolder, State
 from tessella.errors import UserError
-from tessella.methods import METHODS
+from tessella.methods import build_method, views_of
 from tessella.methods.method import Method, Progress, Setting, Step
 from tessella.modules.backbone import build_backbone
 from tessella.modules.norm import synchronise_batch_norm
@@ -71,7 +71,8 @@ def resume(out: Path, changes: dict[str, Any] | None = None, images: ImageSet | 
     refused = sorted(set(changes or {}) - set(FREE_FIELDS))
     if refused:
         raise UserError(
-            f"{', '.join(refused)} would change what the run computes; a resumed run may change {', '.join(FREE_FIELDS)}"
+            f"{', '.join(refused)} would change what the run computes; "
+            f"a resumed run may change {', '.join(FREE_FIELDS)}"
         )
     config = dataclasses.replace(config, **(changes or {}))
     fabric = launch(config)
@@ -82,11 +83,11 @@ def resume(out: Path, changes: dict[str, Any] | None = None, images: ImageSet | 
 def _build(config: RunConfig, images: ImageSet, device: torch.device) -> State:
     """Freshly initialised method, optimiser and monitor, alike on every rank."""
     torch.manual_seed(config.seed)
-    setting = Setting(len(images), config.batch_size // config.accumulate, config.seed)
-    method = METHODS[config.method.name][1](config.method, build_backbone(config.backbone), setting)
+    setting = Setting(len(images), config.batch_size // config.accumulate, config.seed, config.accumulate)
+    method = build_method(config.method, build_backbone(config.backbone), setting)
     if dist.world_size() > 1:
         synchronise_batch_norm(method, device)
-    method.to(device=device, memory_format=torch.channels_last).train()
+    method.to(device).to(memory_format=torch.channels_last).train()
     if config.compile:
         method.backbone.compile()
     monitor = Monitor(method.collapse_loss(), method.clusters, config.method.embedding_dim).to(device)
@@ -95,7 +96,7 @@ def _build(config: RunConfig, images: ImageSet, device: torch.device) -> State:
 
 def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, state: State) -> Path:
     method, optimizer, monitor = state
-    order = EpochOrder(images.ids, config.batch_size, seed=config.seed)
+    order = method.order(config.method, images.ids, config.batch_size, config.seed)
     progress = Progress(run.restore(config, images, state), order.steps_per_epoch, config.epochs)
     last_step = min(progress.total_steps, config.max_steps or progress.total_steps)
     ddp, fabric_optimizer = fabric.setup(method, optimizer)
@@ -103,6 +104,9 @@ def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, 
     log = RunLog(run.path, last_step, config.batch_size, progress.step, enabled=fabric.is_global_zero)
 
     with StopRequest() as stop, log:
+        if progress.step == 0:
+            with fabric.autocast():
+                method.prepare(batch for batches in loader.epoch(config.epochs) for batch in batches)
         for batches in _batches(loader, progress, last_step):
             if progress.step_in_epoch == 0:
                 method.epoch_start(progress)
@@ -118,14 +122,17 @@ def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, 
             epoch_is_over = progress.step_in_epoch == 0
             if epoch_is_over:
                 method.epoch_end(progress)
-            if progress.step % config.log_every == 0 or progress.step == last_step:
+            logged = progress.step % config.log_every == 0 or progress.step == last_step
+            if logged:
                 _log(log, monitor, loader, step, progress, rate)
             if epoch_is_over:
                 monitor.epoch_start()
 
             stopped = stop.seen_by_any_rank(progress.step, fabric.device)
-            if fabric.is_global_zero and (stopped or run.save_is_due(config.checkpoint_minutes, epoch_is_over)):
-                run.save(progress.step, config, images, state, loader.skipped)
+            if stopped or logged or epoch_is_over:
+                _refuse_nonfinite(monitor, run, progress)
+                if fabric.is_global_zero and (stopped or run.save_is_due(config.checkpoint_minutes, epoch_is_over)):
+                    run.save(progress.step, config, images, state, loader.skipped)
             if stopped:
                 raise Interrupted(f"stopped and saved at step {progress.step} of {last_step}")
 
@@ -170,14 +177,24 @@ def _log(log: RunLog, monitor: Monitor, loader: Loader, step: Step, progress: Pr
     values = dist.all_reduce_sum(values) / dist.world_size()
     metrics = dict(zip(["loss", *names], values.tolist(), strict=True))
     log.step(progress, metrics | {"lr": rate} | health, wait_seconds=loader.wait_seconds)
-    for alarm in monitor.alarms(health | metrics, progress):
+    for alarm in monitor.alarms(health, progress):
         log.alarm(progress, alarm)
 
 
-def _loader(fabric: Fabric, config: RunConfig, images: ImageSet, method: Method, order: EpochOrder) -> Loader:
+def _refuse_nonfinite(monitor: Monitor, run: RunFolder, progress: Progress) -> None:
+    """Stop before weights that a NaN has spoilt replace good ones; merges the monitor's counts of all ranks."""
+    if not monitor.is_finite():
+        raise UserError(
+            f"the loss became NaN or infinite by step {progress.step}. The checkpoints in {run.checkpoints} are from "
+            "before. Start a new run with a lower learning rate (--optimizer.lr) or a longer warm-up "
+            "(--optimizer.warmup-epochs), and with --precision 32 if it ran in bf16"
+        )
+
+
+def _loader(fabric: Fabric, config: RunConfig, images: ImageSet, method: Method, order: Order) -> Loader:
     return Loader(
         images,
-        method.view_spec(config.method),
+        views_of(config.method),
         order,
         seed=config.seed,
         device=fabric.device,

@@ -1,11 +1,11 @@
 """A run on disk: what is where, who may write it, and how a run comes back from it.
 
-    RUN/config.yaml           the whole configuration
-    RUN/environment.json      versions, host, data fingerprint of the first start
-    RUN/metrics.jsonl         the log
-    RUN/checkpoints/step-N/   the last two checkpoints
-    RUN/backbone.safetensors  the trained backbone, when the run is complete
-    RUN/unreadable.txt        images that could not be used, with the reason
+RUN/config.yaml           the whole configuration
+RUN/environment.json      versions, host, data fingerprint of the first start
+RUN/metrics.jsonl         the log
+RUN/checkpoints/step-N/   the last two checkpoints
+RUN/backbone.safetensors  the trained backbone, when the run is complete
+RUN/unreadable.txt        images that could not be used, with the reason
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tessella.engine.config import RunConfig, load_config, to_dict, to_yaml
 from tessella.engine.monitor import Monitor
 from tessella.errors import UserError
 from tessella.methods.method import Method
+from tessella.text import printable
 
 _PACKAGES = ("tessella", "torch", "torchvision", "numpy", "scipy", "Pillow", "simplejpeg", "lightning-fabric", "timm")
 
@@ -89,7 +90,7 @@ class RunFolder:
                 "optimizer": optimizer_tensors(state.method, state.optimizer),
                 "monitor": dict(state.monitor.state_dict()),
             }
-            facts = {"step": step, "config": to_dict(config), "data_fingerprint": images.fingerprint}
+            facts = {"step": step, "config": to_dict(config), "fingerprints": {"data": images.fingerprint}}
             checkpoint_files.save(self.checkpoints, step, tensors, facts)
             checkpoint_files.prune(self.checkpoints, keep=2)
         self._saved_step, self._saved_at = step, time.monotonic()
@@ -104,7 +105,7 @@ class RunFolder:
         if newest is None:
             return 0
         tensors, facts = checkpoint_files.load(newest)
-        if facts["data_fingerprint"] != images.fingerprint:
+        if facts["fingerprints"]["data"] != images.fingerprint:
             raise UserError(
                 f"the images of {config.data} have changed since the run was saved: an image was added, removed or "
                 "re-encoded. Put the data back, or start a new run"
@@ -120,8 +121,8 @@ class RunFolder:
         checkpoint_files.write_tensors_atomic(self.backbone, dict(method.backbone.state_dict()))
 
     def _write_unreadable(self, unreadable: dict[str, str]) -> None:
-        """List images that could not be used. Control characters in names are written escaped."""
-        lines = (f"{ascii(key)[1:-1]}\t{reason}\n" for key, reason in sorted(unreadable.items()))
+        """List images that could not be used. Names are written on one line, escaped where needed."""
+        lines = (f"{printable(key)}\t{printable(reason)}\n" for key, reason in sorted(unreadable.items()))
         checkpoint_files.write_text_atomic(self.path / "unreadable.txt", "".join(lines))
 
 
@@ -170,4 +171,4 @@ def versions() -> dict[str, str | None]:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    print(printable(f"warning: {text}"), file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 import safetensors.torch
@@ -18,9 +18,9 @@ from tessella.engine import checkpoint_files
 from tessella.engine.config import RunConfig, from_dict
 from tessella.engine.run_folder import RunFolder
 from tessella.errors import UserError
-from tessella.methods import METHODS
+from tessella.methods import build_method, views_of
 from tessella.methods.method import Method, Setting
-from tessella.modules.backbone import Backbone, BackboneConfig, build_backbone
+from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.modules.resnet import LAYERS
 from tessella.protocols.features import EvalTransform
 
@@ -33,7 +33,7 @@ _ACCEPTED = (
 class Loaded(NamedTuple):
     """A backbone and what is needed to evaluate it."""
 
-    backbone: Backbone
+    backbone: Any  # a Backbone, or any module with feature_dim
     config: BackboneConfig
     transform: EvalTransform
     method: Method | None  # with its prototypes, when a run's checkpoint is there
@@ -87,7 +87,7 @@ def _from_run(path: Path, image_size: int | None) -> Loaded:
         raise UserError(f"{path} holds no weights yet: let the run reach its first checkpoint")
     backbone = build_backbone(config.backbone)
     backbone.load_state_dict(tensors, strict=True)
-    spec = METHODS[config.method.name][1].view_spec(config.method)
+    spec = views_of(config.method)
     transform = EvalTransform.of(image_size or config.image_size, mean=spec.mean, std=spec.std)
     return Loaded(backbone, config.backbone, transform, method, path.name)
 
@@ -97,8 +97,8 @@ def _method_of(run: RunFolder, config: RunConfig) -> Method | None:
     if newest is None:
         return None
     tensors, _ = checkpoint_files.load(newest)
-    setting = Setting(0, config.batch_size // config.accumulate, config.seed)
-    method = METHODS[config.method.name][1](config.method, build_backbone(config.backbone), setting)
+    setting = Setting(0, config.batch_size // config.accumulate, config.seed, config.accumulate)
+    method = build_method(config.method, build_backbone(config.backbone), setting)
     method.load_state_dict(tensors["method"], strict=True)
     return method.eval()
 
@@ -136,7 +136,9 @@ def infer_resnet(tensors: dict[str, Tensor], name: str) -> BackboneConfig:
         if list(depths) == blocks and block.expansion == expansion and "conv1.weight" in tensors:
             width, _, kernel, _ = tensors["conv1.weight"].shape
             return BackboneConfig(resnet, width, "small" if kernel == 3 else "imagenet")
-    raise UserError(f"{name} does not hold a ResNet in torchvision's key layout (conv1.weight, layer1.0...): {_ACCEPTED}")
+    raise UserError(
+        f"{name} does not hold a ResNet in torchvision's key layout (conv1.weight, layer1.0...): {_ACCEPTED}"
+    )
 
 
 def _read(path: Path) -> dict[str, Tensor]:

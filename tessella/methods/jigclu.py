@@ -16,9 +16,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from tessella import dist
 from tessella.data.batch import Batch
@@ -26,11 +25,8 @@ from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Photomet
 from tessella.methods.method import Method, Progress, Setting, Step
 from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector
-from tessella.ops.losses import supervised_contrastive
-from tessella.ops.montage import montage_positions, pool_cells, stitch
-from tessella.ops.philox import permutation, stream_key
-
-OFFICIAL_BASE_TEMPERATURE = 0.07  # the official loss is multiplied by temperature / 0.07
+from tessella.ops.losses import OFFICIAL_BASE_TEMPERATURE, supervised_contrastive
+from tessella.ops.montage import pool_cells, shuffled_montages, tile_order
 
 
 @dataclass(frozen=True)
@@ -87,9 +83,9 @@ class Jigclu(Method):
         """Loss of the whole batch of all ranks, equal on every rank; each rank pushes its montages through."""
         m, tiles = self.config.tiles, batch.views[0]  # (m * m, B, 3, s, s)
         n = tiles.shape[1] * dist.world_size()
-        order = self._permutation(n, progress.step).to(tiles.device, non_blocking=True)
+        order = tile_order(self.setting.seed, progress.step, m * m * n).to(tiles.device, non_blocking=True)
 
-        montages = self._montages(tiles, order)  # (B, 3, m s, m s)
+        montages = shuffled_montages(tiles, order, m)  # (B, 3, m s, m s)
         cells = pool_cells(self.backbone.feature_map(montages), m)  # (m * m, B, d)
         vectors = dist.gather_with_grad(cells.transpose(0, 1)).transpose(0, 1).flatten(0, 1)  # (m * m * n, d)
 
@@ -108,17 +104,3 @@ class Jigclu(Method):
             },
             embeddings=embeddings.detach(),
         )
-
-    def _permutation(self, n: int, step: int) -> Tensor:
-        """The step's order of all m * m * n tiles, drawn alike on every rank: (m * m * n,) int64."""
-        key = stream_key(self.setting.seed, "tile")
-        return torch.from_numpy(permutation(key, range(self.config.tiles**2 * n), step))
-
-    @torch.no_grad()
-    def _montages(self, tiles: Tensor, order: Tensor) -> Tensor:
-        """This rank's montages from the tiles of all ranks: (m * m, B, 3, s, s) -> (B, 3, m s, m s)."""
-        everyone = dist.gather(tiles.transpose(0, 1)).transpose(0, 1)  # (m * m, n, 3, s, s)
-        n = everyone.shape[1]
-        positions = montage_positions(n, self.config.tiles, dist.rank(), dist.world_size()).to(order.device)
-        shown = order[positions]  # (m * m, B) tile numbers
-        return stitch(everyone[shown // n, shown % n], self.config.tiles)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from tessella.data.batch import Batch
+from tessella.data.sampler import EpochOrder, Order
 from tessella.data.views import ViewSpec
 from tessella.modules.backbone import Backbone
 
@@ -44,9 +47,10 @@ class Progress(NamedTuple):
 class Setting(NamedTuple):
     """What a method may need to know of the run when it is built."""
 
-    images: int  # rows of per-image state
+    images: int  # rows of per-image state; 0 when the method is rebuilt for an evaluation
     batch_size: int  # images of one forward over all ranks (a micro-batch when gradients are accumulated)
     seed: int
+    accumulate: int = 1  # micro-batches per update
 
 
 class Step(NamedTuple):
@@ -73,6 +77,18 @@ class Method(nn.Module):
         """The views of one image that `forward` expects, in order."""
         raise NotImplementedError
 
+    @classmethod
+    def order(cls, config: Any, ids: ArrayLike, batch_size: int, seed: int) -> Order:
+        """Which images make up each step: every image once per epoch, unless a method needs otherwise.
+
+        Args:
+            config: of the method.
+            ids: (N,) stable 64-bit ids of the images, in row order.
+            batch_size: images per update, over all ranks and micro-batches.
+            seed: of the run.
+        """
+        return EpochOrder(ids, batch_size, seed)
+
     def collapse_loss(self) -> float | None:
         """The value at which the loss rests when all embeddings are equal; None if it is not known."""
         return None
@@ -80,6 +96,13 @@ class Method(nn.Module):
     def forward(self, batch: Batch, progress: Progress) -> Step:
         """Loss of one (micro-)batch of this rank."""
         raise NotImplementedError
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Called on every rank before the first step of a run, with one pass over the images for whoever needs it.
+
+        Args:
+            batches: this rank's batches of an epoch that is never trained on; nothing is read unless it is iterated.
+        """
 
     def epoch_start(self, progress: Progress) -> None:
         """Called on every rank before the first step of an epoch."""

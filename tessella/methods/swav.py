@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tessella import dist
 from tessella.data.batch import Batch
 from tessella.data.views import IMAGENET_MEAN, CropGroup, ViewSpec
 from tessella.errors import UserError
@@ -80,7 +79,7 @@ class Swav(Method):
         return config.views
 
     def collapse_loss(self) -> float:
-        """ln K: constant embeddings make uniform codes, which are then predicted perfectly."""
+        """The value ln K: constant embeddings make uniform codes, which are then predicted perfectly."""
         return math.log(self.config.prototypes)
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
@@ -115,6 +114,7 @@ class Swav(Method):
             view_scores = scores[view]
             if self.queues and progress.epoch >= self.config.queue_from_epoch:
                 queue = self.queues[view]
+                assert isinstance(queue, FeatureQueue)
                 if queue.is_full:
                     view_scores = torch.cat([self.prototypes(queue.local_rows()), view_scores])
                 queue.push(embeddings[view])  # after reading: the batch is never counted twice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -20,22 +20,31 @@ class BackboneConfig:
     width: int = 64  # channels of a ResNet's stem; 64 is standard, 128 is SwAV's w2
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 stride 1, no max-pool, for images up to 64 pixels
     recompute: bool = False  # activation checkpointing: less memory, about a third more time
+    drop_path: float = 0.0  # chance that a block of a timm network drops out in training (stochastic depth), at its end
 
 
 class TimmBackbone(nn.Module):
     """A timm network without its classifier."""
 
-    def __init__(self, name: str, recompute: bool) -> None:
+    net: Any  # timm's networks share no typed base
+
+    def __init__(self, name: str, recompute: bool, drop_path: float = 0.0) -> None:
         super().__init__()
         import timm
 
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, timm.list_models(), 3)
             raise UserError(f"timm has no network {name!r}; did you mean {', '.join(near) or 'another name'}?")
-        self.net = timm.create_model(name, pretrained=False, num_classes=0)
+        options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+        # Crops of several sizes go through one network.
+        if timm.models.is_model_in_modules(name, ["swin_transformer"]):
+            options["strict_img_size"] = False
+        elif timm.models.is_model_in_modules(name, ["vision_transformer", "deit"]):
+            options["dynamic_img_size"] = True
+        self.net = timm.create_model(name, pretrained=False, num_classes=0, **options)
         if recompute:
             self.net.set_grad_checkpointing(True)
-        self.feature_dim = int(self.net.num_features)
+        self.feature_dim: int = self.net.num_features
         self._name = name
 
     def feature_map(self, x: Tensor) -> Tensor:
@@ -65,7 +74,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     if config.name in LAYERS:
         return ResNet(config.name, config.width, config.stem, config.recompute)
     if config.name.startswith("timm:"):
-        return TimmBackbone(config.name.removeprefix("timm:"), config.recompute)
+        return TimmBackbone(config.name.removeprefix("timm:"), config.recompute, config.drop_path)
     raise UserError(
         f"unknown backbone {config.name!r}: use one of {', '.join(LAYERS)}, or timm:NAME for a network of timm"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,10 @@ class Projector(nn.Sequential):
 
 
 class Prototypes(nn.Linear):
-    """K learned unit vectors; scores are cosine similarities. No bias: one would shift the softmax but not the codes."""
+    """K learned unit vectors; scores are cosine similarities.
+
+    No bias: one would shift the softmax but not the codes.
+    """
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__(dim, count, bias=False)
@@ -36,3 +41,16 @@ class Prototypes(nn.Linear):
     def normalize_(self) -> None:
         """Scale every prototype back to unit length, in place."""
         self.weight.copy_(F.normalize(self.weight, dim=1))
+
+
+def mlp(*widths: int, norm_last: bool) -> nn.Sequential:
+    """Linear layers with batch norm and ReLU between them; not normalised to unit length.
+
+    Args:
+        widths: input, hidden layers, output.
+        norm_last: whether a batch norm follows the last layer too.
+    """
+    layers: list[nn.Module] = []
+    for dim_in, dim_out in itertools.pairwise(widths):
+        layers += [nn.Linear(dim_in, dim_out), nn.BatchNorm1d(dim_out), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[: -1 if norm_last else -2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -47,3 +49,82 @@ class FeatureQueue(nn.Module):
         self.features[start : start + len(rows)] = rows.to(self.features.dtype)
         self.pushed += len(rows)
         self._pushed_on_host = self._count() + len(rows)
+
+
+class InstanceTable(nn.Module):
+    """One row per training image, by the image's row in the index; equal on every rank.
+
+    Every rank writes the rows of all ranks, so nothing needs to be sent again: `keep_from_broadcast` tells DDP. A table
+    that was built for 0 images takes the length of the state that is loaded into it.
+    """
+
+    rows: Tensor
+
+    def __init__(self, images: int, shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.full((images, *shape), fill, dtype=dtype))
+        self.register_load_state_dict_pre_hook(_take_length)
+
+    def read(self, instances: Tensor) -> Tensor:
+        """The rows of some images: (n,) int64 -> (n, *shape)."""
+        return self.rows.index_select(0, instances)
+
+    @torch.no_grad()
+    def write(self, instances: Tensor, values: Tensor) -> None:
+        """Store the rows of all ranks. (n,) int64 and (n, *shape) of this rank, the same n on every rank."""
+        self.rows.index_copy_(0, dist.gather(instances), dist.gather(values.to(self.rows.dtype)))
+
+
+def keep_from_broadcast(module: nn.Module) -> None:
+    """Spare the instance tables of `module`, which DDP will wrap, the copy of rank 0's buffers at every forward."""
+    names = [f"{name}.rows" for name, part in module.named_modules() if isinstance(part, InstanceTable)]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+def _take_length(table: InstanceTable, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    saved = state.get(f"{prefix}rows")
+    if saved is not None and not len(table.rows):
+        table.rows = torch.empty_like(saved, device=table.rows.device)
+
+
+class FeatureBank(nn.Module):
+    """The newest embeddings of every training image, one row per image for each of several views.
+
+    Every rank holds the whole bank and writes the rows of all ranks, so a run may go on with another number of them.
+
+    Args:
+        views: embeddings kept per image.
+        images: rows; 0 when a method is rebuilt for an evaluation, which then leaves saved rows aside.
+        dim: D.
+    """
+
+    features: Tensor
+    written: Tensor
+
+    def __init__(self, views: int, images: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("features", torch.zeros(views, images, dim))
+        self.register_buffer("written", torch.zeros(images, dtype=torch.bool))
+        self.register_load_state_dict_pre_hook(_leave_rows_aside)
+
+    @torch.no_grad()
+    def write(self, instances: Tensor, embeddings: Tensor) -> None:
+        """Replace the rows of the images at hand, on all ranks.
+
+        Args:
+            instances: (n,) int64 rows of this rank's images, n equal on all ranks.
+            embeddings: (views, n, D).
+        """
+        rows = dist.gather(instances)
+        self.features[:, rows] = dist.gather(embeddings.transpose(0, 1)).transpose(0, 1).to(self.features.dtype)
+        self.written[rows] = True
+
+    def known(self) -> Tensor:
+        """Rows that were written at least once, ascending: (n,) int64. Waits for the device."""
+        return self.written.nonzero()[:, 0]
+
+
+def _leave_rows_aside(bank: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    assert isinstance(bank, FeatureBank)
+    if not len(bank.written):
+        state.update({f"{prefix}features": bank.features, f"{prefix}written": bank.written})

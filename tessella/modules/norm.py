@@ -37,7 +37,7 @@ class GlobalBatchNorm(_BatchNorm):
     @classmethod
     def like(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> GlobalBatchNorm:
         """The same layer with the same (shared) parameters and buffers."""
-        new = cls(norm.num_features, norm.eps, norm.momentum)
+        new = cls(norm.num_features, norm.eps, norm.momentum, affine=norm.affine)
         new.weight, new.bias = norm.weight, norm.bias
         new.running_mean, new.running_var = norm.running_mean, norm.running_var
         new.num_batches_tracked = norm.num_batches_tracked
@@ -66,7 +66,7 @@ class GlobalBatchNorm(_BatchNorm):
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), self.momentum)
         normalised = centred * (variance + self.eps).rsqrt().view(shape)
-        return normalised * self.weight.view(shape) + self.bias.view(shape)
+        return normalised * self.weight.view(shape) + self.bias.view(shape) if self.affine else normalised
 
 
 def without_statistics(

@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from tessella.modules.norm import without_statistics
 
-LAYERS: dict[str, tuple[type[nn.Module], tuple[int, int, int, int]]] = {}  # filled below the blocks
-
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
@@ -65,14 +63,14 @@ class Bottleneck(nn.Module):
         return self.relu(self.bn3(self.conv3(x)) + shortcut)
 
 
-LAYERS.update(
-    resnet10=(BasicBlock, (1, 1, 1, 1)),
-    resnet18=(BasicBlock, (2, 2, 2, 2)),
-    resnet34=(BasicBlock, (3, 4, 6, 3)),
-    resnet50=(Bottleneck, (3, 4, 6, 3)),
-    resnet101=(Bottleneck, (3, 4, 23, 3)),
-    resnet152=(Bottleneck, (3, 8, 36, 3)),
-)
+LAYERS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
 
 
 class ResNet(nn.Module):
@@ -123,7 +121,8 @@ class ResNet(nn.Module):
         """(b, 3, h, w) -> (b, feature_dim, h', w'), the last stage's output."""
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for number in (1, 2, 3, 4):
+            stage = self.get_submodule(f"layer{number}")
             if self.recompute and self.training and torch.is_grad_enabled():
                 contexts: Any = lambda stage=stage: without_statistics(stage)  # noqa: E731
                 x = checkpoint(stage, x, use_reentrant=False, context_fn=contexts)

@@ -1,4 +1,4 @@
-"""Assignments of embeddings to prototypes, shared equally."""
+"""Assignments of embeddings to prototypes or centres, shared equally or with a least share."""
 
 from __future__ import annotations
 
@@ -47,3 +47,77 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
         prototype_scale = share / dist.all_reduce_sum(sample_scale @ mass).clamp_min(smallest)
         sample_scale = 1 / (mass @ prototype_scale).clamp_min(smallest)
     return mass.mul_(prototype_scale).mul_(sample_scale[:, None]).to(result)
+
+
+@torch.no_grad()
+def dual_assignment(scores: Tensor, duals: Tensor) -> Tensor:
+    """Cluster of each sample when clusters that are too small have been made attractive. CoKe, online assignment.
+
+    Args:
+        scores: (n, K) cosine similarities.
+        duals: (K,) what a cluster adds to its scores; 0 is the plain nearest centre.
+
+    Returns:
+        (n,) int64 argmax of scores + duals.
+    """
+    return (scores + duals).argmax(dim=1)
+
+
+@torch.no_grad()
+def dual_step(duals: Tensor, counts: Tensor, ratio: float, lr: float) -> Tensor:
+    """One projected gradient step on the duals of "every cluster gets at least ratio * N / K of N samples". CoKe.
+
+    For any data and order, a cluster's shortfall over batches of B is at most B / lr times the growth of its dual.
+
+    Args:
+        duals: (K,) before the batch.
+        counts: (K,) samples of the batch of all ranks that were assigned to each cluster; they sum to its size.
+        ratio: in [0, 1]; 1 asks for equal clusters, so that duals may be negative.
+        lr: > 0. About 0.02 min(B, K): far above, single batches throw the assignment about.
+
+    Returns:
+        (K,), at least 0 if ratio < 1.
+    """
+    moved = duals - lr * (counts / counts.sum() - ratio / len(duals))
+    return moved.clamp_min(0) if ratio < 1 else moved
+
+
+@torch.no_grad()
+def average_labels(labels: Tensor, weights: Tensor, new: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Running average of one-hot labels, of which the S heaviest clusters are kept. CoKe, single view, second stage.
+
+    A label without a slot takes that of the smallest weight, whose weight goes to the others in proportion.
+
+    Args:
+        labels: (..., S) int, cluster of each slot, S at least 2.
+        weights: (..., S) sum to 1; all 0 where nothing has been averaged yet.
+        new: (...) label of this epoch.
+        share: of the new label in the average, in (0, 1]; 1 where nothing has been averaged yet.
+
+    Returns:
+        Labels and weights after; weights sum to 1.
+    """
+    same = (labels == new[..., None]) & (weights > 0)
+    known = same.any(dim=-1, keepdim=True)
+    slot = torch.where(known, same.byte().argmax(dim=-1, keepdim=True), weights.argmin(dim=-1, keepdim=True))
+    kept = torch.where(known, weights, weights.scatter(-1, slot, 0.0))
+    total = kept.sum(dim=-1, keepdim=True)
+    added = torch.where(total > 0, share, 1.0)
+    kept = kept * (1 - added) / torch.where(total > 0, total, 1.0)
+    return labels.scatter(-1, slot, new[..., None]), kept.scatter_add(-1, slot, added.to(kept.dtype))
+
+
+@torch.no_grad()
+def averaged_targets(weights: Tensor, temperature: float) -> Tensor:
+    """Soft target of each slot from its averaged weight: softmax over the slots in use. CoKe, single view.
+
+    Args:
+        weights: (..., S) from `average_labels`.
+        temperature: > 0 (CoKe: 0.5).
+
+    Returns:
+        (..., S), sum to 1 and exactly 0 where the weight is 0; one-hot on slot 0 where all weights are 0.
+    """
+    used = weights > 0
+    used[..., 0] |= ~used.any(dim=-1)
+    return (weights / temperature).masked_fill(~used, -torch.inf).softmax(dim=-1)

@@ -167,9 +167,7 @@ def _hue(x: Tensor, factor: Tensor) -> Tensor:
     inverse = chroma.clamp_min(1e-12).reciprocal_()
     from_green = (blue - red).mul_(inverse).add_(2)
     from_blue = (red - green).mul_(inverse).add_(4)
-    hue = torch.where(
-        value == red, (green - blue).mul_(inverse), torch.where(value == green, from_green, from_blue)
-    )
+    hue = torch.where(value == red, (green - blue).mul_(inverse), torch.where(value == green, from_green, from_blue))
     hue.add_(factor[:, 0] * 6).remainder_(6)
     torch.addcmul(least, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=red)  # red lies at 0 and at 6
     torch.addcmul(least, chroma, (hue - 2).abs_().neg_().add_(2).clamp_(0, 1), out=green)

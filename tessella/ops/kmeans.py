@@ -100,6 +100,27 @@ def nearest_centre(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(nearest), torch.cat(distance)
 
 
+@torch.no_grad()
+def online_means(means: Tensor, seen: Tensor, x: Tensor, assignments: Tensor) -> tuple[Tensor, Tensor]:
+    """Running mean row of each cluster after one more batch. CoKe, update of the centres.
+
+    Args:
+        means: (k, d) so far; what they are where nothing was seen does not count.
+        seen: (k,) float, rows behind each mean.
+        x: (n, d) rows of the batch of all ranks.
+        assignments: (n,) int64 in [0, k).
+
+    Returns:
+        (k, d) means, unchanged where the batch has no row, and (k,) rows of the batch, both like `means`.
+    """
+    # As in `_means`: a GPU adds in no fixed order.
+    wide = torch.float64 if x.is_cuda else x.dtype
+    sums = torch.zeros(means.shape, dtype=wide, device=x.device).index_add_(0, assignments, x.to(wide))
+    counts = torch.zeros_like(seen).index_add_(0, assignments, torch.ones_like(x[:, 0], dtype=seen.dtype))
+    moved = (means * seen[:, None] + sums.to(means.dtype)) / (seen + counts).clamp_min(1)[:, None]
+    return torch.where(counts[:, None] > 0, moved, means), counts
+
+
 def _lloyd(x: Tensor, centres: Tensor, iterations: int, threshold: float, spherical: bool) -> KMeans:
     assignments, distance = nearest_centre(x, centres)
     for _ in range(iterations):

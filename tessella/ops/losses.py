@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OFFICIAL_BASE_TEMPERATURE = 0.07  # JigClu's official code multiplies its contrastive loss by temperature / 0.07
+
 
 def swapped_prediction(scores: Tensor, codes: Tensor, code_views: Sequence[int], temperature: float) -> Tensor:
     """Every view predicts the codes of the other views that have one. SwAV, equations 1 and 2.
@@ -52,3 +54,33 @@ def supervised_contrastive(embeddings: Tensor, groups: Tensor, temperature: floa
     counts = torch.zeros(len(z), device=z.device).index_add(0, groups, torch.ones(len(z), device=z.device))
     attraction = (z * (sums[groups] - z)).sum(dim=1) / (temperature * (counts[groups] - 1))
     return (logits.logsumexp(dim=1) - attraction).mean()
+
+
+def label_cross_entropy(log_p: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy to a target of a few clusters, averaged over the batch.
+
+    Args:
+        log_p: (..., B, K) log-probabilities.
+        labels: (B, S) int64 clusters of the target; a cluster may occur twice.
+        weights: (B, S) their shares, rows sum to 1, constant.
+
+    Returns:
+        (...), one mean per leading index.
+    """
+    chosen = log_p.gather(-1, labels.expand(*log_p.shape[:-1], -1))
+    return -(weights * chosen).sum(dim=-1).mean(dim=-1)
+
+
+def view_cross_entropy(log_p: Tensor, p: Tensor) -> Tensor:
+    """Cross-entropy of every view to the mean prediction of the other target views, averaged over the batch. CoKe.
+
+    Args:
+        log_p: (..., V, B, K) log-probabilities of V views, of which the first two give targets.
+        p: (2, B, K) probabilities of the first two views, constant.
+
+    Returns:
+        (..., V): each of the first two views to the other one, every further view to the mean of the two.
+    """
+    pair, rest = log_p[..., :2, :, :], log_p[..., 2:, :, :]
+    losses = [-(p.flip(0) * pair).sum(dim=-1).mean(dim=-1), -(p.mean(dim=0) * rest).sum(dim=-1).mean(dim=-1)]
+    return torch.cat(losses, dim=-1)

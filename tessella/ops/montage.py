@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from tessella import dist
+from tessella.ops.philox import permutation, stream_key
+
 
 def tile_boxes(width: ArrayLike, height: ArrayLike, m: int, overlap: ArrayLike) -> NDArray[np.int64]:
     """Boxes of the m * m overlapping tiles of each image.
@@ -26,23 +29,40 @@ def tile_boxes(width: ArrayLike, height: ArrayLike, m: int, overlap: ArrayLike) 
         width: (n,) image widths in pixels.
         height: (n,) image heights in pixels.
         m: tiles per side, at least 1.
-        overlap: share of the image's side, in [0, 0.5]; a number, or (n,).
+        overlap: share of the image's side, in [0, 0.5]; a number, (n,), or (n, 2) of x and y.
 
     Returns:
         (n, m * m, 4) of (left, top, right, bottom).
     """
     tile = np.arange(m * m)
     column, row = tile // m, tile % m
-    overlap = np.asarray(overlap, dtype=np.float64).reshape(-1, 1)
+    overlap = np.asarray(overlap, dtype=np.float64)
+    along_x, along_y = overlap.T[..., None] if overlap.ndim == 2 else (overlap.reshape(-1, 1),) * 2
 
-    def span(side: ArrayLike, cell: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def span(
+        side: ArrayLike, cell: NDArray[np.int64], overlap: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         length = np.asarray(side, dtype=np.int64).reshape(-1, 1)
         start = cell * length // m - overlap * length * (cell > 0)
         end = (cell + 1) * length // m + overlap * length * (cell < m - 1)
         return np.rint(np.clip(start, 0, length)), np.rint(np.clip(end, 0, length))
 
-    (left, right), (top, bottom) = span(width, column), span(height, row)
+    (left, right), (top, bottom) = span(width, column, along_x), span(height, row, along_y)
     return np.stack((left, top, right, bottom), axis=-1).astype(np.int64)
+
+
+def tile_order(seed: int, step: int, count: int) -> Tensor:
+    """The step's order of all tiles of the batch, drawn alike on every rank.
+
+    Args:
+        seed: of the run.
+        step: of the run, from 0.
+        count: tiles of all ranks, m * m * n.
+
+    Returns:
+        (count,) int64 permutation: position k of the shuffled list shows tile order[k].
+    """
+    return torch.from_numpy(permutation(stream_key(seed, "tile"), range(count), step))
 
 
 def montage_positions(n: int, m: int, rank: int, world_size: int) -> Tensor:
@@ -68,9 +88,28 @@ def stitch(tiles: Tensor, m: int) -> Tensor:
     Returns:
         (b, c, m * s, m * s).
     """
-    slots, b, c, s, _ = tiles.shape
+    _, b, c, s, _ = tiles.shape
     grid = tiles.view(m, m, b, c, s, s)  # row, column, ...
     return grid.permute(2, 3, 0, 4, 1, 5).reshape(b, c, m * s, m * s)
+
+
+@torch.no_grad()
+def shuffled_montages(tiles: Tensor, order: Tensor, m: int) -> Tensor:
+    """This rank's montages, made of the tiles of all ranks. On all ranks together.
+
+    Args:
+        tiles: (m * m, b, 3, s, s) of this rank's images; tile q * n + i was cut at place q from image i of the n
+            images of all ranks.
+        order: (m * m * n,) from `tile_order`, on the tiles' device.
+        m: tiles per side.
+
+    Returns:
+        (b, 3, m * s, m * s).
+    """
+    everyone = dist.gather(tiles.transpose(0, 1)).transpose(0, 1)  # (m * m, n, 3, s, s)
+    n = everyone.shape[1]
+    shown = order[montage_positions(n, m, dist.rank(), dist.world_size()).to(order.device)]  # (m * m, b) tile numbers
+    return stitch(everyone[shown // n, shown % n], m)
 
 
 def unstitch(montages: Tensor, m: int) -> Tensor:
@@ -102,7 +141,7 @@ def pool_cells(maps: Tensor, m: int) -> Tensor:
     Returns:
         (m * m, b, d), cells row by row.
     """
-    b, d, h, w = maps.shape
+    h, w = maps.shape[-2:]
     target = (-(-h // m) * m, -(-w // m) * m)
     if target != (h, w):
         maps = F.interpolate(maps, size=target, mode="bilinear", align_corners=False)

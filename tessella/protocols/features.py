@@ -125,6 +125,7 @@ def extract(
     images: ImageSet,
     transform: EvalTransform,
     *,
+    rows: NDArray[np.int64] | None = None,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     workers: int = 2,
@@ -137,6 +138,7 @@ def extract(
             used in eval mode and given back as it was.
         images: what to embed; its labels, if any, are passed on.
         transform: applied to each image.
+        rows: ascending rows of the images to embed; default: all.
         batch_size: images per forward pass of a rank; changes the speed, not the result.
         device: where the backbone runs.
         workers: decoding threads of this rank.
@@ -147,7 +149,8 @@ def extract(
     """
     device = torch.device(device)
     backbone.to(device)
-    mine = rank_rows(len(images))
+    wanted = np.arange(len(images)) if rows is None else rows
+    mine = wanted[rank_rows(len(wanted))]
     found = torch.zeros(len(mine), int(backbone.feature_dim))  # type: ignore[arg-type]
     seen = torch.zeros(len(mine), dtype=torch.uint8)
     skipped: dict[str, str] = {}
@@ -164,17 +167,16 @@ def extract(
         skipped=skipped,
     )
     with frozen(backbone):
-        for pixels, rows in progress(batches, title, -(-len(mine) // batch_size)):
-            if len(rows):  # none, when no image of the batch could be read
-                places = torch.from_numpy(np.asarray(rows) // dist.world_size())
+        for pixels, shown in progress(batches, title, -(-len(mine) // batch_size)):
+            if len(shown):  # none, when no image of the batch could be read
+                places = torch.from_numpy(np.searchsorted(mine, shown))
                 # Inference mode here, not around the loop: the loader's threads write into its tensors.
                 with torch.inference_mode():
                     found[places] = backbone(pixels).float().cpu()
                 seen[places] = 1
-    found, seen = gather_rows(found, len(images), device), gather_rows(seen, len(images), device)
-    rows = seen.nonzero()[:, 0].numpy()
-    if len(rows) < len(images):
-        found = found[torch.from_numpy(rows)]
+    found, seen = gather_rows(found, len(wanted), device), gather_rows(seen, len(wanted), device)
+    readable = seen.nonzero()[:, 0]
+    found, rows = found[readable], wanted[readable.numpy()]
     _check_features(found, images)
     labels = None if images.labels is None else torch.as_tensor(np.asarray(images.labels)[rows]).long()
     return Features(found, labels, rows, _gather_reasons(skipped))
@@ -203,9 +205,7 @@ def gather_rows(mine: Tensor, n: int, device: torch.device) -> Tensor:
     longest = -(-n // ranks)
     for start in range(0, longest, _GATHER_ROWS):
         stop = min(start + _GATHER_ROWS, longest)
-        part = mine.new_zeros(
-            (stop - start, *mine.shape[1:])
-        )  # ranks may differ by one row, a gather may not
+        part = mine.new_zeros((stop - start, *mine.shape[1:]))  # ranks may differ by one row, a gather may not
         own = mine[start:stop]
         part[: len(own)] = own
         parts = dist.gather(part.to(device)).cpu().unflatten(0, (ranks, -1)).transpose(0, 1).flatten(0, 1)
@@ -266,9 +266,7 @@ def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
 
 def _check_features(x: Tensor, images: ImageSet) -> None:
     if not len(x):
-        raise UserError(
-            f"{images.name}: none of its {len(images)} images can be read, so there is nothing to evaluate"
-        )
+        raise UserError(f"{images.name}: none of its {len(images)} images can be read, so there is nothing to evaluate")
     broken = int((~x.isfinite().all(dim=1)).sum())
     if broken:
         raise UserError(

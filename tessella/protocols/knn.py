@@ -76,14 +76,10 @@ def knn(backbone: nn.Module, data: EvalData, config: KnnConfig) -> dict[str, Any
     }
     for (k, temperature), hits in correct.items():
         scores["k1" if k == 1 else f"k{k}_T{temperature:g}"] = float(hits.double().mean())
-    scores["per_class"] = {
-        name: x for name, x in zip(data.classes, per_class.tolist(), strict=True) if not np.isnan(x)
-    }
+    scores["per_class"] = {name: x for name, x in zip(data.classes, per_class.tolist(), strict=True) if not np.isnan(x)}
     scores["leave_one_out"] = loo
     clipped = sorted({k for k in (*config.k, _HEADLINE[0]) if k > most})
-    scores["notes"] = [
-        f"k {k} is more than the {most} neighbours there are; k {most} was used" for k in clipped
-    ]
+    scores["notes"] = [f"k {k} is more than the {most} neighbours there are; k {most} was used" for k in clipped]
     return scores
 
 
@@ -135,9 +131,7 @@ def knn_predict(
     return {setting: torch.cat([empty, *parts]) for setting, parts in votes_of.items()}
 
 
-def _nearest(
-    train: Tensor, queries: Tensor, k: int, columns: int, own: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _nearest(train: Tensor, queries: Tensor, k: int, columns: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
     """The k largest similarities of each query, (q, k) sorted downwards, and their train rows."""
     best = queries.new_empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)

@@ -285,9 +285,7 @@ def _try_penalties(x: Tensor, labels: Tensor, classes: int, config: LinearConfig
     """Fit on most of train with one C after the other, judge on the rest."""
     fit_rows, held_rows = stratified_split(labels.cpu(), config.held_out, config.seed)
     if not len(held_rows):
-        raise UserError(
-            "the linear probe picks its penalty on held-out train images: give two or more per class"
-        )
+        raise UserError("the linear probe picks its penalty on held-out train images: give two or more per class")
     shift, scale = standardisation(x[fit_rows])
     fit_x, held_x = (x[fit_rows] - shift) / scale, (x[held_rows] - shift) / scale
     fit_labels, held_labels = labels[fit_rows], labels[held_rows]
@@ -365,9 +363,7 @@ def _initial_head(classes: int, dim: int, seed: int) -> nn.Linear:
     return head
 
 
-def _update(
-    head: nn.Linear, solver: torch.optim.SGD, backbone: nn.Module, pixels: Tensor, labels: Tensor
-) -> None:
+def _update(head: nn.Linear, solver: torch.optim.SGD, backbone: nn.Module, pixels: Tensor, labels: Tensor) -> None:
     with torch.no_grad():  # not inference_mode: the head's backward pass keeps these features
         features = backbone(pixels).float()
     solver.zero_grad()
@@ -386,7 +382,5 @@ def _judge(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]
     if len(classes) > 5:
         scores["top5"] = float(topk_correct(logits, labels, 5).double().mean())
     scores["mean_per_class"] = float(per_class.nanmean())
-    scores["per_class"] = {
-        name: x for name, x in zip(classes, per_class.tolist(), strict=True) if not np.isnan(x)
-    }
+    scores["per_class"] = {name: x for name, x in zip(classes, per_class.tolist(), strict=True) if not np.isnan(x)}
     return scores

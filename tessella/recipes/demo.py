@@ -1,7 +1,7 @@
 """`tessella demo`: embedded digits, no network, minutes on two cores; what pretraining buys, in one table.
 
-    for each seed: pretrain on the unlabelled train split -> evaluate the backbone and its random init
-    raw pixels are evaluated once; everything is judged on a held-out split
+for each seed: pretrain on the unlabelled train split -> evaluate the backbone and its random init
+raw pixels are evaluated once; everything is judged on a held-out split
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from tessella.data.sources import open_images
 from tessella.engine.checkpoint_files import write_json_atomic
+from tessella.engine.config import Device
 from tessella.engine.evaluate import Record, score
 from tessella.engine.launch import cores_at_hand, pick_device
 from tessella.engine.pretrain import pretrain
@@ -28,7 +28,7 @@ from tessella.protocols.features import EvalData
 from tessella.protocols.knn import KnnConfig
 from tessella.protocols.linear import FewLabelsConfig, LinearConfig
 from tessella.recipes import recipe
-from tessella.report.run import write_report
+from tessella.report.of_run import report
 
 _PROTOCOLS = (KnnConfig(), FewLabelsConfig(labels_per_class=(1,), draws=20), LinearConfig(), ClusteringConfig())
 
@@ -63,7 +63,7 @@ class Pixels(nn.Module):
         return x.flatten(1)
 
 
-def demo(out: Path, *, seeds: int = 3, device: str = "auto") -> Path:
+def demo(out: Path, *, seeds: int = 3, device: Device = "auto") -> Path:
     """Pretrain on the embedded digits, print the table, write the report.
 
     Args:
@@ -94,10 +94,9 @@ def demo(out: Path, *, seeds: int = 3, device: str = "auto") -> Path:
         records += score(random_twin(loaded, seed), data, _PROTOCOLS, seed) + score(loaded, data, _PROTOCOLS, seed)
     write_json_atomic(out / "evaluation.json", records)
     print_table(records)
-    images = open_images("digits::train")
-    report = write_report(out, images=images, spec=config.method.views, clusters=_clusters(out, images))
-    print(f"\nReport: {report}\nNext:   tessella pretrain swav_cpu --data YOUR_IMAGES --out RUN")
-    return report
+    page = report(out, device=device)
+    print(f"\nReport: {page}\nNext:   tessella scan IMAGES, then tessella pretrain swav_cpu --data IMAGES --out RUN")
+    return page
 
 
 def print_table(records: list[Record]) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from tessella.data.views import CIFAR10_MEAN, CIFAR10_STD, CropGroup, Photometry, ViewSpec
 from tessella.engine.config import RunConfig
+from tessella.methods.coke import CokeConfig
 from tessella.methods.jigclu import JigcluConfig
+from tessella.methods.mejigclu import MejigcluConfig
 from tessella.methods.swav import SwavConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
@@ -38,6 +42,30 @@ def jigclu_cpu() -> RunConfig:
     """
     method = JigcluConfig(tile_size=16, photometry=_MILD, mean=CIFAR10_MEAN, std=CIFAR10_STD)
     return RunConfig(method, _NARROW, _QUICK, epochs=70, batch_size=128, image_size=32)
+
+
+def mejigclu_cpu() -> RunConfig:
+    """MEJigClu on 32-pixel images, minutes on two cores: a narrow ResNet-10, montages of 16-pixel tiles.
+
+    Ours, for trying things out; nothing published compares.
+    """
+    method = MejigcluConfig(tile_size=16, photometry=_MILD, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+    return RunConfig(method, _NARROW, _QUICK, epochs=70, batch_size=128, image_size=32)
+
+
+def coke_cpu() -> RunConfig:
+    """CoKe on 32-pixel images, minutes on two cores: a narrow ResNet-10, two crops, 20, 30 and 40 clusters.
+
+    Ours, for trying things out; nothing published compares. The first epoch only clusters, at learning rate 0.
+    """
+    method = CokeConfig(
+        centres=(20, 30, 40),
+        temperature=0.05,
+        dual_lr="auto",
+        views=ViewSpec((CropGroup(2, 32, (0.25, 1.0), photometry=_MILD),), CIFAR10_MEAN, CIFAR10_STD),
+    )
+    optimizer = dataclasses.replace(_QUICK, idle_epochs=1)
+    return RunConfig(method, _NARROW, optimizer, epochs=41, batch_size=128, image_size=32)
 
 
 def swav_digits() -> RunConfig:

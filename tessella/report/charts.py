@@ -75,13 +75,9 @@ def line_chart(
     return Chart(
         title,
         sentence,
-        path=_line(
-            ((10 * 100 * step / last, None if v is None else 10 * y(v)) for step, v in _thinned(points))
-        ),
+        path=_line(((10 * 100 * step / last, None if v is None else 10 * y(v)) for step, v in _thinned(points))),
         filled=False,
-        x_ticks=[
-            Tick(100 * step / last, label) for step, label in zip(steps, tick_labels(steps), strict=True)
-        ],
+        x_ticks=[Tick(100 * step / last, label) for step, label in zip(steps, tick_labels(steps), strict=True)],
         y_ticks=[Tick(y(mark), label) for mark, label in zip(marks, tick_labels(marks), strict=True)],
         x_label="step",
         latest=f"{values[-1]:.4g}",
@@ -114,13 +110,9 @@ def bar_chart(heights: Sequence[int], *, title: str, sentence: str, x_label: str
         sentence,
         path,
         filled=True,
-        x_ticks=[
-            Tick(100 * (n - 0.5) / count, label)
-            for n, label in zip(numbers, tick_labels(numbers), strict=True)
-        ],
+        x_ticks=[Tick(100 * (n - 0.5) / count, label) for n, label in zip(numbers, tick_labels(numbers), strict=True)],
         y_ticks=[
-            Tick(100 * (1 - mark / marks[-1]), label)
-            for mark, label in zip(marks, tick_labels(marks), strict=True)
+            Tick(100 * (1 - mark / marks[-1]), label) for mark, label in zip(marks, tick_labels(marks), strict=True)
         ],
         x_label=x_label,
         latest="",

@@ -111,9 +111,7 @@ def example_rows(images: ImageSet, count: int = EXAMPLES) -> list[tuple[int, Pix
     return list({pair[0]: pair for pair in found if pair is not None}.values())
 
 
-def show_views(
-    images: ImageSet, spec: ViewSpec, seed: int, album: Album
-) -> tuple[list[Example], list[Picture]]:
+def show_views(images: ImageSet, spec: ViewSpec, seed: int, album: Album) -> tuple[list[Example], list[Picture]]:
     """Some images as training saw them in its first epoch, and the montages of their tiles.
 
     Args:
@@ -143,16 +141,12 @@ def show_views(
             ]
             shown.append(Group(pictures, group.size / largest, group.tiles if group.tiles > 1 else 0))
         original = album.add(f"image-{number}", _at_most(pixels, _ORIGINAL_SIDE), name)
-        examples.append(
-            Example(name, original, _boxes(plan, pixels), shown, COLOURS[(number - 1) % len(COLOURS)])
-        )
+        examples.append(Example(name, original, _boxes(plan, pixels), shown, COLOURS[(number - 1) % len(COLOURS)]))
     montages = [
         picture
         for g, group in enumerate(spec.groups)
         if group.tiles > 1
-        for picture in _montages(
-            torch.stack([groups[g] for _, groups in views], dim=1), group.tiles, seed, album
-        )
+        for picture in _montages(torch.stack([groups[g] for _, groups in views], dim=1), group.tiles, seed, album)
     ]
     return examples, montages
 
@@ -191,21 +185,17 @@ def _readable(images: ImageSet, rows: Iterable[int]) -> Iterator[tuple[int, Pixe
             yield row, pixels
 
 
-def _execute(
-    spec: ViewSpec, seed: int, images: ImageSet, row: int, pixels: Pixels
-) -> tuple[ViewPlan, list[Tensor]]:
+def _execute(spec: ViewSpec, seed: int, images: ImageSet, row: int, pixels: Pixels) -> tuple[ViewPlan, list[Tensor]]:
     """The plan of one image in epoch 0, and its views: (v, 3, s, s) uint8 per crop group."""
     plan = draw(spec, seed, 0, images.ids[[row]], images.sizes[[row]])
     image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
     groups, first = [], 0
     for group in spec.groups:
-        part = ViewPlan(*(array[0] for array in plan.select([0], slice(first, first + group.views))))
+        part = ViewPlan(*(array[0] for array in plan.select(slice(0, 1), slice(first, first + group.views))))
         first += group.views
         crops = []
         for left, top, width, height in part.box.tolist():
-            area = image[
-                :, :, top : top + height, left : left + width
-            ]  # cut first: a photo is large as floats
+            area = image[:, :, top : top + height, left : left + width]  # cut first: a photo is large as floats
             crops.append(crop_resize(area, torch.tensor([[0, 0, width, height]]), group.size))
         colours = {name: values for name, values in part._asdict().items() if name != "box"}
         views = photometric(torch.cat(crops), **colours, mean=spec.mean, std=spec.std)

@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import shlex
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import jinja2
 import numpy as np
 import yaml
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from tessella.data.sources import ImageSet
 from tessella.data.views import ViewSpec
@@ -31,6 +31,7 @@ from tessella.errors import UserError
 from tessella.report.charts import Chart, bar_chart, line_chart
 from tessella.report.pictures import Album, Cluster, Example, Picture, show_clusters, show_views
 from tessella.report.scores import score_tables
+from tessella.text import printable
 
 _METHODS = {"swav": "SwAV", "jigclu": "JigClu", "mejigclu": "MEJigClu", "smog": "SMoG", "coke": "CoKe"}
 _CLUSTER_FIELDS = ("prototypes", "groups", "centres")  # what methods call the number of their clusters
@@ -54,8 +55,8 @@ _CURVES = (
     _Curve(
         "loss",
         "Loss",
-        "The dashed line is what a network scores that gives every image the same answer. Good: the curve falls "
-        "below it and keeps falling.",
+        "The dashed line is what a network scores that gives every image the same answer. Good: the curve "
+        "falls below it and keeps falling.",
         from_zero=False,
     ),
     _Curve(
@@ -71,17 +72,15 @@ _CURVES = (
     _Curve(
         "assignment_entropy",
         "Clusters in use",
-        "1: images spread evenly over all clusters; counted afresh in each epoch, hence the saw teeth. Good: above "
-        "0.5 at an epoch's end.",
+        "1: images spread evenly over all clusters; counted afresh in each epoch, hence the saw teeth. Good: "
+        "above 0.5 at an epoch's end.",
     ),
     _Curve(
         "dead_clusters",
         "Empty clusters",
         "Share of clusters that no image has fallen into since the epoch began. Good: near 0 at its end.",
     ),
-    _Curve(
-        "lr", "Learning rate", "Warm-up, then a slow descent, as set; it explains kinks in the other curves."
-    ),
+    _Curve("lr", "Learning rate", "Warm-up, then a slow descent, as set; it explains kinks in the other curves."),
     _Curve("timing.images_per_second", "Speed", "Images per second over all devices. Good: high and level."),
     _Curve(
         "timing.wait_share",
@@ -141,7 +140,7 @@ def write_report(
     *,
     images: ImageSet | None = None,
     spec: ViewSpec | None = None,
-    clusters: Sequence[int] | None = None,
+    clusters: Sequence[int] | NDArray[np.int64] | None = None,
 ) -> Path:
     """Write `report.html` and the pictures of a run; what the folder or the caller does not have is left out.
 
@@ -159,8 +158,7 @@ def write_report(
     """
     if clusters is not None and images is not None and len(clusters) != len(images):
         raise UserError(
-            f"{len(clusters)} cluster numbers for {len(images)} images: give one per image, in the order of "
-            "the rows"
+            f"{len(clusters)} cluster numbers for {len(images)} images: give one per image, in the order of the rows"
         )
     found = _read(run)
     try:
@@ -180,15 +178,7 @@ def literal(value: Any) -> Any:
     Args:
         value: anything; markup from the template stays as it is.
     """
-    if isinstance(value, Markup):
-        return value
-    hidden = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-    return "".join(
-        c.encode("unicode_escape", "surrogatepass").decode("ascii")
-        if unicodedata.category(c) in hidden
-        else c
-        for c in str(value)
-    )
+    return value if isinstance(value, Markup) else printable(str(value))
 
 
 def _environment() -> jinja2.Environment:
@@ -205,7 +195,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _content(
-    run: _Run, images: ImageSet | None, spec: ViewSpec | None, clusters: Sequence[int] | None
+    run: _Run, images: ImageSet | None, spec: ViewSpec | None, clusters: Sequence[int] | NDArray[np.int64] | None
 ) -> dict[str, Any]:
     """All that the template shows."""
     album = Album(run.path / "pictures") if images is not None and (spec or clusters is not None) else None
@@ -420,7 +410,7 @@ def _value(line: dict[str, Any], key: str) -> float | None:
 
 
 def _clusters(
-    run: _Run, images: ImageSet | None, clusters: Sequence[int] | None, album: Album | None
+    run: _Run, images: ImageSet | None, clusters: Sequence[int] | NDArray[np.int64] | None, album: Album | None
 ) -> _Clusters | None:
     if clusters is None:
         return None
@@ -435,8 +425,7 @@ def _clusters(
     chart = bar_chart(
         descending,
         title="Images per cluster, largest first",
-        sentence=f"An even share would be {total / count:,.1f} images. Good: a gentle slope without a long "
-        "empty end.",
+        sentence=f"An even share would be {total / count:,.1f} images. Good: a gentle slope without a long empty end.",
         x_label="cluster",
     )
     return _Clusters(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 _SEED = re.compile(r", seed \d+$")  # ends the name of what was trained or initialised several times
-_FEW = re.compile(r"top1_(\d+)$")
+_FEW = re.compile(r"top1_(\d{1,6})$")
 _MEASURES = {  # (protocol, score) -> heading, column; in this order
     ("knn", "top1"): ("Neighbours", "kNN"),
     ("fewlabels", "top1_N"): ("Labels per class", "N"),
@@ -96,8 +96,7 @@ def _table(train: str, test: str, records: list[dict[str, Any]], run_name: str) 
                     row.setdefault(column, {})[str(record.get("seed"))] = figure
     columns = sorted({column for row in figures.values() for column in row})
     means = {
-        name: {column: _mean(list(seeds.values())) for column, seeds in row.items()}
-        for name, row in figures.items()
+        name: {column: _mean(list(seeds.values())) for column, seeds in row.items()} for name, row in figures.items()
     }
     trained = {name for name in means if name in (run_name, "pretrained")}
     rows = [
@@ -155,9 +154,7 @@ def _figures(protocol: str, scores: dict[str, Any]) -> Iterator[tuple[Column, _F
             few = _FEW.match(str(name)) if score == "top1_N" else None
             if (name == score or few) and _is_number(value):
                 number = int(few[1]) if few else 0
-                std = (
-                    scores.get(f"std_{number}") if few else stds.get(name) if isinstance(stds, dict) else None
-                )
+                std = scores.get(f"std_{number}") if few else stds.get(name) if isinstance(stds, dict) else None
                 text = str(number) if few else variant or label
                 yield Column(rank, number, heading, text), _Figure(value, std if _is_number(std) else None)
 
@@ -174,9 +171,7 @@ def _facts(records: Iterable[dict[str, Any]]) -> str:
     sentences = []
     described = [test for test in (record.get("test") for record in records) if isinstance(test, dict)]
     images = next((d["images"] for d in described if _is_number(d.get("images")) and d["images"] > 0), None)
-    classes = next(
-        (d["classes"] for d in described if _is_number(d.get("classes")) and d["classes"] > 0), None
-    )
+    classes = next((d["classes"] for d in described if _is_number(d.get("classes")) and d["classes"] > 0), None)
     if images:
         sentences.append(
             f"With {images:,.0f} test images, chance alone moves an accuracy by up to "
@@ -193,6 +188,4 @@ def _name_of(record: dict[str, Any], split: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
-    )  # no NaN either
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12  # no NaN either

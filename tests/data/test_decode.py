@@ -252,9 +252,7 @@ def test_flipped_bytes_give_an_image_or_a_reason_but_never_another_error(kind):
 
 
 def test_probing_reads_only_the_head_of_a_large_jpeg():
-    encoded = encode(
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 300, 3), np.uint8)), "JPEG"
-    )
+    encoded = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 300, 3), np.uint8)), "JPEG")
     asked: list[int] = []
 
     def read(size: int) -> bytes:

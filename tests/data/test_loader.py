@@ -20,9 +20,7 @@ from tessella.errors import UserError
 
 PLAIN = Photometry(flip=0, jitter=0, gray=0, blur=0)
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-SPEC = ViewSpec(
-    (CropGroup(2, 16, (0.2, 1.0)), CropGroup(3, 8, (0.05, 0.2), photometry=Photometry(solarize=0.2)))
-)
+SPEC = ViewSpec((CropGroup(2, 16, (0.2, 1.0)), CropGroup(3, 8, (0.05, 0.2), photometry=Photometry(solarize=0.2))))
 PLAIN_GROUPS = CropGroup(2, 24, (0.2, 1.0), photometry=PLAIN), CropGroup(1, 8, (0.05, 0.2), photometry=PLAIN)
 PLAIN_SPEC = ViewSpec(PLAIN_GROUPS, **RAW)
 
@@ -121,9 +119,7 @@ def test_a_plain_view_is_pillows_crop_and_resize_of_the_planned_box_within_one_l
             views = [*batch.views[0][:, i], *batch.views[1][:, i]]
             for (left, top, width, height), view in zip(boxes[i].tolist(), views, strict=True):
                 crop = Image.fromarray(images.pixels[row]).crop((left, top, left + width, top + height))
-                expected = np.asarray(
-                    crop.resize(view.shape[1:], Image.Resampling.BILINEAR), dtype=np.float32
-                )
+                expected = np.asarray(crop.resize(view.shape[1:], Image.Resampling.BILINEAR), dtype=np.float32)
                 assert_levels_agree(view.permute(1, 2, 0).numpy() * 255, expected)
 
 
@@ -176,6 +172,15 @@ def test_two_ranks_together_are_one(images, accumulate):
     assert_equal_steps(together, alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("images", [mixed, uniform])
+def test_a_batch_that_shares_a_draw_shares_it_over_ranks_and_micro_batches(images, monkeypatch):
+    asked = []
+    draw = loader_module.draw
+    monkeypatch.setattr(loader_module, "draw", lambda *given: asked.append(given[5]) or draw(*given))
+    load(images(), rank=1, world_size=2, accumulate=2, first_step=1, workers=1)
+    assert asked == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
 def test_epochs_show_different_views_of_an_image():
     images = uniform(8)
     (one,), (two,) = load(images, PLAIN_SPEC, epoch=0)[1][0], load(images, PLAIN_SPEC, epoch=1)[1][0]
@@ -209,9 +214,7 @@ def test_an_image_whose_size_is_not_the_indexed_one_counts_as_unreadable():
 
 @pytest.mark.parametrize("images", [mixed, uniform])
 def test_too_many_unreadable_images_stop_the_run_and_name_some(images):
-    with pytest.raises(
-        UserError, match=r"of 40 images could not be decoded.*picture-\d+: cut short.*repair or remove"
-    ):
+    with pytest.raises(UserError, match=r"of 40 images could not be decoded.*picture-\d+: cut short.*repair or remove"):
         load(images(bad=range(3)))
     load(images(bad=range(3)), max_unreadable=0.1)
     assert no_threads_left()
@@ -315,9 +318,7 @@ def test_evaluation_normalises_and_leaves_out_and_names_what_it_cannot_read():
     images, skipped = mixed(12, bad=[0, 4, 5, 6, 7]), {}
     settings = {"size": 8, "resize": 8, "batch_size": 4, "device": "cpu", "workers": 2}
     batches = list(
-        evaluation_batches(
-            images, range(12), mean=(0.1, 0.2, 0.3), std=(0.5,) * 3, skipped=skipped, **settings
-        )
+        evaluation_batches(images, range(12), mean=(0.1, 0.2, 0.3), std=(0.5,) * 3, skipped=skipped, **settings)
     )
     plain = list(evaluation_batches(images, range(12), **RAW, **settings))
     assert np.concatenate([rows for _, rows in batches]).tolist() == [1, 2, 3, 8, 9, 10, 11]
@@ -340,11 +341,7 @@ def test_evaluation_of_a_line_of_pixels_takes_no_gigabytes(monkeypatch):
 
 def test_evaluation_refuses_a_crop_larger_than_the_image_it_is_cut_from():
     with pytest.raises(UserError, match="resize=200 is less than the crop size=224"):
-        next(
-            evaluation_batches(
-                mixed(2), [0], size=224, resize=200, **RAW, batch_size=1, device="cpu", workers=1
-            )
-        )
+        next(evaluation_batches(mixed(2), [0], size=224, resize=200, **RAW, batch_size=1, device="cpu", workers=1))
 
 
 ARCHIVES = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from tessella.data.sampler import EpochOrder, check_shares, share
+from tessella.data.sampler import EpochOrder, SlotOrder, check_shares, share
 from tessella.errors import UserError
+from tessella.ops.partition import partition
 
 IDS = np.arange(103) * 1_000_003 + 17
 
@@ -59,3 +61,90 @@ def test_refuses_unequal_shares_and_names_the_nearest_sizes():
         check_shares(25, 4, 3)
     with pytest.raises(UserError, match="use 12,"):
         check_shares(5, 4, 3)
+
+
+# --- slots ----------------------------------------------------------------------------------------------------
+
+
+def slot_order(batch_size=8, parts=8, seed=1, ids=IDS, **options):
+    return SlotOrder(ids, batch_size, seed, parts=parts, partition_seed=0, **options)
+
+
+def epoch_of(order, epoch):
+    return np.stack([order.batch(epoch, step) for step in range(order.steps_per_epoch)])
+
+
+def test_slot_k_draws_from_part_k_in_every_step_of_every_epoch():
+    part = partition(103, 8, 0)
+    for epoch in range(4):
+        assert (part[epoch_of(slot_order(), epoch)] == np.arange(8)).all()
+
+
+def test_an_epoch_repeats_no_image_and_leaves_out_what_the_larger_parts_have_too_many():
+    order = slot_order()
+    assert order.steps_per_epoch == 103 // 8
+    rows = epoch_of(order, 2).ravel()
+    assert len(np.unique(rows)) == len(rows) == 103 - 103 % 8
+
+
+def test_wrapping_shows_every_image_and_repeats_one_of_each_smaller_part():
+    part, order = partition(103, 8, 0), slot_order(uneven="wrap")
+    rows = epoch_of(order, 0)
+    seen, times = np.unique(rows, return_counts=True)
+    assert order.steps_per_epoch == 13 and len(seen) == 103
+    assert sorted(part[seen[times == 2]]) == [7] and times.max() == 2  # 103 = 7 * 13 + 12
+    assert (part[rows] == np.arange(8)).all()
+
+
+def test_over_epochs_every_image_is_seen_and_the_order_within_a_part_changes():
+    order = slot_order()
+    epochs = [epoch_of(order, epoch).copy() for epoch in range(60)]
+    assert set(np.concatenate(epochs).ravel().tolist()) == set(range(103))
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epoch_of(slot_order(seed=2), 0), epochs[0])
+    np.testing.assert_array_equal(epoch_of(slot_order(), 0), epochs[0])
+
+
+def test_which_image_of_a_part_comes_when_is_uniform():
+    first = np.array([slot_order().batch(epoch, 0)[0] for epoch in range(2000)])
+    _, counts = np.unique(first, return_counts=True)
+    assert len(counts) == 13 and stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("uneven", ["drop", "wrap"])
+@pytest.mark.parametrize(("batch_size", "parts"), [(4, 8), (5, 8), (7, 8), (3, 50), (1, 4)])
+def test_with_more_parts_than_slots_each_batch_holds_different_parts_and_all_take_equal_turns(batch_size, parts, uneven):
+    part, order = partition(103, parts, 0), slot_order(batch_size, parts, uneven=uneven)
+    rows = epoch_of(order, 0)
+    drawn = part[rows]
+    assert (np.diff(drawn, axis=1) > 0).all()  # ascending, so different
+    turns = np.bincount(drawn.ravel(), minlength=parts)
+    rounds = 103 // parts if uneven == "drop" else -(-103 // parts)
+    assert turns.max() <= rounds and turns.min() >= rounds - 1
+    assert order.steps_per_epoch == rounds * parts // batch_size
+    if uneven == "drop":
+        assert len(np.unique(rows)) == rows.size
+    if batch_size > 1:
+        assert not np.array_equal(np.sort(drawn, axis=0), np.sort(part[epoch_of(order, 1)], axis=0))
+
+
+def test_the_first_step_of_epochs_draws_every_part_equally_often():
+    drawn = [partition(103, 8, 0)[slot_order(3).batch(epoch, 0)] for epoch in range(800)]
+    assert stats.chisquare(np.bincount(np.ravel(drawn))).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_rank_sees_its_own_run_of_slots(world_size):
+    rows = slot_order().batch(0, 3)
+    parts = [share(rows, rank, world_size, 1)[0] for rank in range(world_size)]
+    np.testing.assert_array_equal(np.concatenate(parts), rows)
+    for rank, mine in enumerate(parts):
+        local = 8 // world_size
+        np.testing.assert_array_equal(partition(103, 8, 0)[mine], np.arange(rank * local, (rank + 1) * local))
+
+
+def test_refuses_more_slots_than_parts_and_more_parts_than_images():
+    with pytest.raises(UserError, match=r"batch_size=16 .* there are 8: set categories to 16"):
+        slot_order(16)
+    with pytest.raises(UserError, match=r"103 images cannot be cut into 104 categories"):
+        slot_order(8, 104)

@@ -37,9 +37,7 @@ def test_crops_are_distributed_as_torchvisions(scale, width, height):
     ours = plan.box[:, 0]
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(N)])[
-        :, [1, 0, 3, 2]
-    ]
+    theirs = np.array([RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(N)])[:, [1, 0, 3, 2]]
     quantities = {
         "area": lambda box: box[:, 2] * box[:, 3],
         "ratio": lambda box: box[:, 2] / box[:, 3],
@@ -63,9 +61,7 @@ def test_crops_lie_inside_the_image_whatever_its_size():
 def test_an_image_too_narrow_for_any_crop_gets_torchvisions_centre_crop():
     spec = ViewSpec((CropGroup(1, 32, (0.9, 1.0)),))
     for width, height in [(400, 40), (40, 400), (401, 31), (31, 402)]:
-        top, left, h, w = RandomResizedCrop.get_params(
-            torch.empty(3, height, width), (0.9, 1.0), (3 / 4, 4 / 3)
-        )
+        top, left, h, w = RandomResizedCrop.get_params(torch.empty(3, height, width), (0.9, 1.0), (3 / 4, 4 / 3))
         assert (plan_of(spec, 50, size=(width, height)).box[:, 0] == (left, top, w, h)).all()
 
 
@@ -84,6 +80,69 @@ def test_a_tiled_group_crops_view_q_from_tile_q_with_torchvisions_distribution_i
             (w * h, theirs[:, 2] * theirs[:, 3]),
         ):
             assert stats.ks_2samp(ours, reference).pvalue > LEVEL
+
+
+def tiled(ratio=(1.0, 1.0), **overlap):
+    """Crops that fill tiles of that ratio, so that a plan's boxes are the tiles."""
+    return ViewSpec((CropGroup(4, 32, (1.0, 1.0), ratio=ratio, tiles=2, **overlap),))
+
+
+def overlaps_of(plan, side):
+    """(B, 2) along x and y, read off the width and height of the first tile."""
+    return plan.box[:, 0, 2:] / side - 0.5
+
+
+RANDOM = {"overlap": 0.15, "overlap_max": 0.45}
+
+
+def test_a_random_overlap_is_uniform_and_shared_by_the_axes_and_tiles_of_an_image():
+    plan = plan_of(tiled(**RANDOM), size=(10_000, 10_000))
+    overlap = overlaps_of(plan, 10_000)
+    assert overlap.min() >= 0.15 and overlap.max() <= 0.45
+    assert stats.kstest(overlap[:, 0], stats.uniform(0.15, 0.3).cdf).pvalue > LEVEL
+    assert abs(overlap[:2000].mean() - 0.3) < 0.01
+    sides = plan.box[..., 2:].reshape(N, -1)
+    assert (sides == sides[:, :1]).all()
+
+
+def test_tiles_of_a_random_overlap_are_those_of_the_same_fixed_one():
+    plan = plan_of(tiled(**RANDOM), n=50, size=(10_000, 10_000))
+    for boxes, (overlap, _) in zip(plan.box, overlaps_of(plan, 10_000), strict=True):
+        left, top, right, bottom = tile_boxes([10_000], [10_000], 2, overlap)[0].T
+        np.testing.assert_array_equal(boxes, np.stack((left, top, right - left, bottom - top), axis=-1))
+
+
+def test_a_fixed_overlap_and_a_range_of_one_value_give_the_same_boxes():
+    fixed, degenerate = plan_of(tiled(overlap=0.3)), plan_of(tiled(overlap=0.3, overlap_max=0.3))
+    for one, other in zip(fixed, degenerate, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_random_overlap_changes_no_other_decision():
+    fixed, random = plan_of(tiled(overlap=0.3)), plan_of(tiled(**RANDOM))
+    for name in ("flip", "jitter", "factors", "order", "gray", "sigma", "solarize"):
+        np.testing.assert_array_equal(getattr(fixed, name), getattr(random, name))
+
+
+def test_per_axis_draws_x_and_y_independently():
+    any_ratio = tiled((0.01, 100.0), **RANDOM, overlap_per="axis")  # no such crop fits, so the whole tile is taken
+    x, y = overlaps_of(plan_of(any_ratio, size=(10_000, 10_000)), 10_000).T
+    assert abs(np.corrcoef(x, y)[0, 1]) < 4.5 / np.sqrt(N)
+    for along in (x, y):
+        assert stats.kstest(along, stats.uniform(0.15, 0.3).cdf).pvalue > LEVEL
+
+
+def test_per_batch_draws_once_for_each_step_whoever_asks():
+    spec, sizes = tiled(**RANDOM, overlap_per="batch"), np.full((3, 2), 10_000)
+    drawn = []
+    for epoch in range(20):
+        for step in range(20):
+            one = overlaps_of(draw(spec, 5, epoch, [1, 2, 3], sizes, step), 10_000)
+            other = overlaps_of(draw(spec, 5, epoch, [7, 8, 9], sizes, step), 10_000)
+            assert len(np.unique(np.concatenate((one, other)))) == 1
+            drawn.append(one[0, 0])
+    assert len(np.unique(drawn)) > 350  # 400 draws, seen to one part in 3000
+    assert stats.kstest(drawn, stats.uniform(0.15, 0.3).cdf).pvalue > LEVEL
 
 
 @pytest.mark.parametrize("name", ["flip", "jitter", "gray", "solarize"])
@@ -165,6 +224,8 @@ def test_select_takes_images_and_a_run_of_views():
         ({"scale": (1.0, 0.2)}, "lower bound first"),
         ({"scale": (0.2, 1.5)}, r"within \(0, 1\]"),
         ({"overlap": 0.6}, r"outside \[0, 0.5\]"),
+        ({"overlap": 0.4, "overlap_max": 0.2}, "lower bound first"),
+        ({"overlap": 0.4, "overlap_max": 0.6}, r"within \[0, 0.5\]"),
     ],
 )
 def test_refuses_impossible_groups(wrong, message):

@@ -14,6 +14,8 @@ from tessella.data.views import CropGroup, Photometry, ViewSpec
 from tessella.engine.checkpoint_files import load, newest
 from tessella.engine.config import RunConfig
 from tessella.methods.jigclu import JigcluConfig
+from tessella.methods.mejigclu import MejigcluConfig
+from tessella.methods.smog import SmogConfig, two_pipelines
 from tessella.methods.swav import SwavConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
@@ -30,8 +32,15 @@ def tiny_run(method: str = "swav", data: str = "digits::test", **changes: Any) -
             freeze_prototypes_steps=2, views=_CROPS,
         )  # fmt: skip
         optimizer = OptimizerConfig("larc", lr=0.6, weight_decay=1e-6, warmup_epochs=1, warmup_lr=0.1)
+    elif method == "smog":
+        settings = SmogConfig(
+            groups=20, embedding_dim=16, hidden_dim=32, momentum=0.9, group_momentum=(0.9, 0.8),
+            views=two_pipelines(_CROPS.groups),
+        )  # fmt: skip
+        optimizer = OptimizerConfig("larc", lr=0.6, weight_decay=1e-6, warmup_epochs=1, warmup_lr=0.1)
     else:
-        settings = JigcluConfig(tile_size=8, embedding_dim=16, photometry=_PHOTOMETRY)
+        kind = {"jigclu": JigcluConfig, "mejigclu": MejigcluConfig}[method]
+        settings = kind(tile_size=8, embedding_dim=16, photometry=_PHOTOMETRY)
         optimizer = OptimizerConfig("sgd", lr=0.03, per_epoch=True)
     config = RunConfig(
         settings, BackboneConfig("resnet10", 4, "small"), optimizer, data=data, epochs=2, batch_size=64,

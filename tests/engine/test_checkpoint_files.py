@@ -188,9 +188,7 @@ def every_failure(tmp_path: Path, before: Any, error: BaseException) -> Iterator
 
 
 @pytest.mark.parametrize("before", BEFORE)
-def test_a_save_killed_anywhere_leaves_the_previous_or_the_complete_new_checkpoint(
-    before: Any, tmp_path: Path
-):
+def test_a_save_killed_anywhere_leaves_the_previous_or_the_complete_new_checkpoint(before: Any, tmp_path: Path):
     failures = 0
     for folder, _ in every_failure(tmp_path, before, Killed()):
         failures += 1
@@ -268,9 +266,7 @@ def test_everything_is_synced_before_the_checkpoint_gets_its_name_and_the_name_a
     path = save(tmp_path, 5, tensors_of(1), state_of(1))
     monkeypatch.undo()
     rename = done.index(("rename", "step-00000005"))
-    assert {name for _, name in done[:rename]} == {file.name for file in path.iterdir()} | {
-        ".saving-step-00000005"
-    }
+    assert {name for _, name in done[:rename]} == {file.name for file in path.iterdir()} | {".saving-step-00000005"}
     assert done[rename - 1] == ("sync", ".saving-step-00000005")
     assert done[rename + 1 :] == [("sync", tmp_path.name)]
 
@@ -420,15 +416,9 @@ LIES = {
         manifest["tensors"].update({"ghost.safetensors": {}}),
     ),
     "a tensor that is not there": lambda manifest: manifest["tensors"]["method.safetensors"].update(ghost={}),
-    "another dtype": lambda manifest: manifest["tensors"]["method.safetensors"]["a.weight"].update(
-        dtype="int8"
-    ),
-    "another shape": lambda manifest: manifest["tensors"]["method.safetensors"]["a.weight"].update(
-        shape=[4, 4]
-    ),
-    "tensors as numbers": lambda manifest: manifest["tensors"].update(
-        {"method.safetensors": {"a.weight": 1}}
-    ),
+    "another dtype": lambda manifest: manifest["tensors"]["method.safetensors"]["a.weight"].update(dtype="int8"),
+    "another shape": lambda manifest: manifest["tensors"]["method.safetensors"]["a.weight"].update(shape=[4, 4]),
+    "tensors as numbers": lambda manifest: manifest["tensors"].update({"method.safetensors": {"a.weight": 1}}),
     "no format": lambda manifest: manifest.pop("format"),
     "a newer format": lambda manifest: manifest.update(format=checkpoint_files.FORMAT + 1),
     "a huge format": lambda manifest: manifest.update(format=10**400),

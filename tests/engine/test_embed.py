@@ -24,9 +24,7 @@ def test_npy_holds_the_features_beside_keys_and_ids(tmp_path):
     embed(LOADED, images, tmp_path / "new" / "x.npy", device="cpu", workers=1)
     np.testing.assert_array_equal(np.load(tmp_path / "new" / "x.npy", allow_pickle=False), expected(10))
     assert np.load(tmp_path / "new" / "x.ids.npy").tolist() == list(images.ids)
-    assert (tmp_path / "new" / "x.keys.txt").read_text().splitlines() == [
-        images.key(row) for row in range(10)
-    ]
+    assert (tmp_path / "new" / "x.keys.txt").read_text().splitlines() == [images.key(row) for row in range(10)]
     assert len(list((tmp_path / "new").iterdir())) == 3
 
 
@@ -73,9 +71,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "labels", "message"), [("x.csv", False, "neither"), ("x.npy", True, "labels")]
-)
+@pytest.mark.parametrize(("name", "labels", "message"), [("x.csv", False, "neither"), ("x.npy", True, "labels")])
 def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, name, labels, message):
     with pytest.raises(UserError, match=message):
         embed("random:nonsense", "nowhere", tmp_path / name, labels=labels)

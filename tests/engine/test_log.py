@@ -15,10 +15,11 @@ import pytest
 from rich.console import Console
 
 from tessella.engine import log as log_module
-from tessella.engine.log import RunLog, printable
+from tessella.engine.log import RunLog
 from tessella.engine.monitor import Alarm
 from tessella.errors import UserError
 from tessella.methods.method import Progress
+from tessella.text import printable
 
 
 @pytest.fixture(autouse=True)
@@ -64,10 +65,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    return [
-        json.loads(line, parse_constant=refuse)
-        for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_every_kind_of_line_carries_step_and_epoch(tmp_path: Path):
@@ -172,9 +170,7 @@ def test_lines_are_dropped_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "junk", ["[]", "3", '{"step": "x"}', '{"step": null}', "[" * 100_000, "\x00", "\xff"]
-)
+@pytest.mark.parametrize("junk", ["[]", "3", '{"step": "x"}', '{"step": null}', "[" * 100_000, "\x00", "\xff"])
 def test_what_is_no_log_line_is_dropped_on_resume(junk: str, tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_bytes(f'{{"step": 1}}\n{junk}\n{{"step": 2}}\n'.encode("latin-1"))
     a_log(tmp_path, resume_step=5).close()
@@ -215,9 +211,7 @@ def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # --- the console --------------------------------------------------------------------------------------------
 
 
-def test_a_console_that_is_no_terminal_gets_one_line_per_ten_seconds_and_the_last(
-    tmp_path: Path, clock: Clock
-):
+def test_a_console_that_is_no_terminal_gets_one_line_per_ten_seconds_and_the_last(tmp_path: Path, clock: Clock):
     console = plain_console()
     with a_log(tmp_path, console=console) as log:
         for step in range(1, 101):

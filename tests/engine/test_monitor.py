@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessella.engine.monitor import LASTING_REPORTS, WARMUP_STEPS, Alarm, Monitor
+from tessella.engine.monitor import LASTING_STEPS, WARMUP_STEPS, Alarm, Monitor
 from tessella.methods.method import Progress, Step
 from tests.ranks import on_ranks
 
@@ -56,17 +56,13 @@ def test_distance_to_collapse_is_0_at_the_collapse_loss_and_1_at_loss_0():
 
 def test_embedding_std_is_1_for_isotropic_and_0_for_equal_embeddings():
     assert report_of(a_step(embeddings=unit_rows(4096)))["embedding_std"] == pytest.approx(1, abs=0.01)
-    assert report_of(a_step(embeddings=unit_rows(1).expand(64, D)))["embedding_std"] == pytest.approx(
-        0, abs=1e-6
-    )
+    assert report_of(a_step(embeddings=unit_rows(1).expand(64, D)))["embedding_std"] == pytest.approx(0, abs=1e-6)
 
 
 def test_embedding_std_equals_a_loop_over_dimensions():
     rows = unit_rows(64, cone=1.0)
     mean_std = sum(float(((c - c.mean()) ** 2).mean().sqrt()) for c in rows.double().T) / D
-    assert report_of(a_step(embeddings=rows))["embedding_std"] == pytest.approx(
-        mean_std * math.sqrt(D), rel=1e-6
-    )
+    assert report_of(a_step(embeddings=rows))["embedding_std"] == pytest.approx(mean_std * math.sqrt(D), rel=1e-6)
 
 
 def test_effective_rank_counts_the_dimensions_in_use():
@@ -103,10 +99,12 @@ def test_a_method_without_clusters_or_collapse_loss_has_no_such_figures():
     assert figures.keys() == {"nonfinite_loss", "embedding_std", "effective_rank"}
 
 
-def test_non_finite_losses_are_counted_until_the_next_report():
+def test_non_finite_losses_are_counted_over_the_run():
     monitor = a_monitor()
     assert report_of(a_step(math.nan), a_step(math.inf), a_step(1.0), monitor=monitor)["nonfinite_loss"] == 2
-    assert report_of(a_step(1.0), monitor=monitor)["nonfinite_loss"] == 0
+    assert report_of(a_step(1.0), monitor=monitor)["nonfinite_loss"] == 2
+    monitor.epoch_start()
+    assert report_of(a_step(-math.inf), monitor=monitor)["nonfinite_loss"] == 3
 
 
 def test_it_says_before_a_save_whether_the_loss_was_finite():
@@ -116,7 +114,8 @@ def test_it_says_before_a_save_whether_the_loss_was_finite():
     monitor.observe(a_step(-math.inf))
     monitor.observe(a_step(1.0))
     assert not monitor.is_finite()
-    assert monitor.report(clock(3))["nonfinite_loss"] == 1
+    monitor.report(clock(3))
+    assert not monitor.is_finite()  # the weights are as spoilt after a report as before it
 
 
 def test_broken_embeddings_are_reported_and_do_not_stop_the_run():
@@ -171,11 +170,7 @@ def figures_of_a_rank(rank_count: int) -> list[dict[str, float]]:
     monitor.merge()
     return [
         *reports,
-        {
-            f"{name}/{i}": x
-            for name, v in monitor.state_dict().items()
-            for i, x in enumerate(v.flatten().tolist())
-        },
+        {f"{name}/{i}": x for name, v in monitor.state_dict().items() for i, x in enumerate(v.flatten().tolist())},
     ]
 
 
@@ -183,11 +178,11 @@ def test_two_ranks_report_and_save_what_one_process_does():
     alone = figures_of_a_rank(1)
     for reports in on_ranks(2, figures_of_a_rank, 2):
         # A NaN loss is one event per rank.
-        counts = [report.pop("nonfinite_loss", None) for report in reports]
-        assert counts == [2, 0, 0, None]
+        counts = [report.pop("nonfinite_loss", report.pop("nonfinite/0", None)) for report in reports]
+        assert counts == [2, 2, 2, 2]
         for got, expected in zip(reports, alone, strict=True):
             assert got == pytest.approx(
-                {k: v for k, v in expected.items() if k != "nonfinite_loss"}, rel=1e-6, nan_ok=True
+                {k: v for k, v in expected.items() if not k.startswith("nonfinite")}, rel=1e-6, nan_ok=True
             )
 
 
@@ -229,9 +224,9 @@ def test_a_resumed_monitor_raises_the_alarms_that_a_straight_one_does():
 # --- alarms -------------------------------------------------------------------------------------------------
 
 
-def alarms_of(report_at: Any, steps: int = 600, monitor: Monitor | None = None) -> list[tuple[int, Alarm]]:
+def alarms_of(report_at: Any, steps: int = 600, log_every: int = LOG_EVERY) -> list[tuple[int, Alarm]]:
     """What a run says whose figures at a step are `report_at(step)`, laid over those of a healthy run."""
-    monitor = monitor or a_monitor()
+    monitor = a_monitor()
     healthy = {
         "nonfinite_loss": 0.0,
         "loss_to_collapse": 0.3,
@@ -241,7 +236,7 @@ def alarms_of(report_at: Any, steps: int = 600, monitor: Monitor | None = None) 
         "dead_clusters": 0.1,
     }
     said = []
-    for step in range(LOG_EVERY, steps + 1, LOG_EVERY):
+    for step in range(log_every, steps + 1, log_every):
         said += [(step, alarm) for alarm in monitor.alarms(healthy | report_at(step), clock(step))]
     return said
 
@@ -255,8 +250,8 @@ COLLAPSES = {
 
 @pytest.mark.parametrize(("name", "figures"), [(n, f) for n, many in COLLAPSES.items() for f in many])
 def test_a_collapse_is_noticed_within_200_steps_and_said_once(name: str, figures: dict[str, float]):
-    for start in (0, 300):
-        said = alarms_of(lambda step, start=start: figures if step > start else {}, steps=2000)
+    for start, log_every in ((0, 20), (300, 20), (0, 1), (300, 50)):
+        said = alarms_of(lambda step, start=start: figures if step > start else {}, 2000, log_every)
         assert [alarm.name for _, alarm in said] == [name]
         assert start < said[0][0] <= start + 200
 
@@ -278,10 +273,11 @@ def test_the_text_says_what_was_seen_what_is_normal_and_what_to_do():
 
 def test_a_non_finite_loss_is_said_at_once_even_at_the_start():
     [(step, alarm)] = alarms_of(lambda step: {"nonfinite_loss": 3.0})
-    assert step == LOG_EVERY and alarm.name == "nonfinite_loss" and "in 3 passes" in alarm.text
+    assert step == LOG_EVERY and alarm.name == "nonfinite_loss" and "in 3 forward passes" in alarm.text
 
 
-def test_a_run_that_starts_like_a_collapsed_one_raises_no_alarm():
+@pytest.mark.parametrize("log_every", [1, 20])
+def test_a_run_that_starts_like_a_collapsed_one_raises_no_alarm(log_every: int):
     collapsed = {
         "loss_to_collapse": 0.0,
         "embedding_std": 0.01,
@@ -289,13 +285,18 @@ def test_a_run_that_starts_like_a_collapsed_one_raises_no_alarm():
         "assignment_entropy": 0.01,
         "dead_clusters": 0.99,
     }
-    assert WARMUP_STEPS > 80
-    assert alarms_of(lambda step: collapsed if step <= 80 else {}) == []
+    before = WARMUP_STEPS - 1
+    assert alarms_of(lambda step: collapsed if step <= before else {}, log_every=log_every) == []
 
 
-def test_a_dip_that_passes_raises_no_alarm():
+@pytest.mark.parametrize("log_every", [1, 5, 20])
+def test_a_dip_that_passes_raises_no_alarm(log_every: int):
     dip = {"loss_to_collapse": 0.0, "embedding_std": 0.01, "assignment_entropy": 0.01}
-    assert alarms_of(lambda step: dip if (step // LOG_EVERY) % LASTING_REPORTS else {}) == []
+    assert alarms_of(lambda step: dip if step % LASTING_STEPS else {}, log_every=log_every) == []
+
+
+def test_two_reports_far_apart_are_not_enough():
+    assert alarms_of(lambda step: {"loss_to_collapse": 0.0} if step <= 1000 else {}, 2000, log_every=500) == []
 
 
 def test_an_alarm_that_cleared_is_said_again_when_it_comes_back():

@@ -25,7 +25,7 @@ from tessella.methods.method import Progress
 from tessella.optim import OptimizerConfig
 from tests.engine.runs import assert_same, final_state, tiny_run
 
-METHODS = ["swav", "jigclu"]
+METHODS = ["swav", "jigclu", "mejigclu", "smog"]
 
 
 def log_without_timing(run: Path) -> list[dict[str, object]]:
@@ -57,9 +57,7 @@ def test_a_run_is_a_function_of_its_seed(method: str, tmp_path: Path):
 
 
 def test_the_number_of_decoding_threads_changes_nothing(tmp_path: Path):
-    states = [
-        final_state(pretrain(tiny_run(workers=w, max_steps=2), tmp_path / str(w))) for w in (1, 3)
-    ]
+    states = [final_state(pretrain(tiny_run(workers=w, max_steps=2), tmp_path / str(w))) for w in (1, 3)]
     assert_same(*states)
 
 
@@ -111,6 +109,20 @@ def test_resume_refuses_what_would_change_the_result_and_other_images(tmp_path: 
         resume(run, {"data": "digits::train"})
     with pytest.raises(UserError, match="not a run folder"):
         resume(tmp_path)
+
+
+def test_resume_refuses_another_number_of_categories(tmp_path: Path):
+    run = pretrain(tiny_run("mejigclu", max_steps=1), tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("batch_size: 64", "batch_size: 32"))
+    with pytest.raises(UserError, match="into 64 parts .* into 32 .*go on with the same images"):
+        resume(run)
+
+
+def test_an_evaluation_reads_a_run_with_a_partition(tmp_path: Path):
+    run = pretrain(tiny_run("mejigclu", max_steps=1, accumulate=2), tmp_path / "run")
+    method = resolve_backbone(str(run)).method
+    assert method is not None and method.categories == 64
 
 
 def test_a_stop_request_saves_and_the_run_goes_on_identically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,7 @@ from tessella.methods.jigclu import Jigclu, JigcluConfig
 from tessella.methods.method import Progress, Setting
 from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.ops.losses import supervised_contrastive
-from tessella.ops.montage import pool_cells
+from tessella.ops.montage import pool_cells, shuffled_montages, tile_order
 from tests.methods.tiny import BATCH, averaged_gradients, jigclu, on_this_rank, random_batch, this_ranks_share
 from tests.ranks import on_ranks
 
@@ -34,26 +34,25 @@ class Pixels(nn.Module):
 
 def test_what_comes_out_of_a_cell_is_the_tile_that_its_labels_name():
     n = 6
-    method = Jigclu(JigcluConfig(tile_size=4), Pixels(), Setting(n, n, 0))
-    numbers = torch.arange(4 * n).float().view(4, n, 1, 1, 1).expand(4, n, 3, 4, 4)  # tile p = q * n + i is p everywhere
-    order = method._permutation(n, step=3)
-    cells = pool_cells(method._montages(numbers, order), 2)  # (slot, montage, 3)
+    numbers = (
+        torch.arange(4 * n).float().view(4, n, 1, 1, 1).expand(4, n, 3, 4, 4)
+    )  # tile p = q * n + i is p everywhere
+    order = tile_order(0, 3, 4 * n)
+    cells = pool_cells(shuffled_montages(numbers, order, 2), 2)  # (slot, montage, 3)
     recovered = cells.transpose(0, 1).transpose(0, 1).flatten(0, 1)[:, 0].long()
     assert torch.equal(recovered, order)
 
 
 def test_every_image_appears_in_each_cut_position_exactly_once():
-    method = jigclu()
-    order = method._permutation(BATCH, 0)
+    order = tile_order(0, 0, 4 * BATCH)
     assert torch.equal((order % BATCH).bincount(), torch.full((BATCH,), 4))
     assert torch.equal((order // BATCH).bincount(), torch.full((4,), BATCH))
 
 
 def test_the_permutation_changes_every_step_and_is_a_function_of_the_seed():
-    method = jigclu()
-    assert torch.equal(method._permutation(BATCH, 5), jigclu()._permutation(BATCH, 5))
-    assert not torch.equal(method._permutation(BATCH, 5), method._permutation(BATCH, 6))
-    assert not torch.equal(method._permutation(BATCH, 5), jigclu(seed=1)._permutation(BATCH, 5))
+    assert torch.equal(tile_order(0, 5, 32), tile_order(0, 5, 32))
+    assert not torch.equal(tile_order(0, 5, 32), tile_order(0, 6, 32))
+    assert not torch.equal(tile_order(0, 5, 32), tile_order(1, 5, 32))
 
 
 def test_loss_is_the_weighted_sum_and_the_official_scale_is_temperature_over_007():
@@ -70,7 +69,7 @@ def test_cluster_loss_equals_the_contrast_of_embeddings_in_unshuffled_order():
     method = jigclu(cluster_scale="paper", location_weight=0.0)
     batch = random_batch(method)
     step = method(batch, START)
-    order = method._permutation(BATCH, 0)
+    order = tile_order(0, START.step, 4 * BATCH)
     unshuffled = torch.empty_like(step.embeddings)
     unshuffled[order] = step.embeddings
     expected = supervised_contrastive(unshuffled, torch.arange(4 * BATCH) % BATCH, 0.3)
@@ -98,7 +97,7 @@ def test_at_overlap_one_half_without_augmentation_the_tiles_of_an_image_are_equa
     image = torch.randn(BATCH, 3, 4, 4)
     method = Jigclu(JigcluConfig(tile_size=4, overlap=0.5), Pixels(), Setting(BATCH, BATCH, 0))
     z = method(Batch((image.expand(4, -1, -1, -1, -1),), torch.arange(BATCH)), START).embeddings
-    order = method._permutation(BATCH, 0)
+    order = tile_order(0, START.step, 4 * BATCH)
     by_image = torch.empty_like(z)
     by_image[order] = z
     by_image = by_image.view(4, BATCH, -1)
@@ -140,7 +139,7 @@ def test_overfits_a_handful_of_images():
         optimizer.zero_grad()
         result.loss.backward()
         optimizer.step()
-    z, image = result.embeddings, method._permutation(16, STEPS - 1) % 16
+    z, image = result.embeddings, tile_order(0, STEPS - 1, 64) % 16
     nearest = (z @ z.T).fill_diagonal_(-1).argmax(dim=1)
     assert result.metrics["location_accuracy"] > 0.9
     assert (image[nearest] == image).float().mean() > 0.9

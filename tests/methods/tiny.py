@@ -9,7 +9,9 @@ from tessella import dist
 from tessella.data.batch import Batch
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.methods.jigclu import Jigclu, JigcluConfig
+from tessella.methods.mejigclu import Mejigclu, MejigcluConfig
 from tessella.methods.method import Method, Setting
+from tessella.methods.smog import Smog, SmogConfig, two_pipelines
 from tessella.methods.swav import Swav, SwavConfig
 from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.modules.norm import synchronise_batch_norm
@@ -28,6 +30,21 @@ def jigclu(seed: int = 0, batch: int = BATCH, **settings: object) -> Jigclu:
     torch.manual_seed(seed)
     config = JigcluConfig(**{"tile_size": 8, "embedding_dim": 16} | settings)
     return Jigclu(config, build_backbone(BackboneConfig("resnet10", 4, "small")), Setting(100, batch, seed)).train()
+
+
+def mejigclu(seed: int = 0, batch: int = BATCH, accumulate: int = 1, **settings: object) -> Mejigclu:
+    torch.manual_seed(seed)
+    config = MejigcluConfig(**{"tile_size": 8, "embedding_dim": 16} | settings)
+    backbone = build_backbone(BackboneConfig("resnet10", 4, "small"))
+    return Mejigclu(config, backbone, Setting(100, batch, seed, accumulate)).train()
+
+
+def smog(seed: int = 0, batch: int = BATCH, images: int = 4 * BATCH, accumulate: int = 1, **settings: object) -> Smog:
+    torch.manual_seed(seed)
+    views = two_pipelines(CROPS.groups)
+    config = SmogConfig(**{"groups": 6, "embedding_dim": 16, "hidden_dim": 32, "views": views} | settings)
+    backbone = build_backbone(BackboneConfig("resnet10", 4, "small"))
+    return Smog(config, backbone, Setting(images, batch, seed, accumulate)).train()
 
 
 def random_batch(method: Method, batch: int = BATCH, seed: int = 1) -> Batch:

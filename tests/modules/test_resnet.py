@@ -31,7 +31,9 @@ def test_the_small_stem_keeps_an_eighth_of_the_resolution_and_width_scales_every
 
 def test_wide_resnet50_has_the_official_parameter_counts():
     with torch.device("meta"):
-        counts = {w: sum(p.numel() for p in build_backbone(BackboneConfig("resnet50", w)).parameters()) for w in (64, 128)}
+        counts = {
+            w: sum(p.numel() for p in build_backbone(BackboneConfig("resnet50", w)).parameters()) for w in (64, 128)
+        }
     assert counts[64] == 23_508_032
     assert round(counts[128] / 1e6, 1) == 93.9
 
@@ -44,7 +46,7 @@ def test_recomputation_changes_neither_gradients_nor_running_statistics():
         net = build_backbone(BackboneConfig("resnet10", 8, "small", recompute=recompute)).train()
         net(x).square().mean().backward()
         results.append(([p.grad for p in net.parameters()], list(net.buffers())))
-    for (plain, again) in zip(results[0], results[1], strict=True):
+    for plain, again in zip(results[0], results[1], strict=True):
         for a, b in zip(plain, again, strict=True):
             assert torch.equal(a, b)
 
@@ -60,5 +62,5 @@ def test_timm_networks_come_by_name_and_tokens_are_refused_as_maps():
 
 @pytest.mark.parametrize("name", ["resnet19", "timm:no_such_net"])
 def test_an_unknown_name_is_refused_with_what_there_is(name: str):
-    with pytest.raises(UserError, match="use one of|did you mean"):
+    with pytest.raises(UserError, match=r"use one of|did you mean"):
         build_backbone(BackboneConfig(name))

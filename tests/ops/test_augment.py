@@ -40,9 +40,7 @@ def drawn(n, seed=0):
     return {
         "flip": rng.random(n) < 0.5,
         "jitter": rng.random(n) < 0.8,
-        "factors": np.stack([*rng.uniform(0.2, 1.8, (3, n)), rng.uniform(-0.5, 0.5, n)], axis=1).astype(
-            np.float32
-        ),
+        "factors": np.stack([*rng.uniform(0.2, 1.8, (3, n)), rng.uniform(-0.5, 0.5, n)], axis=1).astype(np.float32),
         "order": rng.permuted(np.tile(np.arange(4, dtype=np.uint8), (n, 1)), axis=1),
         "gray": rng.random(n) < 0.2,
         "sigma": np.where(rng.random(n) < 0.5, rng.uniform(0.1, 2.0, n), 0).astype(np.float32),
@@ -87,9 +85,7 @@ def test_each_jitter_operation_equals_torchvisions_for_each_samples_own_factor(o
     parameters["jitter"][:] = True
     low, high = (-0.5, 0.5) if operation == 3 else (0.0, 2.0)
     parameters["factors"][:, operation] = np.linspace(low, high, n)
-    torch.testing.assert_close(
-        photometric(views, **parameters, **RAW), one_by_one(views, **parameters), **TOLERANCE
-    )
+    torch.testing.assert_close(photometric(views, **parameters, **RAW), one_by_one(views, **parameters), **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["flip", "gray", "solarize"])
@@ -107,9 +103,7 @@ def test_blur_equals_torchvisions_kernel_13_for_each_samples_own_sigma(side):
     views, n = pictures(8, side, side), 8
     parameters = nothing(n)
     parameters["sigma"][1:] = np.linspace(0.1, 2.0, n - 1)
-    torch.testing.assert_close(
-        photometric(views, **parameters, **RAW), one_by_one(views, **parameters), **TOLERANCE
-    )
+    torch.testing.assert_close(photometric(views, **parameters, **RAW), one_by_one(views, **parameters), **TOLERANCE)
 
 
 def test_blur_of_a_view_smaller_than_the_kernel_uses_the_largest_kernel_that_fits():
@@ -168,9 +162,7 @@ def test_gray_and_mild_blur_stay_close_to_pillow():
     result = photometric(views, **parameters, **RAW).mul(255)
     for i, view in enumerate(views):
         image = Image.fromarray(view.permute(1, 2, 0).numpy())
-        blurred = np.asarray(
-            image.filter(ImageFilter.GaussianBlur(float(parameters["sigma"][i]))), dtype=np.float32
-        )
+        blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(float(parameters["sigma"][i]))), dtype=np.float32)
         inner = (slice(8, -8), slice(8, -8))  # Pillow repeats the border pixel where torchvision mirrors
         difference = np.abs(result[i].permute(1, 2, 0).numpy() - blurred)[inner]
         assert difference.max() <= 4
@@ -184,9 +176,7 @@ def test_gray_and_mild_blur_stay_close_to_pillow():
 
 @pytest.mark.parametrize("size", [8, 32, 40])
 def test_crop_resize_equals_pillows_crop_then_resize_within_one_level(size):
-    images = torch.randint(
-        256, (40, 3, 28, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    images = torch.randint(256, (40, 3, 28, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     rng = np.random.default_rng(2)
     w, h = rng.integers(1, 37, 40), rng.integers(1, 29, 40)
     boxes = np.stack((rng.integers(0, 37 - w), rng.integers(0, 29 - h), w, h), axis=1)
@@ -194,9 +184,7 @@ def test_crop_resize_equals_pillows_crop_then_resize_within_one_level(size):
     assert result.dtype == torch.uint8
     for image, (left, top, width, height), crop in zip(images, boxes.tolist(), result, strict=True):
         whole = Image.fromarray(image.permute(1, 2, 0).numpy())
-        expected = whole.crop((left, top, left + width, top + height)).resize(
-            (size, size), Image.Resampling.BILINEAR
-        )
+        expected = whole.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
         difference = np.abs(crop.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected).astype(int))
         assert difference.max() <= 1
 

@@ -72,9 +72,7 @@ def test_spherical_keeps_unit_rows_and_ignores_their_length():
     assert torch.equal(result.assignments, other.assignments)
     unit = torch.nn.functional.normalize(x, dim=1)
     assert torch.equal(result.assignments, (unit @ result.centres.T).argmax(dim=1))
-    assert result.inertia == pytest.approx(
-        float((2 - 2 * (unit @ result.centres.T).amax(dim=1)).sum()), rel=1e-4
-    )
+    assert result.inertia == pytest.approx(float((2 - 2 * (unit @ result.centres.T).amax(dim=1)).sum()), rel=1e-4)
 
 
 def test_an_empty_cluster_takes_the_farthest_row():

@@ -38,7 +38,9 @@ def test_swav_gives_the_worked_number():
     s = torch.tensor([[0.08, 0.02], [0.0, 0.06]])
     codes = torch.stack([sinkhorn(t, 0.05, 3), sinkhorn(s, 0.05, 3)])
     scores = torch.stack([t, s])
-    torch.testing.assert_close(swapped_prediction(scores, codes, [0, 1], 0.1), torch.tensor(0.683954), atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        swapped_prediction(scores, codes, [0, 1], 0.1), torch.tensor(0.683954), atol=2e-6, rtol=0
+    )
 
 
 def test_swav_equals_the_double_loop_over_codes_and_views():

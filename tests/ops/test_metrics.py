@@ -56,9 +56,7 @@ def test_agreement_equals_scikit_learn(seed):
     assignments, labels = random_partitions(seed=seed)
     table = metrics.contingency(assignments, labels, 7, 4)
     a, y = assignments.numpy(), labels.numpy()
-    assert metrics.normalised_mutual_information(table) == pytest.approx(
-        sk.normalized_mutual_info_score(y, a)
-    )
+    assert metrics.normalised_mutual_information(table) == pytest.approx(sk.normalized_mutual_info_score(y, a))
     assert metrics.adjusted_rand_index(table) == pytest.approx(sk.adjusted_rand_score(y, a))
 
 
@@ -66,8 +64,7 @@ def test_clustering_accuracy_is_the_best_of_all_one_to_one_maps():
     assignments, labels = random_partitions(k=4, c=4)
     table = metrics.contingency(assignments, labels, 4, 4)
     best = max(
-        float((torch.tensor(names)[assignments] == labels).float().mean())
-        for names in itertools.permutations(range(4))
+        float((torch.tensor(names)[assignments] == labels).float().mean()) for names in itertools.permutations(range(4))
     )
     assert metrics.clustering_accuracy(table) == pytest.approx(best)
 
@@ -117,9 +114,7 @@ def test_effective_rank_equals_the_entropy_of_the_singular_values(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 2, shape[1]) + 3
     singular = np.linalg.svd((x - x.mean(dim=0)).double().numpy(), compute_uv=False)
     shares = singular[singular > 1e-6] / singular.sum()
-    assert metrics.effective_rank(x) == pytest.approx(
-        float(np.exp(-(shares * np.log(shares)).sum())), rel=1e-4
-    )
+    assert metrics.effective_rank(x) == pytest.approx(float(np.exp(-(shares * np.log(shares)).sum())), rel=1e-4)
 
 
 def test_effective_rank_counts_directions():

@@ -46,6 +46,13 @@ def test_boxes_of_many_images_at_once_equal_one_by_one():
         assert (tile_boxes([w], [h], 2, 0.3)[0] == together[row]).all()
 
 
+def test_overlaps_along_x_and_y_may_differ():
+    both = tile_boxes([100, 100], [80, 80], 2, [[0.3, 0.1], [0.2, 0.2]])
+    wide, tall = tile_boxes([100], [80], 2, 0.3)[0], tile_boxes([100], [80], 2, 0.1)[0]
+    assert (both[0][:, [0, 2]] == wide[:, [0, 2]]).all() and (both[0][:, [1, 3]] == tall[:, [1, 3]]).all()
+    assert (both[1] == tile_boxes([100], [80], 2, 0.2)[0]).all()
+
+
 def test_stitch_puts_slots_row_by_row_and_unstitch_is_its_exact_inverse():
     tiles = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 2, 3, 5, 5).contiguous()
     montage = stitch(tiles, 2)

@@ -76,7 +76,5 @@ def test_ids_keep_their_relative_order_when_others_leave():
 
 
 def test_every_position_is_equally_likely_for_an_id():
-    places = np.array(
-        [np.argmin(permutation(stream_key(seed, "rows"), np.arange(10), 0)) for seed in range(3000)]
-    )
+    places = np.array([np.argmin(permutation(stream_key(seed, "rows"), np.arange(10), 0)) for seed in range(3000)])
     assert stats.chisquare(np.bincount(places, minlength=10)).pvalue > 0.01

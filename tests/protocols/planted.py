@@ -21,9 +21,7 @@ def planted_images(n, classes=3, *, name="planted", seed=0, noise=20.0, size=8):
 def meaningless_images(n, classes=4, *, name="noise", seed=0, size=8):
     """Labels that have nothing to do with the pixels."""
     random = np.random.default_rng(seed)
-    return ArrayImages(
-        name, random.integers(0, 256, (n, size, size, 3), dtype=np.uint8), np.arange(n) % classes
-    )
+    return ArrayImages(name, random.integers(0, 256, (n, size, size, 3), dtype=np.uint8), np.arange(n) % classes)
 
 
 class Tiny(nn.Module):

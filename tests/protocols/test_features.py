@@ -20,10 +20,7 @@ def test_features_are_those_of_the_normalised_pixels_in_row_order():
     images, backbone = planted_images(10), Tiny().eval()
     transform = EvalTransform.of(8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     found = extract(backbone, images, transform, batch_size=4, workers=1)
-    pixels = (
-        torch.stack([torch.from_numpy(images.image(row).copy()) for row in range(10)]).permute(0, 3, 1, 2)
-        / 255
-    )
+    pixels = torch.stack([torch.from_numpy(images.image(row).copy()) for row in range(10)]).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transform.mean, transform.std))
     with torch.no_grad():
         expected = backbone((pixels - mean) / std)

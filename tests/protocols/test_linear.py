@@ -24,9 +24,7 @@ from tests.protocols.planted import Tiny, eval_data, meaningless_images, planted
 def noisy_features(n=400, classes=4, d=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=generator)
-    return torch.nn.functional.one_hot(labels, d).float() + 0.8 * torch.randn(
-        n, d, generator=generator
-    ), labels
+    return torch.nn.functional.one_hot(labels, d).float() + 0.8 * torch.randn(n, d, generator=generator), labels
 
 
 def penalised_loss(weight, bias, x, labels, c):
@@ -40,9 +38,7 @@ def test_logistic_regression_equals_scikit_learn(c):
     x, labels = noisy_features()
     head = fit_logistic(x, labels, 4, c)
     reference = LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(x.double().numpy(), labels.numpy())
-    theirs = penalised_loss(
-        torch.from_numpy(reference.coef_), torch.from_numpy(reference.intercept_), x, labels, c
-    )
+    theirs = penalised_loss(torch.from_numpy(reference.coef_), torch.from_numpy(reference.intercept_), x, labels, c)
     assert penalised_loss(*head, x, labels, c) == pytest.approx(theirs, rel=1e-5)
     predicted = torch.nn.functional.linear(x, *head).argmax(dim=1)
     assert (predicted.numpy() == reference.predict(x.numpy())).mean() > 0.995

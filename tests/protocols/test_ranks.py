@@ -48,9 +48,7 @@ def test_two_ranks_share_the_images_and_give_the_same_figures_as_one():
     alone = work_of_this_rank()
     ranks = on_ranks(2, work_of_this_rank)
     assert [rank["rank"] for rank in ranks] == [0, 1]
-    assert [rank["seen"] for rank in ranks] == [5, 5] and alone[
-        "seen"
-    ] == 10  # the unreadable one is rank 0's
+    assert [rank["seen"] for rank in ranks] == [5, 5] and alone["seen"] == 10  # the unreadable one is rank 0's
     assert alone["skipped"] == {str(planted_images(11).key(BROKEN)): "a hole in it"}
     for rank in ranks:
         torch.testing.assert_close(rank["features"], alone["features"], atol=1e-5, rtol=1e-5)

@@ -4,9 +4,6 @@ Nothing is ever extracted to a path that an archive names. A .tar.gz is decompre
 cache: a compressed stream has no random access.
 """
 
-# Paths are plain strings, as in the index.
-# ruff: noqa: PTH100, PTH116, PTH119
-
 from __future__ import annotations
 
 import contextlib
@@ -28,7 +25,7 @@ from tessella.data.decode import Unreadable
 from tessella.data.index import exclusive, progress_bar
 from tessella.errors import UserError
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 _MAX_OPEN = 256  # archives held open; a process may have 1024 files by default
 _MAX_HEADER = 2**20  # bytes; longest extended header that is believed
@@ -80,7 +77,7 @@ class Archives:
             os.close(passing)
 
 
-def walk(path: str, suffixes: tuple[str, ...]) -> tuple[list[Member], list[tuple[str, str]]]:
+def walk_tar(path: str, suffixes: tuple[str, ...]) -> tuple[list[Member], list[tuple[str, str]]]:
     """All images of one .tar, and what looks like an image but is not readable in place.
 
     Hidden members and those with other suffixes are passed over in silence, as in folders.
@@ -119,7 +116,7 @@ def walk(path: str, suffixes: tuple[str, ...]) -> tuple[list[Member], list[tuple
     return members, unreadable
 
 
-def on_disk(path: str, cache: Path) -> str:
+def tar_on_disk(path: str, cache: Path) -> str:
     """Path of an uncompressed archive: the given one, or a copy of a .tar.gz in the cache, made if need be.
 
     Raises:

@@ -65,8 +65,7 @@ def _stripes(numbers: Array) -> Array:
     for turn, waves, phase in (numbers[:, 4:7].T, numbers[:, 7:10].T):
         direction, frequency = math.pi * turn, 2 * math.pi * (2 + 8 * waves)
         along = (
-            np.cos(direction)[:, None, None] * grid[None, None, :]
-            + np.sin(direction)[:, None, None] * grid[:, None]
+            np.cos(direction)[:, None, None] * grid[None, None, :] + np.sin(direction)[:, None, None] * grid[:, None]
         )
         total += np.sin(frequency[:, None, None] * along + 2 * math.pi * phase[:, None, None])
     return 0.5 + total / 4
@@ -81,9 +80,7 @@ def _colours(numbers: Array) -> tuple[Array, Array, Array]:
         (hue + 0.2 * (numbers[:, 16] - 0.5), 0.2 + 0.5 * numbers[:, 17], 0.4 + 0.5 * numbers[:, 18]),
     ]
     shape, dark, light = (
-        np.array(
-            [colorsys.hsv_to_rgb(h % 1.0, s, v) for h, s, v in zip(*triple, strict=True)], dtype=np.float32
-        )
+        np.array([colorsys.hsv_to_rgb(h % 1.0, s, v) for h, s, v in zip(*triple, strict=True)], dtype=np.float32)
         for triple in triples
     )
     return shape, dark, light

@@ -1,0 +1,146 @@
+"""Where images come from: one function, `open_images`, for folders, lists, archives and data sets by name.
+
+    what was given      how it is read                                       keys
+    a folder            files below it, at any depth                         path below the folder
+    .csv, .parquet      files that it lists                                  path as listed
+    .tar[.gz], several  in place, by offset (a .gz: from a copy in the       member name, behind the archive's
+                        cache)                                               name if there are several
+    cifar10, stl10 ...  torchvision's arrays, in memory                      split/number
+    hf:NAME             Hugging Face `datasets`                              split/number
+    digits, shapes      embedded, no download                                split/number
+    anything::PART      a folder within a folder or archive; a split of      relative to the part
+                        a data set by name
+
+Class labels are shown only to who asks for them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+from pathlib import Path
+
+import numpy as np
+
+from tessella.data.index import cache_folder
+from tessella.data.sources.archives import archives_in, open_archives
+from tessella.data.sources.embedded import EMBEDDED
+from tessella.data.sources.files import IMAGE_SUFFIXES, names_in
+from tessella.data.sources.folders import holds_image, open_folder
+from tessella.data.sources.images import ArrayImages, ImageSet
+from tessella.data.sources.lists import LIST_SUFFIXES, open_list
+from tessella.data.sources.messages import shown
+from tessella.data.sources.named import TORCHVISION, open_hugging_face, open_torchvision
+from tessella.data.sources.tars import TAR_SUFFIXES
+from tessella.errors import UserError
+
+__all__ = ["ACCEPTED", "IMAGE_SUFFIXES", "ArrayImages", "ImageSet", "open_images"]
+
+ACCEPTED = (
+    "a folder of images, a .csv or .parquet list, .tar or .tar.gz archives (a path, a pattern such as"
+    " 'shards/*.tar', or a folder of them), a data set of torchvision (cifar10, cifar100, stl10, svhn, mnist,"
+    " ...), hf:NAME, digits or shapes; a part is named behind two colons, as in images.tar::images/train"
+)
+
+
+def open_images(data: str, *, labels: bool = False, cache: Path | None = None) -> ImageSet:
+    """Open a set of images. The first time its headers are read; after that its index comes from the cache.
+
+    A known name wins over a folder of the same name in the working folder, which is written ./NAME.
+
+    Args:
+        data: see the module's table.
+        labels: also give classes: the first folder below `data` (or below its part), the list's column, or
+            what the data set by name brings.
+        cache: folder for indexes and decompressed archives; by default $TESSELLA_CACHE or ~/.cache/tessella.
+
+    Raises:
+        UserError: nothing there, nothing readable in it, or labels asked for that it does not have.
+    """
+    base, part = _split_part(data)
+    if data.startswith("hf:"):
+        images = open_hugging_face(data, base.removeprefix("hf:"), part or "train", labels, cache)
+    elif base.lower() in EMBEDDED:
+        return EMBEDDED[base.lower()](data, part, labels)
+    elif base.lower() in TORCHVISION:
+        return open_torchvision(data, base.lower(), part, labels)
+    else:
+        images = _open_path(data, os.path.expanduser(base), part, labels, cache or cache_folder())
+    _check_not_empty(images)
+    if labels:
+        _check_labels(images)
+    return images
+
+
+def _split_part(data: str) -> tuple[str, str | None]:
+    if "::" not in data or os.path.exists(data):
+        return data, None
+    base, _, part = data.rpartition("::")
+    return base, part.strip("/") or None
+
+
+def _open_path(data: str, path: str, part: str | None, labels: bool, cache: Path) -> ImageSet:
+    if os.path.isdir(path):
+        archives = archives_in(path)
+        if archives and not holds_image(path):
+            return open_archives(data, path, archives, part, labels, cache)
+        return open_folder(data, path, part, labels, cache)
+    if os.path.isfile(path):
+        if path.lower().endswith(TAR_SUFFIXES):
+            return open_archives(data, path, [path], part, labels, cache)
+        if path.lower().endswith(LIST_SUFFIXES):
+            if part:
+                raise UserError(f"{data}: a list has no parts; leave out ::{part}")
+            return open_list(data, path, labels, cache)
+    elif not os.path.lexists(path):
+        found = sorted(name for name in glob.glob(path) if name.lower().endswith(TAR_SUFFIXES))
+        if found:
+            return open_archives(data, path, found, part, labels, cache)
+    raise UserError(_not_found(data, path))
+
+
+def _not_found(data: str, path: str) -> str:
+    if os.path.exists(path):
+        problem = f"{shown(data)} is neither a folder nor a file of a kind that holds many images"
+    else:
+        problem = f"{shown(data)} does not exist"
+        path = path.rstrip("/")
+        near = difflib.get_close_matches(os.path.basename(path), names_in(os.path.dirname(path) or "."), 2)
+        known = difflib.get_close_matches(data.partition("::")[0].lower(), [*EMBEDDED, *TORCHVISION], 2)
+        choices = [os.path.join(os.path.dirname(path), name) for name in near] + known
+        if choices:
+            problem += f"; near it is {' or '.join(map(shown, choices))}"
+    return f"{problem}. Give {ACCEPTED}."
+
+
+def _check_not_empty(images: ImageSet) -> None:
+    if len(images):
+        return
+    if images.unreadable:
+        key, reason = images.unreadable[0]
+        raise UserError(
+            f"{shown(images.name)} has no readable image: all {len(images.unreadable)} files failed,"
+            f" the first is {shown(key) or 'the whole'}: {shown(reason)}. Give {ACCEPTED}."
+        )
+    raise UserError(
+        f"{shown(images.name)} holds no images: files ending in {' '.join(IMAGE_SUFFIXES)} are looked for,"
+        f" at any depth. Give {ACCEPTED}."
+    )
+
+
+def _check_labels(images: ImageSet) -> None:
+    parts = images.key(0).split("/")
+    if len(images.index.classes) == 1 and len(parts) > 2:
+        joint = "/" if "::" in images.name else "::"
+        raise UserError(
+            f"{shown(images.name)} has all its images in one class, {shown(parts[0])}: name the folder that"
+            f" holds the classes' folders, for example {shown(images.name + joint + '/'.join(parts[:-2]))}"
+        )
+    missing = np.flatnonzero(images.index.labels < 0)
+    if len(missing):
+        raise UserError(
+            f"{shown(images.name)} has no class for {len(missing)} of its {len(images)} images, for example"
+            f" {shown(images.key(int(missing[0])))}: put each image in a folder named after its class, or"
+            " give a .csv list with the columns path and label"
+        )

@@ -1,0 +1,61 @@
+"""Images that are files of their own: which names count, how bytes are read, a set of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+
+from tessella.data.decode import MAX_BYTES, Unreadable
+from tessella.data.index import Index
+from tessella.data.sources.images import ImageSet
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm"),
+)
+_RETRY_SECONDS = (0.1, 1.0)
+# Errors of network mounts that may pass.
+_PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+
+
+class FileImages(ImageSet):
+    """Files below a folder, or listed relative to it."""
+
+    def __init__(self, name: str, index: Index, labelled: bool, root: str) -> None:
+        super().__init__(name, index, labelled)
+        self._root = root
+
+    def read(self, row: int) -> bytes:  # noqa: D102
+        return read_file(os.path.join(self._root, self.key(row)))
+
+
+def read_file(path: str, size: int | None = None) -> bytes:
+    """The first `size` bytes of a regular file, or all. After an error of a network mount it tries again.
+
+    Raises:
+        Unreadable: it is gone or no regular file; or all was asked for, and that is more than `MAX_BYTES`.
+    """
+    for wait in (*_RETRY_SECONDS, None):
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise Unreadable("not a regular file")
+            if size is None and status.st_size > MAX_BYTES:
+                raise Unreadable(f"the file has {status.st_size:,} bytes, more than the limit of {MAX_BYTES:,}")
+            with open(path, "rb") as file:
+                return file.read(-1 if size is None else size)
+        except OSError as error:
+            if wait is None or error.errno not in _PASSING_ERRORS:
+                raise Unreadable(f"the file cannot be read: {error.strerror}") from error
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def names_in(folder: str) -> list[str]:
+    """What a folder holds, in order; nothing if it cannot be read."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError:
+        return []

@@ -1,0 +1,145 @@
+"""What every source opens into: an `ImageSet`; and the one that needs no source, an array in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tessella.data.decode import decode
+from tessella.data.index import Index
+from tessella.errors import UserError
+
+
+class ImageSet:
+    """Images with stable ids, in the order of their keys. Threads may share it."""
+
+    def __init__(self, name: str, index: Index, labelled: bool) -> None:
+        self.name = name  # as given
+        self.index = index
+        self._labelled = labelled
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """(N,) stable, distinct, non-negative."""
+        return self.index.ids
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """(N, 2) width and height in pixels of the upright images."""
+        return self.index.sizes
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """(N,) indices into `classes`; None unless asked for."""
+        return self.index.labels if self._labelled else None
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes; None unless labels were asked for."""
+        return self.index.classes if self._labelled else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when an image comes, goes, is renamed or encoded anew; not when it is touched."""
+        return self.index.fingerprint
+
+    @property
+    def unreadable(self) -> list[tuple[str, str]]:
+        """(key, reason) of what looked like an image and is not in the set."""
+        return self.index.unreadable
+
+    @cached_property
+    def uniform_size(self) -> tuple[int, int] | None:
+        """Width and height, if all images have the same."""
+        width, height = (int(side) for side in self.sizes[0])
+        return (width, height) if (self.sizes == (width, height)).all() else None
+
+    def key(self, row: int) -> str:
+        """Name of an image within the set, '/' between parts."""
+        return self.index.key(row)
+
+    def read(self, row: int) -> bytes | NDArray[np.uint8]:
+        """An image as it is stored: encoded, or (height, width, 3) uint8 pixels.
+
+        Raises:
+            Unreadable: it cannot be read (any more).
+        """
+        raise NotImplementedError
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        """Upright pixels, (height, width, 3) uint8 RGB.
+
+        Raises:
+            Unreadable: the image cannot be read or decoded whole.
+        """
+        stored = self.read(row)
+        return decode(stored) if isinstance(stored, bytes) else stored
+
+
+class ArrayImages(ImageSet):
+    """Images that are one array in memory.
+
+    Args:
+        name: for reports.
+        images: (N, H, W, 3) or, gray, (N, H, W) uint8; not copied.
+        labels: (N,) integers, or None.
+        classes: their names; by default the numbers.
+        keys: N names in ascending order; by default the row numbers.
+
+    Raises:
+        UserError: wrong shape or type.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        images: NDArray[np.uint8],
+        labels: ArrayLike | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+        keys: Sequence[str] | None = None,
+    ) -> None:
+        images = np.asarray(images)
+        _check_array(name, images)
+        if labels is not None:
+            labels = np.asarray(labels)
+            if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+                raise UserError(
+                    f"labels of {name} are {labels.dtype} {labels.shape}: give one integer per image,"
+                    f" {len(images)} in all"
+                )
+            if classes is None:
+                classes = [str(number) for number in range(int(labels.max()) + 1)]
+        digest = hashlib.sha256(repr(images.shape).encode())
+        for image in images:  # one by one: a whole array that is not contiguous would be copied
+            digest.update(image.tobytes())
+        index = Index.of_arrays(
+            keys or [f"{row:09d}" for row in range(len(images))],
+            (images.shape[2], images.shape[1]),
+            labels=labels,
+            classes=list(classes or []),
+            fingerprint=digest.hexdigest(),
+        )
+        super().__init__(name, index, labels is not None)
+        self._images = images
+
+    def read(self, row: int) -> NDArray[np.uint8]:  # noqa: D102
+        image = self._images[row]
+        return np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image
+
+
+def _check_array(name: str, images: NDArray[Any]) -> None:
+    gray, colour = images.ndim == 3, images.ndim == 4 and images.shape[-1] == 3
+    if images.dtype != np.uint8 or not (gray or colour) or 0 in images.shape:
+        raise UserError(
+            f"{name} is an array of {images.dtype} {images.shape}: give uint8 (N, H, W, 3), or (N, H, W) for"
+            " gray, with N, H and W at least 1"
+        )

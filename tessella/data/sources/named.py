@@ -1,0 +1,155 @@
+"""Data sets that other libraries bring, by name: torchvision's, as arrays in memory, and Hugging Face's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tessella.data.decode import MAX_BYTES, Unreadable
+from tessella.data.index import Index, Listing, cache_folder, cached_index, exclusive
+from tessella.data.sources.files import read_file
+from tessella.data.sources.images import ArrayImages, ImageSet
+from tessella.data.sources.messages import check_split
+from tessella.errors import UserError
+
+_BOTH = {"train": {"train": True}, "test": {"train": False}}
+# name -> class in torchvision.datasets, {split: constructor's arguments}; the first split is the default
+TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "cifar10": ("CIFAR10", _BOTH),
+    "cifar100": ("CIFAR100", _BOTH),
+    "stl10": (
+        "STL10",
+        {split: {"split": split} for split in ("train", "test", "unlabeled", "train+unlabeled")},
+    ),
+    "svhn": ("SVHN", {split: {"split": split} for split in ("train", "test", "extra")}),
+    "mnist": ("MNIST", _BOTH),
+    "fashionmnist": ("FashionMNIST", _BOTH),
+    "kmnist": ("KMNIST", _BOTH),
+    "usps": ("USPS", _BOTH),
+}
+
+
+def open_torchvision(data: str, name: str, part: str | None, labels: bool) -> ImageSet:
+    """Open a data set of torchvision, from $TESSELLA_DATA or downloaded.
+
+    Args:
+        data: the source as given, for reports.
+        name: a key of `TORCHVISION`.
+        part: a split; by default the first.
+        labels: give classes.
+
+    Raises:
+        UserError: no such split, no network, or images without a class although labels are asked for.
+    """
+    class_name, splits = TORCHVISION[name]
+    split = part or next(iter(splits))
+    check_split(data, split, list(splits))
+    dataset = _load_torchvision(data, class_name, splits[split])
+    pixels = np.asarray(dataset.data)
+    if pixels.ndim == 4 and pixels.shape[1] == 3:
+        pixels = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+    targets = np.asarray(dataset.targets if hasattr(dataset, "targets") else dataset.labels).astype(np.int64)
+    if labels and (targets < 0).any():
+        raise UserError(f"{data} has images without a class: use {name}::train or {name}::test, or no labels")
+    return ArrayImages(
+        data,
+        pixels,
+        targets if labels else None,
+        classes=getattr(dataset, "classes", None) if labels else None,
+        keys=[f"{split}/{row:06d}" for row in range(len(pixels))],
+    )
+
+
+def _load_torchvision(data: str, class_name: str, arguments: dict[str, Any]) -> Any:
+    """The data set from $TESSELLA_DATA; downloaded only if it is not there."""
+    import torchvision
+
+    root = Path(os.environ.get("TESSELLA_DATA") or cache_folder() / "data").expanduser()
+    load = partial(getattr(torchvision.datasets, class_name), root=str(root), **arguments)
+    with contextlib.suppress(Exception):  # each class says "not found" in its own way
+        return load(download=False)
+    try:
+        with exclusive(root):  # one download for all ranks of a machine
+            return load(download=True)
+    except Exception as error:
+        raise UserError(
+            f"{data} is not in {root} and cannot be downloaded ({' '.join(str(error).split())[:200]}): fetch"
+            " it on a machine with a network and set TESSELLA_DATA to its folder, or give images of your own"
+        ) from error
+
+
+class HuggingFaceImages(ImageSet):
+    """Rows of a Hugging Face data set."""
+
+    def __init__(self, name: str, index: Index, labelled: bool, read: Callable[[int, int], bytes]) -> None:
+        super().__init__(name, index, labelled)
+        self._read = read
+
+    def read(self, row: int) -> bytes:  # noqa: D102
+        return self._read(int(self.index.column("row")[row]), MAX_BYTES + 1)
+
+
+def open_hugging_face(data: str, name: str, split: str, labels: bool, cache: Path | None) -> ImageSet:
+    """Open a data set of the Hugging Face hub, or a folder that its library can load.
+
+    Args:
+        data: the source as given, for reports.
+        name: as the hub has it.
+        split: as the hub has it.
+        labels: show the classes: of the first column of class labels, or of the integers in `label`.
+        cache: folder for the index; None for the default.
+
+    Raises:
+        UserError: the package is missing, or the data set cannot be loaded or has no column of images.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{data} needs the package datasets: pip install 'tessella[huggingface]'") from error
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except Exception as error:  # of the hub, the network, the parser ...
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{data} cannot be loaded ({reason}): check name and split (::{split})") from error
+    columns = [column for column, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
+    if not columns:
+        raise UserError(f"{data} has no column of images, only {', '.join(dataset.features)}")
+    label_column, classes = _hugging_face_labels(dataset, datasets)
+    encoded = dataset.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
+
+    def read(row: int, size: int) -> bytes:
+        stored = encoded[row][columns[0]]
+        if stored is None:
+            raise Unreadable("the data set has no image in this row")
+        return stored["bytes"][:size] if stored["bytes"] is not None else read_file(stored["path"], size)
+
+    def list_rows() -> Listing:
+        values = dataset[label_column] if label_column else [None] * len(dataset)
+        numbers = [-1 if value is None else int(value) for value in values]
+        return Listing(
+            keys=[f"{split}/{row:09d}" for row in range(len(dataset))],
+            read=read,
+            byte_sizes=None,
+            labels=numbers,
+            classes=classes or [str(number) for number in range(max(numbers, default=-1) + 1)],
+            columns={"row": range(len(dataset))},
+        )
+
+    index = cached_index(["hf", name, split, dataset._fingerprint], [], list_rows, cache)
+    return HuggingFaceImages(data, index, labels, read)
+
+
+def _hugging_face_labels(dataset: Any, datasets: Any) -> tuple[str | None, list[str]]:
+    for column, kind in dataset.features.items():
+        if isinstance(kind, datasets.ClassLabel):
+            return column, list(kind.names)
+    for column in ("label", "labels"):
+        if column in dataset.features and str(getattr(dataset.features[column], "dtype", "")).startswith("int"):
+            return column, []
+    return None, []

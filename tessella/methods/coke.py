@@ -1,0 +1,218 @@
+"""CoKe: predict each image's cluster of the last epoch, while this epoch's clusters are found one batch at a time.
+
+    V crops of B images -> backbone -> projector ---------> p, unit rows --> scores against last epoch's centres -+
+       (a pass per crop)               +---> predictor ---> q, unit rows --> scores against last epoch's centres -+
+    label memory, by image ------------------------------> labels of the last epoch -------- cross-entropy -------+
+    softmax of p's scores of the other large crop, no gradient -------------------------- (two views and more) ---+
+
+    mean of p over the large crops, no gradient -> nearest of this epoch's centres + duals -> labels of this epoch
+                                                   -> duals, centres, label memory
+    State: for each clustering two sets of centres (K, D), duals and counts (K,); one row of labels per image.
+
+One view: labels alone, averaged over epochs late in the run. Two: plus each view's prediction by the other. More:
+plus small crops, which predict and take no part in the clustering.
+
+Source: Qian, Xu, Hu, Li, Jin, "Unsupervised visual representation learning by online constrained k-means", CVPR 2022.
+Deviations from the official code are listed in docs/methods/coke.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessella import dist
+from tessella.data.batch import Batch
+from tessella.data.views import CropGroup, ViewSpec
+from tessella.errors import UserError
+from tessella.methods.method import Method, Progress, Setting, Step
+from tessella.modules.backbone import Backbone
+from tessella.modules.centres import OnlineCentres
+from tessella.modules.heads import mlp
+from tessella.modules.memory import InstanceTable, keep_from_broadcast
+from tessella.ops.assignment import average_labels, averaged_targets
+from tessella.ops.losses import label_cross_entropy, view_cross_entropy
+
+SINGLE_VIEW = ViewSpec((CropGroup(1, 224, (0.08, 1.0)),))
+
+
+@dataclass(frozen=True)
+class CokeConfig:
+    """Settings of CoKe; defaults are the official ones for one view, ImageNet and ResNet-50."""
+
+    name: Literal["coke"] = "coke"
+    centres: tuple[int, ...] = (3000, 4000, 5000)  # clusters of each clustering; all of them are learned from
+    embedding_dim: int = 128
+    temperature: float = 0.1  # one view; two and more 0.05
+    ratio: float = 0.4  # least size of a cluster, in shares of images / clusters; 1: equal sizes, 0: plain k-means
+    dual_lr: float | Literal["auto"] = 20.0  # auto: 0.02 min(batch, clusters), for small batches or few clusters
+    # One view
+    prediction_weight: float = 1.0  # of the predictor's loss; the rest goes to the projector's
+    average_from_epoch: int = 801  # labels and centres are averages over the epochs from this one on
+    label_slots: int = 5  # clusters that an image's averaged label may name
+    label_temperature: float = 0.5  # of averaged labels; smaller is sharper
+    # Two views and more
+    label_weight: float = 0.2  # of the label in the target; the rest goes to the other view's prediction
+    large_weight: float = 0.5  # of the two large crops' loss; the rest goes to the small crops'
+    assign_clustering: int = 0  # the clustering that names an image's cluster after the run
+    # One view; or two that are clustered together; or two and small crops.
+    views: ViewSpec = SINGLE_VIEW
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "prediction_weight", "label_weight", "large_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"CoKe's {name}={getattr(self, name)} must lie in [0, 1]")
+        if not self.centres or min(self.centres) < 2:
+            raise UserError(f"CoKe's centres={self.centres}: give one or more numbers of clusters, each at least 2")
+        if not 0 <= self.assign_clustering < len(self.centres):
+            raise UserError(
+                f"assign_clustering={self.assign_clustering} is none of the {len(self.centres)} clusterings, "
+                f"which are counted from 0: use at most {len(self.centres) - 1}"
+            )
+        if self.dual_lr != "auto" and self.dual_lr <= 0:
+            raise UserError(f"dual_lr={self.dual_lr} must be above 0, or auto")
+        if self.label_slots < 2:
+            raise UserError(f"label_slots={self.label_slots} must be at least 2: an average needs room")
+
+
+class Coke(Method):
+    """CoKe with one view, two views, or multi-crop."""
+
+    def __init__(self, config: CokeConfig, backbone: Backbone, setting: Setting) -> None:
+        super().__init__(backbone, setting)
+        self.config, self.clusters = config, config.centres[config.assign_clustering]
+        d = backbone.feature_dim
+        self.projector = mlp(d, d, d, config.embedding_dim, norm_last=True)
+        self.predictor = mlp(config.embedding_dim, d, config.embedding_dim, norm_last=False)
+        self.clusterings = nn.ModuleList(OnlineCentres(count, config.embedding_dim) for count in config.centres)
+        self.dual_lrs = [
+            0.02 * min(setting.batch_size, k) if config.dual_lr == "auto" else config.dual_lr for k in config.centres
+        ]
+        # Labels of each image, slot 0 first; -1: it has none yet. One view: the weights of an average over epochs.
+        self.single_view = config.views.views == 1
+        shape = (len(config.centres), config.label_slots if self.single_view else 1)
+        self.labels = InstanceTable(setting.images, shape, torch.int32, fill=-1)
+        self.label_weights = InstanceTable(setting.images, shape, torch.float32, 0) if self.single_view else None
+        keep_from_broadcast(self)
+
+    @classmethod
+    def view_spec(cls, config: CokeConfig) -> ViewSpec:
+        """The configured crops."""
+        return config.views
+
+    def collapse_loss(self) -> float:
+        """Mean of ln K: equal embeddings have equal centres."""
+        return sum(map(math.log, self.config.centres)) / len(self.config.centres)
+
+    def forward(self, batch: Batch, progress: Progress) -> Step:
+        """Loss of this rank's images; in training the clusterings move on by the batch of all ranks."""
+        embeddings = self._embed(batch.views)  # (2, V, B, D): from the projector and from the predictor
+        with torch.autocast(embeddings.device.type, enabled=False):  # in 16 bits scores tie, and duals are lost in them
+            # Official: the mean of two unit vectors stays shorter than they are.
+            features = embeddings[0, :2].detach().mean(dim=0)  # (B, D)
+            fresh = self._assign_all(features, progress.epoch)  # (B, H)
+            labels, weights = self._targets(batch.instances, fresh, progress.epoch)  # before this step writes
+            if self.training:
+                self._move_on(features, fresh, progress.epoch)
+                self._remember(batch.instances, fresh, progress.epoch)
+            losses = [
+                self._loss(embeddings, clustering.previous, labels[:, h], weights[:, h])
+                for h, clustering in enumerate(self.clusterings)
+            ]
+        return Step(
+            loss=torch.stack(losses).mean(),
+            metrics=self._figures(fresh, labels, weights),
+            embeddings=embeddings[0, 0].detach(),
+            assignments=fresh[:, self.config.assign_clustering],
+        )
+
+    def _embed(self, views: tuple[Tensor, ...]) -> Tensor:
+        """Unit embeddings of all crops, before and after the predictor: (2, V, B, D).
+
+        One pass per crop: batch norm sees every crop by itself, as officially.
+        """
+        projected = [self.projector(self.backbone(crop)) for group in views for crop in group]
+        predicted = [self.predictor(z) for z in projected]
+        return F.normalize(torch.stack([torch.stack(projected), torch.stack(predicted)]).float(), dim=-1)
+
+    def _loss(self, embeddings: Tensor, centres: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """One clustering's loss. Centres (K, D), labels and weights (B, S); no duals: they belong to the assignment."""
+        config, views = self.config, embeddings.shape[1]
+        log_p = F.log_softmax(embeddings @ centres.T / config.temperature, dim=-1)  # (2, V, B, K)
+        to_label = label_cross_entropy(log_p, labels, weights)  # (2, V)
+        if views == 1:
+            return (1 - config.prediction_weight) * to_label[0, 0] + config.prediction_weight * to_label[1, 0]
+        to_views = view_cross_entropy(log_p, log_p[0, :2].detach().exp())  # the projector gives the targets of both
+        per_view = (config.label_weight * to_label + (1 - config.label_weight) * to_views).mean(dim=0)  # (V,)
+        large = per_view[:2].mean()
+        return large if views == 2 else config.large_weight * large + (1 - config.large_weight) * per_view[2:].mean()
+
+    @torch.no_grad()
+    def _figures(self, fresh: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Share of labels that differ from the last epoch's; the smallest cluster so far against an even share."""
+        expected = labels.gather(2, weights.argmax(dim=2, keepdim=True))[..., 0]
+        smallest = [c.seen.min() / c.seen.mean().clamp_min(1e-9) for c in self.clusterings]
+        return {
+            "label_changes": (fresh != expected).float().mean(),
+            "smallest_cluster": torch.stack(smallest).min(),
+            "largest_dual": torch.stack([c.duals.max() for c in self.clusterings]).max(),
+        }
+
+    # The clusterings
+
+    @torch.no_grad()
+    def _assign_all(self, features: Tensor, epoch: int) -> Tensor:
+        """This epoch's labels of this rank's images in every clustering: (B, H)."""
+        averaged = self._epochs_averaged(epoch) > 0
+        return torch.stack([clustering.assign(features, averaged) for clustering in self.clusterings], dim=1)
+
+    def _move_on(self, features: Tensor, fresh: Tensor, epoch: int) -> None:
+        """Duals and centres after the batch of all ranks; each rank's labels are taken as it found them."""
+        features, fresh = dist.gather(features), dist.gather(fresh)
+        to_unit = not self._epochs_averaged(epoch)
+        for clustering, labels, dual_lr in zip(self.clusterings, fresh.unbind(dim=1), self.dual_lrs, strict=True):
+            clustering.update(features, labels, self.config.ratio, dual_lr, to_unit)
+
+    def _epochs_averaged(self, epoch: int) -> int:
+        """Epochs in the average of labels and centres, with this one; 0 before it begins."""
+        return max(0, epoch + 1 - self.config.average_from_epoch) if self.single_view else 0
+
+    def epoch_end(self, progress: Progress) -> None:
+        """The centres of the epoch that is over become those that the loss uses."""
+        averaged = self._epochs_averaged((progress.step - 1) // progress.steps_per_epoch)  # the clock is one step ahead
+        for clustering in self.clusterings:
+            clustering.close_epoch(1 / averaged if averaged else None)
+
+    # The label memory
+
+    @torch.no_grad()
+    def _targets(self, instances: Tensor, fresh: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """What the loss predicts: clusters (B, H, S) and their weights. In the first epoch the labels just found."""
+        labels = self.labels.read(instances).long()
+        unknown = (labels[..., 0] < 0) | (epoch == 0)  # an image may have sat out the first epoch
+        labels[..., 0] = torch.where(unknown, fresh, labels[..., 0])
+        averaged = torch.zeros_like(labels, dtype=torch.float32)
+        if self.label_weights is not None and self._epochs_averaged(epoch) > 1:
+            averaged = self.label_weights.read(instances)
+        return labels.clamp_min(0), averaged_targets(averaged, self.config.label_temperature)
+
+    def _remember(self, instances: Tensor, fresh: Tensor, epoch: int) -> None:
+        """Store this epoch's labels, or their average over epochs."""
+        epochs, labels = self._epochs_averaged(epoch), self.labels.read(instances).long()
+        if self.label_weights is not None and epochs:
+            labels, weights = average_labels(labels, self.label_weights.read(instances), fresh, 1 / epochs)
+            self.label_weights.write(instances, weights)
+        else:
+            labels[..., 0] = fresh
+        self.labels.write(instances, labels)
+
+    @torch.no_grad()
+    def assign(self, features: Tensor) -> Tensor:
+        """Nearest centre of each image, without duals: they serve the batch, not the image."""
+        embeddings = F.normalize(self.projector(features).float(), dim=1)
+        return (embeddings @ self.clusterings[self.config.assign_clustering].previous.T).argmax(dim=1)

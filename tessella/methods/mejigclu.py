@@ -1,0 +1,171 @@
+"""MEJigClu: JigClu with a random overlap of the tiles, and the image's own category in place of the corner.
+
+    B images -> m x m tiles each, their overlap drawn anew, every tile augmented by itself
+    tiles of all ranks -> one permutation -> n montages -> backbone, once -> feature map -> m x m cells, pooled
+    cell vectors -> clustering head -> supervised contrastive loss: the tiles of one image attract
+                 -> category head   -> cross-entropy over C categories, a fixed random split of the images
+    Order: slot k of each batch draws only from category k, so that a batch asks for every category once.
+    State: parameters, and the four numbers that the split is a function of.
+
+Source: Zhang, Liu, Zhao, Liang, "MEJigClu: more effective jigsaw clustering for unsupervised visual representation
+learning". There is no official code; what the paper leaves open is listed in docs/methods/mejigclu.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from tessella import dist
+from tessella.data.batch import Batch
+from tessella.data.sampler import EpochOrder, Order, SlotOrder
+from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Photometry, ViewSpec
+from tessella.errors import UserError
+from tessella.methods.method import Method, Progress, Setting, Step
+from tessella.modules.backbone import Backbone
+from tessella.modules.heads import Projector
+from tessella.modules.partition import Partition
+from tessella.ops.losses import OFFICIAL_BASE_TEMPERATURE, supervised_contrastive
+from tessella.ops.montage import montage_positions, pool_cells, shuffled_montages, tile_order
+
+_DRAWN_PER: dict[str, Literal["image", "batch", "axis"]] = {
+    "per_image": "image", "per_batch": "batch", "per_axis": "axis", "fixed": "image",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MejigcluConfig:
+    """Settings of MEJigClu; defaults are the paper's for ImageNet and ResNet-50, and JigClu's where it is silent."""
+
+    name: Literal["mejigclu"] = "mejigclu"
+    tiles: int = 2  # per side
+    overlap: tuple[float, float] = (0.15, 0.45)  # range; a tile covers 1/tiles + overlap of the image's side
+    # What has a draw of its own; per_axis: x and y of each image. fixed: the middle of the range, JigClu's 0.3.
+    overlap_mode: Literal["per_image", "per_batch", "per_axis", "fixed"] = "per_image"
+    tile_size: int = 112  # pixels; the montage is tiles times as wide
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the tile's area
+    photometry: Photometry = Photometry(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    embedding_dim: int = 128
+    temperature: float = 0.3
+    cluster_scale: Literal["official", "paper"] = "official"  # official: times temperature / 0.07; paper: as written
+    cluster_weight: float = 1.0
+    category_weight: float = 1.0  # 0: clustering only
+    category_hidden: int | None = None  # width of the category head's middle layer; None: the backbone's, 0: no layer
+    categories: int | None = None  # at least batch_size; None: batch_size, as in the paper
+    # subsets: slot k draws from category k. random: any image in any slot, and the slot is the category, which
+    # cannot be learnt: a negative control.
+    slots: Literal["subsets", "random"] = "subsets"
+    partition_seed: int = 0  # of the split into categories
+    uneven: Literal["drop", "wrap"] = "drop"  # larger categories leave out one image per epoch, or smaller repeat one
+
+    def __post_init__(self) -> None:
+        if self.slots == "random" and self.categories is not None:
+            raise UserError(
+                f"categories={self.categories} has no meaning with slots=random, where the slot in the batch is the "
+                "category: leave categories out, or use slots=subsets"
+            )
+        if not 0 <= self.partition_seed < 2**63:
+            raise UserError(f"partition_seed={self.partition_seed} must lie in [0, 2**63)")
+
+
+class Mejigclu(Method):
+    """MEJigClu with m x m tiles."""
+
+    def __init__(self, config: MejigcluConfig, backbone: Backbone, setting: Setting) -> None:
+        super().__init__(backbone, setting)
+        self.config = config
+        self.partition: Partition | None = None
+        self.categories = setting.batch_size
+        if config.slots == "subsets":
+            self.categories = config.categories or setting.batch_size * setting.accumulate
+            self.partition = Partition(setting.images, self.categories, config.partition_seed)
+        d = backbone.feature_dim
+        hidden = d if config.category_hidden is None else config.category_hidden
+        self.cluster_head = Projector(d, d, config.embedding_dim, norm=False)
+        middle = [nn.Linear(d, hidden), nn.ReLU(inplace=True)] if hidden else []
+        self.category_head = nn.Sequential(*middle, nn.Linear(hidden or d, self.categories))
+        official = config.temperature / OFFICIAL_BASE_TEMPERATURE
+        self.cluster_weight = config.cluster_weight * (official if config.cluster_scale == "official" else 1.0)
+
+    @classmethod
+    def view_spec(cls, config: MejigcluConfig) -> ViewSpec:
+        """One crop within each tile."""
+        low, high = config.overlap
+        random = config.overlap_mode != "fixed"
+        crops = CropGroup(
+            views=config.tiles**2,
+            size=config.tile_size,
+            scale=config.crop_scale,
+            photometry=config.photometry,
+            tiles=config.tiles,
+            overlap=low if random else (low + high) / 2,
+            overlap_max=high if random else None,
+            overlap_per=_DRAWN_PER[config.overlap_mode],
+        )
+        return ViewSpec((crops,), config.mean, config.std)
+
+    @classmethod
+    def order(cls, config: MejigcluConfig, ids: ArrayLike, batch_size: int, seed: int) -> Order:
+        """Slot k draws from category k. Any other order would ask for an answer that nothing in the image tells."""
+        if config.slots == "random":
+            return EpochOrder(ids, batch_size, seed)
+        categories = config.categories or batch_size
+        return SlotOrder(
+            ids, batch_size, seed, parts=categories, partition_seed=config.partition_seed, uneven=config.uneven
+        )
+
+    def collapse_loss(self) -> float:
+        """Both losses at chance: equal embeddings of N tiles give ln(N - 1), a blind category head ln C."""
+        tiles = self.config.tiles**2 * self.setting.batch_size
+        return self.cluster_weight * math.log(tiles - 1) + self.config.category_weight * math.log(self.categories)
+
+    def forward(self, batch: Batch, progress: Progress) -> Step:
+        """Loss of this rank: tiles of all ranks are contrasted, those in its own montages are given a category."""
+        m, tiles = self.config.tiles, batch.views[0]  # (m * m, B, 3, s, s)
+        n = tiles.shape[1] * dist.world_size()
+        order = tile_order(self.setting.seed, progress.step, m * m * n).to(tiles.device, non_blocking=True)
+
+        montages = shuffled_montages(tiles, order, m)  # (B, 3, m s, m s)
+        cells = pool_cells(self.backbone.feature_map(montages), m)  # (m * m, B, d)
+        vectors = dist.gather_with_grad(cells.transpose(0, 1)).transpose(0, 1).flatten(0, 1)  # (m * m * n, d)
+
+        # Tile p = q * n + i was cut from the image in slot i; position k of the permuted list shows tile order[k].
+        slot = order % n
+        here = slot[montage_positions(n, m, dist.rank(), dist.world_size()).to(slot.device)]  # (m * m, B)
+        category = self._categories(batch.instances)[here].flatten()
+        embeddings = self.cluster_head(vectors)
+        logits = self.category_head(cells.flatten(0, 1)).float()
+        cluster_loss = supervised_contrastive(embeddings, slot, self.config.temperature)
+        category_loss = F.cross_entropy(logits, category)
+        return Step(
+            loss=self.cluster_weight * cluster_loss + self.config.category_weight * category_loss,
+            metrics={
+                "cluster_loss": cluster_loss.detach(),
+                "category_loss": category_loss.detach(),
+                "category_accuracy": (logits.detach().argmax(dim=1) == category).float().mean(),
+            },
+            embeddings=embeddings.detach(),
+        )
+
+    def _categories(self, instances: Tensor) -> Tensor:
+        """Category of the image in each slot of all ranks: (B,) rows of this rank's images -> (n,) int64.
+
+        Looked up by image and not read off the slot: the two agree, but an image that stands in for an unreadable one
+        keeps its own category, and the slots of a micro-batch are only some of the categories.
+        """
+        if self.partition is None:
+            return torch.arange(len(instances) * dist.world_size(), device=instances.device)
+        return dist.gather(self.partition(instances))
+
+    def epoch_start(self, progress: Progress) -> None:
+        """Ranks that disagreed about the categories would train against each other, unnoticed."""
+        if self.partition is not None:
+            self.partition.assert_equal_on_ranks()

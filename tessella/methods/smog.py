@@ -1,0 +1,316 @@
+"""SMoG: name the group that the momentum encoder sees, while the groups move with the batch.
+
+    pipeline A -> large + small crops -> backbone -> projector -> z -> predictor -> p, unit rows of V views
+    pipeline B -> large + small crops -> momentum encoder -> zk of the large crops -> nearest old group = label
+    z of the large crops, all ranks   -> nearest old group -> that group moves by momentum towards their mean
+    p                                 -> scores against the NEW groups -> cross-entropy with the labels
+    The pipelines swap roles every step. Every epoch the groups become the spherical k-means of the bank, and the
+    momentum encoder's weights the online ones.
+    State: H sets of K groups, momentum encoder, bank with z of every training image.
+
+Source: Pang, Zhang, Li, Cai, Lu, "Unsupervised visual representation learning by synchronous momentum grouping",
+ECCV 2022. Deviations from the paper and the official code are listed in docs/methods/smog.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessella import dist
+from tessella.data.batch import Batch
+from tessella.data.views import IMAGENET_MEAN, CropGroup, Photometry, ViewSpec
+from tessella.errors import UserError
+from tessella.methods.method import Method, Progress, Setting, Step
+from tessella.modules.backbone import Backbone
+from tessella.modules.drop_path import drop_paths, noise_from, without_drop_path
+from tessella.modules.heads import Projector
+from tessella.modules.memory import FeatureBank
+from tessella.modules.momentum import MomentumEncoder
+from tessella.modules.multicrop import joint_features
+from tessella.modules.resnet import ResNet
+from tessella.ops.grouping import group_loss, group_sums, moved_groups, nearest_group, spherical_kmeans
+from tessella.ops.philox import permutation, philox, stream_key
+
+OFFICIAL_STD = (0.228, 0.224, 0.225)  # red is 0.228, not 0.229, in the official pre-training and evaluation
+_PIPELINE_A = Photometry(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0)
+_PIPELINE_B = dataclasses.replace(_PIPELINE_A, blur=0.1, solarize=0.2)
+
+
+def two_pipelines(
+    crops: Sequence[CropGroup],
+    a: Photometry = _PIPELINE_A,
+    b: Photometry = _PIPELINE_B,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = OFFICIAL_STD,
+) -> ViewSpec:
+    """Views for SMoG: the crop groups with pipeline A's colours, then the same with pipeline B's."""
+    groups = (dataclasses.replace(group, photometry=colours) for colours in (a, b) for group in crops)
+    return ViewSpec(tuple(groups), mean, std)
+
+
+@dataclass(frozen=True)
+class SmogConfig:
+    """Settings of SMoG; defaults are the official ones for ImageNet and ResNet-50."""
+
+    name: Literal["smog"] = "smog"
+    groups: int = 3000  # K, in each set
+    group_sets: int = 3  # H independent sets; set h moves with large crop h mod their number
+    embedding_dim: int = 128
+    hidden_dim: int = 2048
+    activation: Literal["relu", "gelu"] = "relu"  # of the projector; gelu for transformers
+    temperature: float = 0.1
+    momentum: float = 0.999  # of the momentum encoder, constant
+    group_momentum: tuple[float, float] = (1.0, 0.99)  # of the groups: linear from the run's start to its end
+    group_grad: Literal["none", "through_update"] = "none"  # none: the released code; through_update: the paper's text
+    regroup_every: int | None = None  # steps (the paper: 300) between rebuilding the groups; None: every epoch
+    kmeans_iterations: int = 10
+    label_crops: int = 2  # large crops of the momentum encoder's pipeline that give a label each
+    max_gradient_norm: float | None = None  # Swin: 3
+    # Crop groups of pipeline A, then the same of pipeline B; the first of each are the large crops.
+    views: ViewSpec = two_pipelines((CropGroup(2, 224, (0.2, 1.0)), CropGroup(4, 96, (0.05, 0.2))))
+
+    def __post_init__(self) -> None:
+        shapes = [(group.views, group.size) for group in self.views.groups]
+        half = len(shapes) // 2
+        if not half or shapes[:half] != shapes[half:]:
+            raise UserError(
+                "SMoG's pipelines swap roles, so views.groups must list pipeline A's crops and then as many of the "
+                f"same sizes for pipeline B; got (views, size) = {shapes}"
+            )
+        if not 1 <= self.label_crops <= shapes[0][0]:
+            raise UserError(
+                f"label_crops={self.label_crops} must lie in [1, {shapes[0][0]}], the large crops of a pipeline"
+            )
+        if self.groups < 2 or self.group_sets < 1:
+            raise UserError(
+                f"groups={self.groups}, group_sets={self.group_sets}: SMoG needs at least 2 groups in at least 1 set"
+            )
+        shares = (self.momentum, *self.group_momentum)
+        if not all(0 <= share <= 1 for share in shares):
+            raise UserError(f"momentum={self.momentum} and group_momentum={self.group_momentum} must lie in [0, 1]")
+        if self.regroup_every is not None and self.regroup_every < 1:
+            raise UserError(
+                f"regroup_every={self.regroup_every} must be at least 1 step, or left out for once per epoch"
+            )
+
+
+class Smog(Method):
+    """SMoG with multi-crop, several group sets and periodic regrouping."""
+
+    groups: Tensor
+
+    def __init__(self, config: SmogConfig, backbone: Backbone, setting: Setting) -> None:
+        super().__init__(backbone, setting)
+        self.config, self.clusters = config, config.groups
+        _check_enough_images(config.groups, setting)
+        hidden, dim = config.hidden_dim, config.embedding_dim
+        self.projector = nn.Sequential(
+            nn.Linear(backbone.feature_dim, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.GELU() if config.activation == "gelu" else nn.ReLU(inplace=True),
+            nn.Linear(hidden, dim),
+            nn.BatchNorm1d(dim, affine=False),
+        )
+        self.predictor = Projector(dim, hidden, dim, norm=True)
+        self.momentum_encoder = MomentumEncoder(self._online)
+        self.register_buffer("groups", F.normalize(torch.randn(config.group_sets, config.groups, dim), dim=-1))
+        self.large_crops = config.views.groups[0].views
+        self.bank = FeatureBank(self.large_crops, setting.images, dim)
+        # Without this DDP would send the whole bank from rank 0 to the others before every forward.
+        self._ddp_params_and_buffers_to_ignore = ["bank.features", "bank.written"]
+        self._micro_batch = 0  # of the update at hand
+        self._sums: tuple[Tensor, Tensor] | None = None  # and what its earlier micro-batches add to the groups
+
+    @classmethod
+    def view_spec(cls, config: SmogConfig) -> ViewSpec:
+        """Pipeline A's crops, then pipeline B's."""
+        return config.views
+
+    @property
+    def _online(self) -> Mapping[str, nn.Module]:
+        """What the momentum encoder is a copy of: not the predictor."""
+        return {"backbone": self.backbone, "projector": self.projector}
+
+    @torch.no_grad()
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Fill the bank with one pass over the images, so that the first groups come from k-means, too."""
+        for batch in batches:
+            large = self._streams(batch.views, step=0)[0][:1]
+            with without_drop_path(self.backbone):
+                z = F.normalize(torch.cat(self._project(self._online, large)).float(), dim=1)
+            self.bank.write(batch.instances, z.unflatten(0, (self.large_crops, -1)))
+
+    def epoch_start(self, progress: Progress) -> None:
+        """Rebuild the groups and reset the momentum encoder, unless that goes by steps."""
+        if self.config.regroup_every is None or progress.step == 0:
+            self._regroup(progress.step)
+
+    def forward(self, batch: Batch, progress: Progress) -> Step:
+        """Loss of this rank's images; labels from the old groups, scores against those that this batch has moved."""
+        if not self._micro_batch:  # before the forward, once per update
+            self.momentum_encoder.follow(self._online, self.config.momentum)
+        online, other = self._streams(batch.views, progress.step)
+        z, p = self._embed(online, progress)  # (large, B, D), (V, B, D)
+        zk = self._embed_by_momentum_encoder(other)  # (A, B, D)
+        with torch.autocast(z.device.type, enabled=False):
+            labels = torch.stack([_nearest(zk, groups) for groups in self.groups])  # (H, A, B)
+            groups, own = self._move_groups(z, progress)  # (H, K, D), (H, B)
+            per_set = zip(groups, labels, strict=True)
+            loss = torch.stack([group_loss(p, g, y, self.config.temperature) for g, y in per_set]).mean()
+        drift = 1 - (groups.detach() * self.groups).sum(dim=-1).mean()
+        self.groups.copy_(groups.detach())
+        self.bank.write(batch.instances, z.detach())
+        return Step(
+            loss=loss,
+            metrics={"label_agreement": (own == labels[:, 0]).float().mean(), "group_drift": drift},
+            embeddings=z[0].detach(),
+            assignments=labels[0, 0],
+        )
+
+    def _streams(self, views: tuple[Tensor, ...], step: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The crops of the online and of the momentum encoder: A and B at even steps, B and A at odd ones."""
+        half = len(views) // 2
+        a, b = views[:half], views[half:]
+        return (a, b) if step % 2 == 0 else (b, a)
+
+    def _embed(self, views: tuple[Tensor, ...], progress: Progress) -> tuple[Tensor, Tensor]:
+        """Unit z of the large crops, which moves groups, and unit p of all V views: (large, B, D), (V, B, D)."""
+        through_update = self.config.group_grad == "through_update"
+        stochastic = bool(drop_paths(self.backbone))
+        with self._drop_path_noise(progress, views[0].device) if stochastic else contextlib.nullcontext():
+            projected = self._project(self._online, views)
+            p = torch.cat([self.predictor(rows) for rows in projected]).unflatten(0, (-1, views[0].shape[1]))
+        if stochastic:  # groups and bank take a second look, with nothing dropped
+            with torch.set_grad_enabled(through_update), without_drop_path(self.backbone):
+                projected = self._project(self._online, views[:1])
+        z = torch.cat(projected).unflatten(0, (-1, views[0].shape[1]))[: self.large_crops]
+        return F.normalize((z if through_update else z.detach()).float(), dim=-1), p
+
+    @torch.no_grad()
+    def _embed_by_momentum_encoder(self, views: tuple[Tensor, ...]) -> Tensor:
+        """Unit zk of the crops that give labels: (A, B, D)."""
+        labelled = views[0][: self.config.label_crops]
+        # Small crops give no label, but in a ResNet they share batch norm with the large ones.
+        seen = (labelled, *views[1:]) if isinstance(self.backbone, ResNet) else (labelled,)
+        projected = torch.cat(self._project(self.momentum_encoder, seen))
+        return F.normalize(projected.float(), dim=1).unflatten(0, (-1, labelled.shape[1]))[: len(labelled)]
+
+    def _project(self, encoder: Mapping[str, nn.Module] | nn.ModuleDict, views: Sequence[Tensor]) -> list[Tensor]:
+        """Projector output, not normalised, of views (v, B, 3, s, s): (v * B, D) for each pass, in the order of views.
+
+        A ResNet and its projector take all sizes in one pass, with batch norm over all of them; a transformer takes
+        one size after the other, as in the official code.
+        """
+        backbone, projector = encoder["backbone"], encoder["projector"]
+        crops = [group.flatten(0, 1) for group in views]
+        if isinstance(backbone, ResNet):
+            return [projector(joint_features(backbone, crops))]
+        return [projector(backbone(size)) for size in crops]
+
+    def _move_groups(self, z: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+        """Groups after this batch, and which old group each row went to.
+
+        With accumulated gradients the groups move once per update, in its last micro-batch, with the rows of all of
+        them; only the last one's rows carry gradient.
+
+        Args:
+            z: (large, B, D) unit rows.
+            progress: the clock.
+
+        Returns:
+            (H, K, D) unit rows, and (H, B) int64.
+        """
+        sets, count = self.config.group_sets, self.config.groups
+        rows = torch.stack([z[h % len(z)] for h in range(sets)])  # (H, B, D)
+        own = torch.stack([nearest_group(r, g) for r, g in zip(rows, self.groups, strict=True)])
+        offsets = count * torch.arange(sets, device=own.device)[:, None]
+        sums, counts = group_sums(rows.flatten(0, 1), (own + offsets).flatten(), sets * count)
+        sums, counts = dist.all_reduce_sum_with_grad(sums), dist.all_reduce_sum(counts)
+        if self._sums is not None:
+            sums, counts = sums + self._sums[0], counts + self._sums[1]
+        self._micro_batch = (self._micro_batch + 1) % self.setting.accumulate
+        if self._micro_batch:
+            self._sums = sums.detach(), counts
+            return self.groups, own
+        self._sums = None
+        moved = moved_groups(
+            self.groups,
+            sums.unflatten(0, (sets, count)),
+            counts.unflatten(0, (sets, count)),
+            linear_momentum(*self.config.group_momentum, progress),
+        )
+        return moved, own
+
+    def before_update(self, progress: Progress) -> None:
+        """Clip the gradient, if asked for."""
+        if self.config.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), self.config.max_gradient_norm)
+
+    def after_update(self, progress: Progress) -> None:
+        """Rebuild the groups and reset the momentum encoder, if that goes by steps."""
+        done, every = progress.step + 1, self.config.regroup_every
+        if every is not None and done % every == 0 and done < progress.total_steps:
+            self._regroup(done)
+
+    @torch.no_grad()
+    def _regroup(self, step: int) -> None:
+        """Groups := spherical k-means of the bank, from K of its rows; parameters of the momentum encoder := online.
+
+        Until the bank knows K images, which takes less than an epoch or `prepare`, the groups stay as they are.
+        """
+        self.momentum_encoder.reset(self._online)
+        known = self.bank.known()
+        sets, count = self.config.group_sets, self.config.groups
+        if len(known) < count:
+            return
+        mine, ids = known[dist.rank() :: dist.world_size()], known.cpu().numpy()
+        for h in range(sets):
+            chosen = permutation(stream_key(self.setting.seed, "grup"), ids, step * sets + h)[:count]
+            features = self.bank.features[h % len(self.bank.features)]
+            start = features[known[torch.from_numpy(chosen).to(known.device)]]
+            self.groups[h] = spherical_kmeans(features[mine], start, self.config.kmeans_iterations)
+
+    def _drop_path_noise(self, progress: Progress, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """Which branches are dropped: a function of (seed, step, micro-batch, rank)."""
+        key = stream_key(self.setting.seed, "drop")
+        high, low, _, _ = philox(key, (progress.step, self._micro_batch, dist.rank(), 0)).tolist()
+        return noise_from(high << 32 | low, device)
+
+    @torch.no_grad()
+    def assign(self, features: Tensor) -> Tensor:
+        """Nearest group of the first set."""
+        return nearest_group(F.normalize(self.projector(features).float(), dim=1), self.groups[0])
+
+
+def linear_momentum(start: float, end: float, progress: Progress) -> float:
+    """Momentum of the groups in the step that is about to run: `end` exactly in the last step of the run."""
+    t, total = progress.step + 1, progress.total_steps
+    return (start * (total - t) + end * t) / total
+
+
+def _nearest(rows: Tensor, groups: Tensor) -> Tensor:
+    """(A, B, D) -> (A, B)."""
+    return nearest_group(rows.flatten(0, 1), groups).unflatten(0, rows.shape[:2])
+
+
+def _check_enough_images(groups: int, setting: Setting) -> None:
+    """Refuse more groups than the bank will hold after one epoch: k-means starts from as many of its rows.
+
+    Raises:
+        UserError: there are too few images.
+    """
+    batch = setting.batch_size * setting.accumulate
+    seen = setting.images // batch * batch
+    if setting.images and seen < groups:
+        raise UserError(
+            f"groups={groups}, but only {seen} of {setting.images} images fill whole batches of {batch}: use at most "
+            f"{seen} groups (one per ten images or fewer is sensible), or give more images"
+        )

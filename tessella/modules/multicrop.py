@@ -1,0 +1,66 @@
+"""Crops of several sizes through one ResNet at once, with batch norm over all of their pixels together.
+
+The usual way, one pass per size, normalises large and small crops apart. SMoG's official ResNet takes the sizes in
+one pass: every batch norm sees the pixels of all sizes as one batch; only those of the shortcuts (`downsample`) see
+one size after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tessella.modules.norm import without_statistics
+from tessella.modules.resnet import ResNet
+
+
+def joint_features(net: ResNet, crops: Sequence[Tensor]) -> Tensor:
+    """Pooled features of all crops, size after size.
+
+    Args:
+        net: the network.
+        crops: one (n, 3, s, s) tensor per size.
+
+    Returns:
+        (sum of all n, feature_dim).
+    """
+    if len(crops) == 1:
+        return net(crops[0])
+    maps = [net.conv1(x.contiguous(memory_format=torch.channels_last)) for x in crops]
+    maps = [net.maxpool(x) for x in _normalise_together(net.bn1, maps, relu=True)]
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        if net.recompute and net.training and torch.is_grad_enabled():
+            contexts: Any = lambda stage=stage: without_statistics(stage)  # noqa: E731
+            maps = checkpoint(_stage, stage, maps, use_reentrant=False, context_fn=contexts)
+        else:
+            maps = _stage(stage, maps)
+    return torch.cat([x.mean(dim=(2, 3)) for x in maps])
+
+
+def _stage(stage: Any, maps: list[Tensor]) -> list[Tensor]:
+    for block in stage:
+        shortcuts = maps if block.downsample is None else [block.downsample(x) for x in maps]
+        layers = [n for n in (1, 2, 3) if hasattr(block, f"conv{n}")]
+        for n in layers:
+            maps = [getattr(block, f"conv{n}")(x) for x in maps]
+            maps = _normalise_together(getattr(block, f"bn{n}"), maps, relu=n < layers[-1])
+        maps = [block.relu(x + shortcut) for x, shortcut in zip(maps, shortcuts, strict=True)]
+    return maps
+
+
+def _normalise_together(norm: nn.Module, maps: list[Tensor], relu: bool) -> list[Tensor]:
+    """Batch norm of (n, c, h, w) maps of several sizes as of one batch of pixels, and ReLU if asked for."""
+    pixels = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps])  # (all pixels, c)
+    normalised = norm(pixels.T[None, :, :, None])[0, :, :, 0].T  # as one tall image, the form that batch norms take
+    if relu:
+        normalised = normalised.relu()
+    result, start = [], 0
+    for x in maps:
+        n, _, h, w = x.shape
+        result.append(normalised[start : start + n * h * w].unflatten(0, (n, h, w)).permute(0, 3, 1, 2))
+        start += n * h * w
+    return result

@@ -1,0 +1,134 @@
+"""A folder gives what lies below it, however odd its names, links and files."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+
+import numpy as np
+import pytest
+
+from tessella.data.decode import Unreadable
+from tessella.data.sources import open_images
+from tessella.errors import UserError
+from tests.data.pictures import assert_equal_sets, keys, pack, write_image
+
+
+def test_a_folder_gives_its_images_sorted_by_path_with_sizes_and_stable_ids(folder):
+    images = open_images(str(folder))
+    assert keys(images) == sorted(keys(images))
+    assert set(keys(images)) == {
+        *("cat/a.jpg", "cat/c.png", "cat/deep/er/b.JPEG", "dog/a.jpg", "dog/b.webp", "dog/wide.png")
+    }
+    assert len(images) == 6 and images.name == str(folder) and images.unreadable == []
+    assert images.ids.dtype == np.int64 and images.sizes.dtype == np.int32
+    assert len(set(images.ids.tolist())) == 6 and (images.ids >= 0).all()
+    for row in range(6):
+        pixels = images.image(row)
+        assert (pixels.shape[1], pixels.shape[0]) == tuple(images.sizes[row])
+        assert images.read(row) == (folder / images.key(row)).read_bytes()
+    assert images.uniform_size is None
+    assert open_images(f"{folder}::cat").uniform_size == (12, 8)
+
+
+def test_labels_are_the_first_folders_and_only_shown_when_asked_for(folder):
+    unlabelled, labelled = open_images(str(folder)), open_images(str(folder), labels=True)
+    assert unlabelled.labels is None and unlabelled.classes is None
+    assert labelled.classes == ["cat", "dog"]
+    assert [labelled.classes[label] for label in labelled.labels] == [key.split("/")[0] for key in keys(labelled)]
+    assert labelled.labels.dtype == np.int64
+    assert labelled.fingerprint == unlabelled.fingerprint
+
+
+def test_an_image_without_a_class_is_named_when_labels_are_asked_for(folder):
+    write_image(folder / "loose.jpg")
+    assert len(open_images(str(folder))) == 7
+    with pytest.raises(UserError, match=r"no class for 1 of its 7 images, for example loose\.jpg"):
+        open_images(str(folder), labels=True)
+
+
+def test_labels_of_the_wrong_level_are_refused_with_the_right_one_named(folder):
+    with pytest.raises(UserError, match=re.escape(f"for example {folder.parent}::pictures")):
+        open_images(str(folder.parent), labels=True)
+    archive = pack(folder.parent / "above.tar", folder.parent)
+    with pytest.raises(UserError, match=re.escape(f"for example {archive}::pictures")):
+        open_images(str(archive), labels=True)
+
+
+def test_damaged_files_are_listed_with_a_reason_and_the_rest_is_used(folder, monkeypatch):
+    (folder / "cat/empty.jpg").write_bytes(b"")
+    (folder / "cat/text.png").write_text("hello")
+    (folder / "cat/.hidden.jpg").write_text("hidden files do not count")
+    (folder / "cat/broken.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(folder / "cat/pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(folder)  # the path of a socket must be short
+        listener.bind("socket.jpg")
+        images = open_images(str(folder))
+    assert len(images) == 6
+    reasons = dict(images.unreadable)
+    assert set(reasons) == {
+        *("cat/broken.jpg", "cat/empty.jpg", "cat/pipe.jpg", "cat/text.png", "socket.jpg"),
+    }
+    assert "empty" in reasons["cat/empty.jpg"] and "nowhere" in reasons["cat/broken.jpg"]
+    assert reasons["cat/pipe.jpg"] == reasons["socket.jpg"] == "not a regular file"
+
+
+def test_links_to_folders_are_followed_once_and_loops_end(folder, tmp_path):
+    elsewhere = write_image(tmp_path / "elsewhere/bird/x.jpg").parent.parent
+    for link, target in {
+        "loop": ".",
+        "cat/up": "..",
+        "a-second-name-of-cat": "cat",
+        "more": elsewhere,
+        "more-again": elsewhere,
+    }.items():
+        (folder / link).symlink_to(target)
+    images = open_images(str(folder))
+    assert len(images) == 7
+    assert {key.split("/")[0] for key in keys(images)} == {"cat", "dog", "more"}
+
+
+def test_names_with_line_breaks_and_broken_utf8_work(tmp_path):
+    names = [b"new\nline.jpg", b"latin-\xe9.jpg", "grüß.jpg".encode(), b'comma,"quote".jpg', b" space .jpg"]
+    for name in names:
+        write_image(tmp_path / "plain.jpg").rename(tmp_path / os.fsdecode(name))
+    for _ in range(2):  # built, then from the cache
+        images = open_images(str(tmp_path))
+        assert sorted(os.fsencode(key) for key in keys(images)) == sorted(names)
+        assert all(images.image(row).shape == (8, 12, 3) for row in range(5))
+
+
+def test_a_folder_without_permission_is_listed(folder, monkeypatch):
+    original = os.scandir
+
+    def scandir(path: str):
+        if path.endswith("dog/"):  # root, who may run the tests, would be let in
+            raise PermissionError(13, "Permission denied")
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    images = open_images(str(folder))
+    assert len(images) == 3 and "Permission denied" in dict(images.unreadable)["dog/"]
+
+
+def test_an_image_that_vanishes_is_unreadable_when_read(folder):
+    images = open_images(str(folder))
+    (folder / images.key(0)).unlink()
+    with pytest.raises(Unreadable, match="No such file"):
+        images.image(0)
+
+
+def test_a_part_of_a_folder_is_as_good_as_the_folder(folder):
+    assert_equal_sets(open_images(f"{folder}::cat"), open_images(str(folder / "cat")))
+    with pytest.raises(UserError, match=r"no part 'cats'.*there are cat"):
+        open_images(f"{folder}::cats")
+
+
+def test_a_thousand_reads_do_not_depend_on_the_working_folder(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder.parent)
+    images = open_images("pictures")
+    monkeypatch.chdir("/")
+    assert images.image(0).shape == (8, 12, 3)
+    assert_equal_sets(images, open_images(str(folder)))
