@@ -57,8 +57,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, epoc
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimiser over all trainable parameters of `module`."""
-    decayed = [p for p in module.parameters() if p.requires_grad and (p.dim() > 1 or config.decay_norm_and_bias)]
-    plain = [p for p in module.parameters() if p.requires_grad and not (p.dim() > 1 or config.decay_norm_and_bias)]
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    plain = [p for name, p in trained if _is_norm_or_bias(name, p) and not config.decay_norm_and_bias]
+    decayed = [p for name, p in trained if config.decay_norm_and_bias or not _is_norm_or_bias(name, p)]
     groups: list[dict[str, Any]] = [{"params": decayed}]
     if plain:
         groups.append({"params": plain, "weight_decay": 0.0})
@@ -68,6 +69,10 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
         kind = LARS if config.name == "lars" else LARC
         return kind(groups, config.lr, config.momentum, config.weight_decay, config.trust)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def _is_norm_or_bias(name: str, p: Tensor) -> bool:
+    return p.dim() < 2 or "relative_position_bias" in name  # Swin's table of biases is two-dimensional
 
 
 class LARC(torch.optim.SGD):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tessella.optim import LARC, OptimizerConfig, build_optimizer, learning_rate
+from tessella.optim import LARC, LARS, OptimizerConfig, build_optimizer, learning_rate
 
 
 def slow_larc(p: torch.Tensor, g: torch.Tensor, wd: float, trust: float = 0.001) -> torch.Tensor:
@@ -69,3 +69,37 @@ def test_norms_and_biases_can_be_kept_from_decay():
     groups = build_optimizer(net, OptimizerConfig(decay_norm_and_bias=False, weight_decay=0.1)).param_groups
     assert [len(g["params"]) for g in groups] == [1, 3] and [g["weight_decay"] for g in groups] == [0.1, 0.0]
     assert len(build_optimizer(net, OptimizerConfig()).param_groups) == 1
+
+
+def test_lars_scales_matrices_by_their_decayed_gradient_and_leaves_vectors_to_plain_sgd():
+    parameters = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5)), nn.Parameter(torch.zeros(2, 2))]
+    slow = [p.detach().clone() for p in parameters]
+    buffers = [torch.zeros_like(p) for p in slow]
+    optimizer = LARS(parameters, lr=0.5, momentum=0.9, weight_decay=0.1, trust=0.001)
+    for _ in range(4):
+        for i, p in enumerate(parameters):
+            p.grad = torch.randn_like(p)
+            g = p.grad.clone()
+            if p.dim() > 1:
+                g = g + 0.1 * slow[i]
+                if slow[i].norm() > 0 and g.norm() > 0:
+                    g = 0.001 * slow[i].norm() / g.norm() * g
+            buffers[i] = 0.9 * buffers[i] + g
+            slow[i] = slow[i] - 0.5 * buffers[i]
+        optimizer.step()
+    for p, expected in zip(parameters, slow, strict=True):
+        torch.testing.assert_close(p.detach(), expected)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert isinstance(build_optimizer(nn.Linear(2, 2), OptimizerConfig("lars")), LARS)
+
+
+def test_coke_schedule_is_nothing_then_shares_of_the_warm_up_then_a_cosine():
+    config = OptimizerConfig("lars", lr=1.6, idle_epochs=1, warmup_epochs=10, warmup_end="next")
+    s, epochs = 1251, 1001
+    assert {learning_rate(config, t, s, epochs) for t in range(s)} == {0.0}
+    for t in range(s, 11 * s):
+        np.testing.assert_allclose(learning_rate(config, t, s, epochs), 1.6 * max(1, t - s) / (10 * s), rtol=1e-12)
+    for t in (11 * s, 11 * s + 1, 500 * s, epochs * s - 1):
+        cosine = 1.6 * (1 + np.cos(np.pi * (t - 11 * s) / ((epochs - 11) * s))) / 2
+        np.testing.assert_allclose(learning_rate(config, t, s, epochs), cosine, rtol=1e-9)
+    assert learning_rate(config, 11 * s, s, epochs) == 1.6 and learning_rate(config, epochs * s - 1, s, epochs) < 1e-9

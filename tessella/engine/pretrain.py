@@ -17,7 +17,7 @@ from tessella.data.sampler import Order
 from tessella.data.sources import ImageSet, open_images
 from tessella.engine.config import FREE_FIELDS, RunConfig
 from tessella.engine.interrupt import Interrupted, StopRequest
-from tessella.engine.launch import cores_at_hand, launch
+from tessella.engine.launch import cores_at_hand, launch, repeatable
 from tessella.engine.log import RunLog
 from tessella.engine.monitor import Monitor
 from tessella.engine.run_folder import RunFolder, State
@@ -103,7 +103,7 @@ def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, 
     loader = _loader(fabric, config, images, method, order)
     log = RunLog(run.path, last_step, config.batch_size, progress.step, enabled=fabric.is_global_zero)
 
-    with StopRequest() as stop, log:
+    with StopRequest() as stop, log, repeatable(fabric.device):
         if progress.step == 0:
             with fabric.autocast():
                 method.prepare(batch for batches in loader.epoch(config.epochs) for batch in batches)

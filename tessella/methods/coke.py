@@ -76,6 +76,10 @@ class CokeConfig:
             )
         if self.dual_lr != "auto" and self.dual_lr <= 0:
             raise UserError(f"dual_lr={self.dual_lr} must be above 0, or auto")
+        if self.average_from_epoch < 1:
+            raise UserError(
+                f"average_from_epoch={self.average_from_epoch} must be at least 1: the first epoch finds the labels"
+            )
         if self.label_slots < 2:
             raise UserError(f"label_slots={self.label_slots} must be at least 2: an average needs room")
 
@@ -83,13 +87,16 @@ class CokeConfig:
 class Coke(Method):
     """CoKe with one view, two views, or multi-crop."""
 
+    clusterings: list[OnlineCentres]  # a ModuleList, which cannot say what it holds
+
     def __init__(self, config: CokeConfig, backbone: Backbone, setting: Setting) -> None:
         super().__init__(backbone, setting)
         self.config, self.clusters = config, config.centres[config.assign_clustering]
         d = backbone.feature_dim
         self.projector = mlp(d, d, d, config.embedding_dim, norm_last=True)
         self.predictor = mlp(config.embedding_dim, d, config.embedding_dim, norm_last=False)
-        self.clusterings = nn.ModuleList(OnlineCentres(count, config.embedding_dim) for count in config.centres)
+        clusterings = nn.ModuleList(OnlineCentres(count, config.embedding_dim) for count in config.centres)
+        self.clusterings = clusterings  # type: ignore[assignment]
         self.dual_lrs = [
             0.02 * min(setting.batch_size, k) if config.dual_lr == "auto" else config.dual_lr for k in config.centres
         ]

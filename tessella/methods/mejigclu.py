@@ -7,8 +7,8 @@
     Order: slot k of each batch draws only from category k, so that a batch asks for every category once.
     State: parameters, and the four numbers that the split is a function of.
 
-Source: Zhang, Liu, Zhao, Liang, "MEJigClu: more effective jigsaw clustering for unsupervised visual representation
-learning". There is no official code; what the paper leaves open is listed in docs/methods/mejigclu.md.
+Source: Zhang, Liu, Zhao, Liang, "More effective jigsaw clustering" (MEJigClu). No official code was found; what the
+paper leaves open is listed in docs/methods/mejigclu.md.
 """
 
 from __future__ import annotations

@@ -166,7 +166,8 @@ class Smog(Method):
             per_set = zip(groups, labels, strict=True)
             loss = torch.stack([group_loss(p, g, y, self.config.temperature) for g, y in per_set]).mean()
         drift = 1 - (groups.detach() * self.groups).sum(dim=-1).mean()
-        self.groups.copy_(groups.detach())
+        if groups is not self.groups:  # a write would void the gradient of an earlier micro-batch, which they score
+            self.groups.copy_(groups.detach())
         self.bank.write(batch.instances, z.detach())
         return Step(
             loss=loss,

@@ -55,7 +55,8 @@ def _stage(stage: Any, maps: list[Tensor]) -> list[Tensor]:
 def _normalise_together(norm: nn.Module, maps: list[Tensor], relu: bool) -> list[Tensor]:
     """Batch norm of (n, c, h, w) maps of several sizes as of one batch of pixels, and ReLU if asked for."""
     pixels = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps])  # (all pixels, c)
-    normalised = norm(pixels.T[None, :, :, None])[0, :, :, 0].T  # as one tall image, the form that batch norms take
+    # As a batch of one-pixel images. As one tall image of the same strides, torch 2.15 gives wrong gradients on CPU.
+    normalised = norm(pixels[:, :, None, None])[:, :, 0, 0]
     if relu:
         normalised = normalised.relu()
     result, start = [], 0

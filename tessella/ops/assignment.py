@@ -100,11 +100,11 @@ def average_labels(labels: Tensor, weights: Tensor, new: Tensor, share: float) -
     same = (labels == new[..., None]) & (weights > 0)
     known = same.any(dim=-1, keepdim=True)
     slot = torch.where(known, same.byte().argmax(dim=-1, keepdim=True), weights.argmin(dim=-1, keepdim=True))
-    kept = torch.where(known, weights, weights.scatter(-1, slot, 0.0))
-    total = kept.sum(dim=-1, keepdim=True)
-    added = torch.where(total > 0, share, 1.0)
-    kept = kept * (1 - added) / torch.where(total > 0, total, 1.0)
-    return labels.scatter(-1, slot, new[..., None]), kept.scatter_add(-1, slot, added.to(kept.dtype))
+    evicted = torch.where(known, 0, weights.gather(-1, slot))
+    kept = torch.where(known, weights, weights.scatter(-1, slot, 0)) * ((1 - share) / (1 - evicted))
+    first = weights.sum(dim=-1, keepdim=True) == 0
+    added = torch.full_like(evicted, share).masked_fill(first, 1)
+    return labels.scatter(-1, slot, new[..., None]), kept.scatter_add(-1, slot, added)
 
 
 @torch.no_grad()

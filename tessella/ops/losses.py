@@ -52,7 +52,8 @@ def supervised_contrastive(embeddings: Tensor, groups: Tensor, temperature: floa
     logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
     sums = torch.zeros_like(z).index_add(0, groups, z)
     counts = torch.zeros(len(z), device=z.device).index_add(0, groups, torch.ones(len(z), device=z.device))
-    attraction = (z * (sums[groups] - z)).sum(dim=1) / (temperature * (counts[groups] - 1))
+    # index_select, not brackets: the backward pass of brackets adds in the order in which CPU threads arrive.
+    attraction = (z * (sums.index_select(0, groups) - z)).sum(dim=1) / (temperature * (counts[groups] - 1))
     return (logits.logsumexp(dim=1) - attraction).mean()
 
 

@@ -9,6 +9,7 @@ from tessella.engine.config import RunConfig
 from tessella.methods.coke import CokeConfig
 from tessella.methods.jigclu import JigcluConfig
 from tessella.methods.mejigclu import MejigcluConfig
+from tessella.methods.smog import SmogConfig
 from tessella.methods.swav import OFFICIAL_STD, SwavConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
@@ -174,3 +175,45 @@ def coke_imagenet_800ep_multicrop() -> RunConfig:
     """
     views = ViewSpec((*_coke_pair(), CropGroup(6, 96, (0.05, 0.6))))
     return _coke(801, CokeConfig(temperature=0.05, views=views))
+
+
+_SMOG = OptimizerConfig(name="larc", lr=4.8, weight_decay=1e-6, warmup_epochs=10, warmup_lr=0.01, final_lr=0.0048)
+
+
+def smog_imagenet_400ep() -> RunConfig:
+    """SMoG, ResNet-50, per pipeline 2x224 + 4x96 crops, 3 x 3000 groups, batch 4096, 400 epochs.
+
+    Published: 76.4 (paper), 76.6 (README of the released code). Source: pre-training script of the released code,
+    64 GPUs. Two encoders see 2x224 + 4x96 each, one of them without a backward pass. At another batch size regroup
+    as often as here: every 300 steps (`--method.regroup-every 300`).
+    """
+    return RunConfig(SmogConfig(), BackboneConfig("resnet50"), _SMOG, epochs=400, batch_size=4096)
+
+
+def smog_imagenet_w2_400ep() -> RunConfig:
+    """SMoG, ResNet-50 of double width, otherwise as `smog_imagenet_400ep`.
+
+    Published: 78.0 (paper, low confidence), 78.3 (README of the released code). Source: pre-training script of the
+    released code, 256 GPUs with 16 images each.
+    """
+    return RunConfig(SmogConfig(), BackboneConfig("resnet50", 128), _SMOG, epochs=400, batch_size=4096)
+
+
+def smog_imagenet_swin_tiny_400ep() -> RunConfig:
+    """SMoG, Swin-T with stochastic depth 0.2, one label crop, 3 x 3000 groups of 256 values, batch 4096, 400 epochs.
+
+    Published: 77.7 (paper), 77.5 (README of the released code). Source: pre-training script of the released code.
+    The released network is a Swin-T with a batch norm on the residual path; this is timm's, so expect another figure.
+    """
+    method = SmogConfig(embedding_dim=256, activation="gelu", label_crops=1, max_gradient_norm=3.0)
+    backbone = BackboneConfig("timm:swin_tiny_patch4_window7_224", drop_path=0.2)
+    optimizer = OptimizerConfig(
+        name="adamw",
+        lr=1e-3,
+        weight_decay=0.05,
+        decay_norm_and_bias=False,
+        warmup_epochs=10,
+        warmup_lr=4e-5,
+        final_lr=4e-5,
+    )
+    return RunConfig(method, backbone, optimizer, epochs=400, batch_size=4096)

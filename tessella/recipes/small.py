@@ -9,6 +9,7 @@ from tessella.engine.config import RunConfig
 from tessella.methods.coke import CokeConfig
 from tessella.methods.jigclu import JigcluConfig
 from tessella.methods.mejigclu import MejigcluConfig
+from tessella.methods.smog import SmogConfig, two_pipelines
 from tessella.methods.swav import SwavConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
@@ -66,6 +67,27 @@ def coke_cpu() -> RunConfig:
     )
     optimizer = dataclasses.replace(_QUICK, idle_epochs=1)
     return RunConfig(method, _NARROW, optimizer, epochs=41, batch_size=128, image_size=32)
+
+
+def smog_cpu() -> RunConfig:
+    """SMoG on 32-pixel images, minutes on two cores: a narrow ResNet-10, two crops per pipeline, 3 x 50 groups.
+
+    Ours, for trying things out; nothing published compares. No blur, solarisation in pipeline B alone; momenta that
+    suit a run of a few thousand steps.
+    """
+    method = SmogConfig(
+        groups=50,
+        hidden_dim=512,
+        momentum=0.99,
+        views=two_pipelines(
+            (CropGroup(2, 32, (0.25, 1.0)),),
+            _MILD,
+            dataclasses.replace(_MILD, solarize=0.2),
+            CIFAR10_MEAN,
+            CIFAR10_STD,
+        ),
+    )
+    return RunConfig(method, _NARROW, _QUICK, epochs=30, batch_size=128, image_size=32)
 
 
 def swav_digits() -> RunConfig:

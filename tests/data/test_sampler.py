@@ -113,7 +113,7 @@ def test_which_image_of_a_part_comes_when_is_uniform():
 
 @pytest.mark.parametrize("uneven", ["drop", "wrap"])
 @pytest.mark.parametrize(("batch_size", "parts"), [(4, 8), (5, 8), (7, 8), (3, 50), (1, 4)])
-def test_with_more_parts_than_slots_each_batch_holds_different_parts_and_all_take_equal_turns(batch_size, parts, uneven):
+def test_with_more_parts_than_slots_a_batch_holds_different_parts_and_all_take_equal_turns(batch_size, parts, uneven):
     part, order = partition(103, parts, 0), slot_order(batch_size, parts, uneven=uneven)
     rows = epoch_of(order, 0)
     drawn = part[rows]

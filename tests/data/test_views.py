@@ -124,6 +124,13 @@ def test_a_random_overlap_changes_no_other_decision():
         np.testing.assert_array_equal(getattr(fixed, name), getattr(random, name))
 
 
+def test_a_random_overlap_is_independent_of_the_crops():
+    overlap = overlaps_of(plan_of(tiled(**RANDOM), size=(10_000, 10_000)), 10_000)[:, 0]
+    crops = plan_of(ViewSpec((CropGroup(4, 32, (0.2, 1.0), tiles=2, overlap=0.5),)), size=(10_000, 10_000)).box
+    for quantity in (crops[:, 0, 2] * 1.0 * crops[:, 0, 3], crops[:, 0, 2] / crops[:, 0, 3], crops[:, 0, 0]):
+        assert abs(np.corrcoef(overlap, quantity)[0, 1]) < 4.5 / np.sqrt(N)
+
+
 def test_per_axis_draws_x_and_y_independently():
     any_ratio = tiled((0.01, 100.0), **RANDOM, overlap_per="axis")  # no such crop fits, so the whole tile is taken
     x, y = overlaps_of(plan_of(any_ratio, size=(10_000, 10_000)), 10_000).T

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_resume_refuses_another_number_of_categories(tmp_path: Path):
     run = pretrain(tiny_run("mejigclu", max_steps=1), tmp_path / "run")
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("batch_size: 64", "batch_size: 32"))
-    with pytest.raises(UserError, match="into 64 parts .* into 32 .*go on with the same images"):
+    with pytest.raises(UserError, match=r"into 64 parts .* into 32 .*go on with the same images"):
         resume(run)
 
 
@@ -138,7 +139,7 @@ def test_a_stop_request_saves_and_the_run_goes_on_identically(tmp_path: Path, mo
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-torch.set_num_threads(1)
+torch.set_num_threads(2)
 from tessella.engine.config import load_config
 from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted
 from tessella.engine.pretrain import _build, pretrain, resume
@@ -153,7 +154,7 @@ except Interrupted:
 def start(config: Path, out: Path, *launcher: str) -> subprocess.Popen[bytes]:
     script = config.with_name("script.py")
     script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "2"}
     command = [*(launcher or (sys.executable,)), str(script), str(config), str(out)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -179,8 +180,9 @@ def test_a_killed_process_resumes_to_identical_weights(how: signal.Signals, code
     assert_same(final_state(straight), final_state(resume(tmp_path / "killed")))
 
 
-def test_two_ranks_train_as_one_and_one_rank_goes_on_for_two(tmp_path: Path):
-    config = tiny_run(max_steps=2)
+@pytest.mark.parametrize("method", ["swav", "smog"])
+def test_two_ranks_train_as_one_and_one_rank_goes_on_for_two(method: str, tmp_path: Path):
+    config = tiny_run(method, max_steps=2)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511")
     assert start(tmp_path / "config.yaml", tmp_path / "two", *torchrun).wait(200) == 0

@@ -39,3 +39,10 @@ def test_evaluation_uses_the_running_statistics_like_torch():
     norm(torch.randn(8, 3, 4, 4))
     ours, x = GlobalBatchNorm.like(norm).eval(), torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(ours(x), norm.eval()(x))
+
+
+def test_a_norm_without_weights_stays_without():
+    norm, x = nn.BatchNorm1d(3, affine=False).train(), torch.randn(8, 3)
+    ours = GlobalBatchNorm.like(norm)
+    assert not list(ours.parameters())
+    torch.testing.assert_close(ours(x), nn.BatchNorm1d(3, affine=False).train()(x), atol=1e-6, rtol=1e-5)

@@ -50,7 +50,7 @@ def test_worked_numbers_of_the_loss_and_its_gradient_through_the_update():
     groups = move(SQUARE.double(), rows, 0.9)
     labels = torch.tensor([[0, 0, 1]])
     loss = group_loss(F.normalize(PREDICTIONS.double(), dim=1)[None], groups, labels, 0.1)
-    assert float(loss) == pytest.approx(3.662935e-4, rel=1e-5)
+    assert loss.item() == pytest.approx(3.662935e-4, rel=1e-5)
     loss.backward()
     expected = torch.tensor([[-1.6859e-7, 5.5636e-6], [-1.6859e-7, 5.5636e-6], [3.0460e-4, -1.8649e-5]])
     torch.testing.assert_close(rows.grad.float(), expected, atol=0, rtol=1e-3)

@@ -5,7 +5,7 @@ from sklearn.cluster import KMeans as SklearnKMeans
 
 import tessella.ops.kmeans as module
 from tessella.errors import UserError
-from tessella.ops.kmeans import kmeans, nearest_centre
+from tessella.ops.kmeans import kmeans, nearest_centre, online_means
 
 
 def blobs(n=600, d=8, k=6, spread=1.0, seed=0):
@@ -99,3 +99,14 @@ def test_equal_rows_do_not_hang_or_fail():
 def test_refuses_more_clusters_than_rows(k):
     with pytest.raises(UserError, match=f"{k} clusters of 5 images"):
         kmeans(torch.ones(5, 2), k, seed=0)
+
+
+def test_online_means_after_any_batches_are_the_means_of_all_rows():
+    x, labels = torch.randn(60, 3), torch.randint(0, 4, (60,))
+    means, seen = torch.full((5, 3), 9.0), torch.zeros(5)
+    for part, own in zip(x.split(17), labels.split(17), strict=True):
+        means, counts = online_means(means, seen, part, own)
+        seen = seen + counts
+    for j in range(4):
+        torch.testing.assert_close(means[j], x[labels == j].mean(dim=0))
+    assert torch.equal(means[4], torch.full((3,), 9.0)) and seen.tolist() == labels.bincount(minlength=5).tolist()

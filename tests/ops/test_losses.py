@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessella.ops.assignment import sinkhorn
-from tessella.ops.losses import supervised_contrastive, swapped_prediction
+from tessella.ops.losses import (
+    label_cross_entropy,
+    supervised_contrastive,
+    swapped_prediction,
+    view_cross_entropy,
+)
 
 
 def naive_swapped_prediction(scores: Tensor, codes: Tensor, code_views: list[int], temperature: float) -> Tensor:
@@ -89,3 +94,24 @@ def test_contrastive_of_perfect_clusters_has_its_closed_form():
 def test_contrastive_of_equal_embeddings_is_the_logarithm_of_the_others():
     z = F.normalize(torch.ones(16, 8), dim=1)
     torch.testing.assert_close(supervised_contrastive(z, torch.arange(16) % 4, 0.3), torch.tensor(math.log(15)))
+
+
+def test_label_cross_entropy_equals_a_loop_over_slots_and_adds_up_repeated_clusters():
+    log_p = torch.log_softmax(torch.randn(2, 3, 4, 6), dim=-1)
+    labels = torch.tensor([[0, 5], [1, 1], [2, 0], [3, 4]])
+    weights = torch.tensor([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0], [0.1, 0.9]])
+    expected = torch.zeros(2, 3)
+    for i in range(4):
+        for s in range(2):
+            expected -= weights[i, s] * log_p[:, :, i, labels[i, s]] / 4
+    torch.testing.assert_close(label_cross_entropy(log_p, labels, weights), expected)
+
+
+def test_view_cross_entropy_swaps_the_first_two_views_and_gives_the_others_their_mean():
+    log_p, p = torch.log_softmax(torch.randn(2, 4, 5, 6), dim=-1), torch.softmax(torch.randn(2, 5, 6), dim=-1)
+    losses = view_cross_entropy(log_p, p)
+    for branch in range(2):
+        for view, target in enumerate((p[1], p[0], (p[0] + p[1]) / 2, (p[0] + p[1]) / 2)):
+            expected = -(target * log_p[branch, view]).sum(dim=1).mean()
+            torch.testing.assert_close(losses[branch, view], expected)
+    assert view_cross_entropy(log_p[:, :2], p).shape == (2, 2)

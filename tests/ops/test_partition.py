@@ -34,4 +34,4 @@ def test_parts_tell_no_more_about_the_class_than_a_random_labelling_does():
     by_chance = [mutual_info_score(rng.permutation(np.arange(5000) % 128), classes) for _ in range(50)]
     ours = mutual_info_score(partition(5000, 128, 0), classes)
     assert abs(ours - np.mean(by_chance)) < 4 * np.std(by_chance)
-    assert mutual_info_score(np.arange(5000) * 128 // 5000, classes) > 20 * ours
+    assert mutual_info_score(np.arange(5000) * 128 // 5000, classes) > 10 * ours
