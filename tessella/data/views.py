@@ -178,7 +178,7 @@ def _draw_group(
 def _random_resized_crop(
     numbers: NDArray[np.float64], width: NDArray[np.int64], height: NDArray[np.int64], group: CropGroup
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Random resized crops by torchvision's rejection sampling, all ten tries at once; the first that fits counts, else a centre crop.
+    """Crops by torchvision's rejection sampling, all ten tries at once; the first that fits counts, else the centre.
 
     Args:
         numbers: (n, views, 22) uniforms: ten of (area, ratio), then the position.

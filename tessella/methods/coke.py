@@ -203,10 +203,10 @@ class Coke(Method):
         labels = self.labels.read(instances).long()
         unknown = (labels[..., 0] < 0) | (epoch == 0)  # an image may have sat out the first epoch
         labels[..., 0] = torch.where(unknown, fresh, labels[..., 0])
-        averaged = torch.zeros_like(labels, dtype=torch.float32)
-        if self.label_weights is not None and self._epochs_averaged(epoch) > 1:
-            averaged = self.label_weights.read(instances)
-        return labels.clamp_min(0), averaged_targets(averaged, self.config.label_temperature)
+        averages = torch.zeros_like(labels, dtype=torch.float32)
+        if self.label_weights is not None:
+            averages = self.label_weights.read(instances)  # all 0 as long as nothing was averaged: slot 0 is the target
+        return labels.clamp_min(0), averaged_targets(averages, self.config.label_temperature)
 
     def _remember(self, instances: Tensor, fresh: Tensor, epoch: int) -> None:
         """Store this epoch's labels, or their average over epochs."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -110,7 +111,7 @@ class Smog(Method):
     def __init__(self, config: SmogConfig, backbone: Backbone, setting: Setting) -> None:
         super().__init__(backbone, setting)
         self.config, self.clusters = config, config.groups
-        _check_enough_images(config.groups, setting)
+        _warn_of_few_images(config.groups, setting.images)
         hidden, dim = config.hidden_dim, config.embedding_dim
         self.projector = nn.Sequential(
             nn.Linear(backbone.feature_dim, hidden),
@@ -265,19 +266,18 @@ class Smog(Method):
     def _regroup(self, step: int) -> None:
         """Groups := spherical k-means of the bank, from K of its rows; parameters of the momentum encoder := online.
 
-        Until the bank knows K images, which takes less than an epoch or `prepare`, the groups stay as they are.
+        A bank that knows fewer than K images gives as many groups their start; the others start where they are.
         """
         self.momentum_encoder.reset(self._online)
         known = self.bank.known()
-        sets, count = self.config.group_sets, self.config.groups
-        if len(known) < count:
-            return
         mine, ids = known[dist.rank() :: dist.world_size()], known.cpu().numpy()
-        for h in range(sets):
-            chosen = permutation(stream_key(self.setting.seed, "grup"), ids, step * sets + h)[:count]
+        for h, groups in enumerate(self.groups):
             features = self.bank.features[h % len(self.bank.features)]
-            start = features[known[torch.from_numpy(chosen).to(known.device)]]
-            self.groups[h] = spherical_kmeans(features[mine], start, self.config.kmeans_iterations)
+            key = stream_key(self.setting.seed, "grup")
+            chosen = permutation(key, ids, step * len(self.groups) + h)[: len(groups)]
+            start = groups.clone()
+            start[: len(chosen)] = features[known[torch.from_numpy(chosen).to(known.device)]]
+            groups.copy_(spherical_kmeans(features[mine], start, self.config.kmeans_iterations))
 
     def _drop_path_noise(self, progress: Progress, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """Which branches are dropped: a function of (seed, step, micro-batch, rank)."""
@@ -302,16 +302,11 @@ def _nearest(rows: Tensor, groups: Tensor) -> Tensor:
     return nearest_group(rows.flatten(0, 1), groups).unflatten(0, rows.shape[:2])
 
 
-def _check_enough_images(groups: int, setting: Setting) -> None:
-    """Refuse more groups than the bank will hold after one epoch: k-means starts from as many of its rows.
-
-    Raises:
-        UserError: there are too few images.
-    """
-    batch = setting.batch_size * setting.accumulate
-    seen = setting.images // batch * batch
-    if setting.images and seen < groups:
-        raise UserError(
-            f"groups={groups}, but only {seen} of {setting.images} images fill whole batches of {batch}: use at most "
-            f"{seen} groups (one per ten images or fewer is sensible), or give more images"
+def _warn_of_few_images(groups: int, images: int) -> None:
+    """Say so when groups cannot be shared by images: such a run works, but tells single images apart."""
+    if 0 < images < groups and dist.rank() == 0:
+        print(
+            f"warning: groups={groups} is more than the {images} images, so most groups stay empty and the others hold "
+            f"single images; one group per ten images (--method.groups {max(2, images // 10)}) is sensible",
+            file=sys.stderr,
         )

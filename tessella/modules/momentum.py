@@ -43,7 +43,8 @@ class MomentumEncoder(nn.ModuleDict):
         torch._foreach_copy_(own, theirs)
 
     def _pairs(self, online: Mapping[str, nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
-        own, theirs = [], []
+        own: list[Tensor] = []
+        theirs: list[Tensor] = []
         for name, module in online.items():
             parameters = dict(module.named_parameters())
             for key, parameter in self[name].named_parameters():

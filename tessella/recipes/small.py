@@ -33,7 +33,8 @@ def swav_cpu() -> RunConfig:
         freeze_prototypes_steps=40,
         views=ViewSpec((CropGroup(2, 32, (0.25, 1.0), photometry=_MILD),), CIFAR10_MEAN, CIFAR10_STD),
     )
-    return RunConfig(method, _NARROW, _QUICK, epochs=40, batch_size=128, image_size=32)
+    optimizer = dataclasses.replace(_QUICK, weight_decay=0.1)
+    return RunConfig(method, _NARROW, optimizer, epochs=40, batch_size=128, image_size=32)
 
 
 def jigclu_cpu() -> RunConfig:
@@ -42,7 +43,8 @@ def jigclu_cpu() -> RunConfig:
     Ours, for trying things out; nothing published compares.
     """
     method = JigcluConfig(tile_size=16, photometry=_MILD, mean=CIFAR10_MEAN, std=CIFAR10_STD)
-    return RunConfig(method, _NARROW, _QUICK, epochs=70, batch_size=128, image_size=32)
+    optimizer = OptimizerConfig("sgd", lr=0.06, weight_decay=5e-4, warmup_epochs=2, warmup_lr=6e-3, final_lr=6e-5)
+    return RunConfig(method, _NARROW, optimizer, epochs=60, batch_size=128, image_size=32)
 
 
 def mejigclu_cpu() -> RunConfig:

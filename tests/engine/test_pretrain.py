@@ -29,6 +29,15 @@ from tests.engine.runs import assert_same, final_state, tiny_run
 METHODS = ["swav", "jigclu", "mejigclu", "smog"]
 
 
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """What is only repeatable on one thread is not repeatable."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def log_without_timing(run: Path) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "timing"} for line in lines if line["kind"] == "step"]

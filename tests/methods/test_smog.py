@@ -188,7 +188,7 @@ def test_the_pipelines_swap_roles_every_step_and_the_momentum_encoder_sees_the_o
     project = method._project
     method._project = lambda encoder, views: seen.append(views) or project(encoder, views)  # type: ignore
     batch = random_batch(method)
-    for step in range(3):
+    for step in range(4):
         method(batch, Progress(step, 3, 2))  # an odd number of steps per epoch does not upset the alternation
         a, b = batch.views[:2], batch.views[2:]
         online, other = seen[-2:]
@@ -219,6 +219,17 @@ def test_only_through_update_sends_gradient_through_the_groups_and_the_loss_is_t
     loss = method(random_batch(method), START).loss
     assert moved[0][0].requires_grad == (group_grad == "through_update")
     torch.testing.assert_close(loss, smog(**MOVING)(random_batch(method), START).loss)
+
+
+def test_heads_have_the_released_layout():
+    method = smog()
+    weights = {
+        f"{part}.{n}" for part in ("projector", "predictor") for n, _ in getattr(method, part).named_parameters()
+    }
+    layers = ["projector.0", "projector.1", "projector.3", "predictor.0", "predictor.1", "predictor.3"]
+    assert weights == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    assert {n.split(".")[1] for n in method.projector.state_dict(prefix="p.")} == {"0", "1", "3", "4"}
+    assert not any("predictor" in n for n in method.momentum_encoder.state_dict())
 
 
 # --- the momentum encoder and the clocks --------------------------------------------------------------------
@@ -376,10 +387,24 @@ def test_what_cannot_be_is_refused(settings: dict[str, object], said: str):
         SmogConfig(**settings)
 
 
-def test_more_groups_than_images_are_refused_with_the_number_that_fits():
-    with pytest.raises(UserError, match="groups=30, but only 24 of 31 images fill whole batches of 8: use at most 24"):
-        smog(images=31, groups=30)
-    smog(images=31, groups=24)
+def test_more_groups_than_images_train_and_are_warned_of(capsys: pytest.CaptureFixture[str]):
+    method = smog(groups=40)
+    assert "groups=40 is more than the 32 images" in capsys.readouterr().err
+    before = method.groups.clone()
+    method.prepare(batch_of(method, i) for i in range(4))
+    method.epoch_start(START)
+    assert torch.equal(method.groups[:, 32:], before[:, 32:])  # 32 rows, each its own centre
+    train(method, range(5))
+    torch.testing.assert_close(method.groups.norm(dim=-1), torch.ones(3, 40))
+    smog(groups=32)
+    assert capsys.readouterr().err == ""
+
+
+def test_groups_rest_while_the_bank_is_empty():
+    method = smog()
+    before = method.groups.clone()
+    method.epoch_start(START)
+    assert torch.equal(method.groups, before)
 
 
 def transformer(name: str, drop_path: float, **settings: object) -> Smog:
