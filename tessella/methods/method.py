@@ -114,7 +114,7 @@ class Method(nn.Module):
         """Called after the optimiser's step, with the progress of the step just made."""
 
     def epoch_end(self, progress: Progress) -> None:
-        """Called on every rank after the last step of an epoch."""
+        """Called on every rank after the last step of an epoch; the clock is already at the first step of the next."""
 
     def assign(self, features: Tensor) -> Tensor:
         """Cluster of each image from its backbone features: (n, feature_dim) -> (n,) int64."""
