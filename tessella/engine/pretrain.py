@@ -106,7 +106,7 @@ def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, 
     with StopRequest() as stop, log, repeatable(fabric.device):
         if progress.step == 0:
             with fabric.autocast():
-                method.prepare(batch for batches in loader.epoch(config.epochs) for batch in batches)
+                method.prepare(_first_look(loader, config.epochs, stop, fabric.device))
         for batches in _batches(loader, progress, last_step):
             if progress.step_in_epoch == 0:
                 method.epoch_start(progress)
@@ -141,6 +141,14 @@ def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, 
         run.write_backbone(method)
     fabric.barrier()
     return run.path
+
+
+def _first_look(loader: Loader, epoch: int, stop: StopRequest, device: torch.device) -> Iterator[Batch]:
+    """This rank's batches of an epoch that is never trained on."""
+    for number, batches in enumerate(loader.epoch(epoch)):
+        if stop.seen_by_any_rank(number, device):
+            raise Interrupted("stopped before the first step; a resumed run starts from the beginning")
+        yield from batches
 
 
 def _batches(loader: Loader, progress: Progress, last_step: int) -> Iterator[list[Batch]]:

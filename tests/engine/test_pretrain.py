@@ -145,6 +145,18 @@ def test_a_stop_request_saves_and_the_run_goes_on_identically(tmp_path: Path, mo
     assert_same(final_state(straight), final_state(resume(tmp_path / "stopped")))
 
 
+def test_a_stop_request_during_the_first_look_is_heard_and_the_run_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    straight = pretrain(tiny_run("smog", max_steps=1), tmp_path / "straight")
+    monkeypatch.setattr(StopRequest, "seen_by_any_rank", lambda self, step, device: step == 2)
+    with pytest.raises(Interrupted, match="before the first step"):
+        pretrain(tiny_run("smog", max_steps=1), tmp_path / "stopped")
+    monkeypatch.undo()
+    monkeypatch.setenv("TESSELLA_CACHE", str(tmp_path / "cache"))
+    assert_same(final_state(straight), final_state(resume(tmp_path / "stopped")))
+
+
 SCRIPT = """
 import sys, torch
 from pathlib import Path
