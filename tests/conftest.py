@@ -12,8 +12,9 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def _same_start(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One seed, and caches that no other run can have filled."""
+    """One seed, one thread, and caches that no other run can have filled."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # tests are small: a second thread costs more than it brings
     monkeypatch.setenv("TESSELLA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 

@@ -34,7 +34,7 @@ def swav_cpu() -> RunConfig:
         views=ViewSpec((CropGroup(2, 32, (0.25, 1.0), photometry=_MILD),), CIFAR10_MEAN, CIFAR10_STD),
     )
     optimizer = dataclasses.replace(_QUICK, weight_decay=0.1)
-    return RunConfig(method, _NARROW, optimizer, epochs=40, batch_size=128, image_size=32)
+    return RunConfig(method, _NARROW, optimizer, epochs=60, batch_size=128, image_size=32)
 
 
 def jigclu_cpu() -> RunConfig:

@@ -205,7 +205,7 @@ def test_a_killed_process_resumes_to_identical_weights(how: signal.Signals, code
 def test_two_ranks_train_as_one_and_one_rank_goes_on_for_two(method: str, tmp_path: Path):
     config = tiny_run(method, max_steps=2)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert start(tmp_path / "config.yaml", tmp_path / "two", *torchrun).wait(200) == 0
     pretrain(config, tmp_path / "one")
     for _ in range(2):
