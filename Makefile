@@ -32,7 +32,7 @@ test-slow:  ## minutes of training, full fault counts
 	pytest -m slow
 
 smoke:  ## one step of each method on the CPU
-	@set -e; out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; for recipe in swav_cpu jigclu_cpu; do \
+	@set -e; out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; for recipe in swav_cpu jigclu_cpu mejigclu_cpu smog_cpu coke_cpu; do \
 		tessella pretrain $$recipe --data digits --out "$$out/$$recipe" --max-steps 1 --device cpu; \
 	done
 
