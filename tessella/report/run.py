@@ -12,26 +12,23 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import yaml
-from markupsafe import Markup
 from numpy.typing import NDArray
 
 from tessella.data.sources import ImageSet
 from tessella.data.views import ViewSpec
 from tessella.errors import UserError
 from tessella.report.charts import Chart, bar_chart, line_chart
+from tessella.report.page import render, write_text
 from tessella.report.pictures import Album, Cluster, Example, Picture, show_clusters, show_views
 from tessella.report.scores import score_tables
-from tessella.text import printable
 
 _METHODS = {"swav": "SwAV", "jigclu": "JigClu", "mejigclu": "MEJigClu", "smog": "SMoG", "coke": "CoKe"}
 _CLUSTER_FIELDS = ("prototypes", "groups", "centres")  # what methods call the number of their clusters
@@ -162,36 +159,11 @@ def write_report(
         )
     found = _read(run)
     try:
-        page = _environment().get_template("run.html.j2").render(_content(found, images, spec, clusters))
-        temporary = run / f".report.html.{os.getpid()}"
-        temporary.unlink(missing_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(run / "report.html")
-    except OSError as error:
+        page = render("run.html.j2", _content(found, images, spec, clusters))
+    except OSError as error:  # of its pictures
         raise UserError(f"cannot write the report into {run}: {error.strerror or error}") from None
+    write_text(run / "report.html", page)
     return run / "report.html"
-
-
-def literal(value: Any) -> Any:
-    """Text that shows every character: what a browser would hide, break or turn around becomes an escape.
-
-    Args:
-        value: anything; markup from the template stays as it is.
-    """
-    return value if isinstance(value, Markup) else printable(str(value))
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tessella.report"),
-        autoescape=True,
-        finalize=literal,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["short"] = _short
-    return environment
 
 
 def _content(
@@ -305,12 +277,6 @@ def _text(values: dict[str, Any], name: str) -> str:
 # --- telling -------------------------------------------------------------------------------------------
 
 
-def _short(data: str) -> str:
-    """A data set's name without the folders above it."""
-    base, mark, part = data.partition("::")
-    return (Path(base).name or base) + mark + part
-
-
 def _status(run: _Run, images: ImageSet | None) -> _Status:
     """A run is complete when its backbone is there."""
     planned = run.number("max_steps", 0)
@@ -328,8 +294,8 @@ def _facts(run: _Run, images: ImageSet | None) -> list[tuple[str, str]]:
     network = [_text(backbone, "name")]
     if isinstance(backbone.get("width"), int):
         network.append(f"width {backbone['width']}")
-    if backbone.get("stem") == "small":
-        network.append("small stem")
+    if _text(backbone, "stem") in ("small", "small-pool"):
+        network.append(f"{_text(backbone, 'stem')} stem")
     facts = [("Method", _METHODS.get(method, method)), ("Backbone", ", ".join(network))]
     if images is not None:
         facts.append(("Images", f"{len(images):,}"))
