@@ -1,33 +1,47 @@
-"""Backbones by name: a run, a weights file, or a network at random init."""
+"""Backbones by name: a run, imported or official weights, a pretrained network, or one at random init."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
 from tessella.engine import checkpoint_files
-from tessella.engine.config import RunConfig, from_dict
+from tessella.engine.config import from_dict
+from tessella.engine.imported import is_imported, read_imported
 from tessella.engine.run_folder import RunFolder
 from tessella.errors import UserError
-from tessella.methods import build_method, views_of
+from tessella.exchange.files import read_file
+from tessella.exchange.libraries import Pretrained, timm_network, torchvision_network
+from tessella.exchange.official import SETTING, Official, read_official
+from tessella.methods import MethodConfig, build_method, views_of
 from tessella.methods.method import Method, Setting
 from tessella.modules.backbone import BackboneConfig, build_backbone
-from tessella.modules.resnet import LAYERS
 from tessella.protocols.features import EvalTransform
 
 _ACCEPTED = (
-    "give a run folder, a .safetensors file of a ResNet, or random:NAME (for example random:resnet18, or "
-    "random:resnet18?stem=small&width=32&size=32)"
+    "give a run folder, a folder of `tessella import`, an official checkpoint or a ResNet's weights (.pth, .pth.tar, "
+    ".pt, .torch, .safetensors), torchvision:NAME or timm:NAME for a pretrained network, or random:NAME (for example "
+    "random:resnet18, or random:resnet18?stem=small&width=32&size=32)"
 )
+_BACKBONE = "backbone."
+
+
+class Weights(NamedTuple):
+    """What a source holds, before any network is built."""
+
+    name: str
+    backbone: BackboneConfig
+    tensors: dict[str, Tensor]  # under the names of a method's state; `backbone.` first
+    transform: EvalTransform
+    method: MethodConfig | None = None  # None: there is none that could assign images to clusters
+    setting: Setting = SETTING
+    strict: bool = True  # whether `tensors` are the method's whole state; an import may start parts of it anew
 
 
 class Loaded(NamedTuple):
@@ -36,7 +50,7 @@ class Loaded(NamedTuple):
     backbone: Any  # a Backbone, or any module with feature_dim
     config: BackboneConfig
     transform: EvalTransform
-    method: Method | None  # with its prototypes, when a run's checkpoint is there
+    method: Method | None  # with its prototypes, when the source has them
     name: str
 
 
@@ -44,20 +58,34 @@ def resolve_backbone(spec: str, *, image_size: int | None = None, seed: int = 0)
     """The backbone that `spec` names.
 
     Args:
-        spec: RUN | WEIGHTS.safetensors | random:NAME[?width=..&stem=..&size=..].
-        image_size: pixels of the evaluated crop; default: the run's, or 224.
+        spec: RUN | IMPORTED | FILE | torchvision:NAME | timm:NAME | random:NAME[?width=..&stem=..&size=..].
+        image_size: pixels of the evaluated crop; default: the run's or the network's, or 224.
         seed: of a random initialisation.
 
     Raises:
         UserError: nothing of that name, or it does not fit.
     """
-    path = Path(spec)
     if spec.startswith("random:"):
         return _random(spec, image_size, seed)
+    weights = read_weights(spec, image_size=image_size)
+    net = {k.removeprefix(_BACKBONE): v for k, v in weights.tensors.items() if k.startswith(_BACKBONE)}
+    backbone = build_backbone(weights.backbone)
+    backbone.load_state_dict(net, strict=True)
+    return Loaded(backbone, weights.backbone, weights.transform, _method_of(weights), weights.name)
+
+
+def read_weights(spec: str, *, image_size: int | None = None) -> Weights:
+    """The tensors that `spec` names, and what they belong to; arguments and errors as in `resolve_backbone`."""
+    path = Path(spec)
+    library, _, network = spec.partition(":")
+    if library == "torchvision":
+        return _from_library(torchvision_network(network), spec, image_size)
+    if library == "timm":
+        return _from_library(timm_network(network), spec, image_size)
     if path.is_dir():
-        return _from_run(path, image_size)
-    if path.suffix == ".safetensors" and path.is_file():
-        return _from_file(path, image_size)
+        return _official(read_imported(path), path.name, image_size) if is_imported(path) else _run(path, image_size)
+    if path.is_file():
+        return _official(read_official(path), path.name, image_size)
     raise UserError(f"{spec!r} names no backbone: {_ACCEPTED}")
 
 
@@ -76,31 +104,44 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _from_run(path: Path, image_size: int | None) -> Loaded:
+def _method_of(weights: Weights) -> Method | None:
+    if weights.method is None:
+        return None
+    method = build_method(weights.method, build_backbone(weights.backbone), weights.setting)
+    method.load_state_dict(weights.tensors, strict=weights.strict)
+    return method.eval()
+
+
+def _run(path: Path, image_size: int | None) -> Weights:
+    """The newest checkpoint, where the heads fit the backbone; without one, the product."""
     run, config = RunFolder.open(path)
-    method = _method_of(run, config)
-    if run.backbone.exists():
-        tensors = _read(run.backbone)
-    elif method is not None:
-        tensors = dict(method.backbone.state_dict())
-    else:
-        raise UserError(f"{path} holds no weights yet: let the run reach its first checkpoint")
-    backbone = build_backbone(config.backbone)
-    backbone.load_state_dict(tensors, strict=True)
     spec = views_of(config.method)
     transform = EvalTransform.of(image_size or config.image_size, mean=spec.mean, std=spec.std)
-    return Loaded(backbone, config.backbone, transform, method, path.name)
-
-
-def _method_of(run: RunFolder, config: RunConfig) -> Method | None:
     newest = checkpoint_files.newest(run.checkpoints)
-    if newest is None:
-        return None
-    tensors, _ = checkpoint_files.load(newest)
-    setting = Setting(0, config.batch_size // config.accumulate, config.seed, config.accumulate)
-    method = build_method(config.method, build_backbone(config.backbone), setting)
-    method.load_state_dict(tensors["method"], strict=True)
-    return method.eval()
+    if newest is not None:
+        tensors, _ = checkpoint_files.load(newest)
+        setting = Setting(0, config.batch_size // config.accumulate, config.seed, config.accumulate)
+        return Weights(path.name, config.backbone, tensors["method"], transform, config.method, setting)
+    if run.backbone.exists():
+        net = {_BACKBONE + name: tensor for name, tensor in read_file(run.backbone).items()}
+        return Weights(path.name, config.backbone, net, transform)
+    raise UserError(f"{path} holds no weights yet: let the run reach its first checkpoint")
+
+
+def _official(official: Official, name: str, image_size: int | None) -> Weights:
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if official.method is not None:  # SwAV normalises a little differently
+        mean, std = views_of(official.method).mean, views_of(official.method).std
+    size = image_size or (224 if official.backbone.stem == "imagenet" else 32)
+    transform = EvalTransform.of(size, mean=mean, std=std)
+    method = official.method if official.whole else None
+    return Weights(name, official.backbone, official.tensors, transform, method, strict=False)
+
+
+def _from_library(network: Pretrained, name: str, image_size: int | None) -> Weights:
+    transform = EvalTransform.of(image_size or network.image_size, mean=network.mean, std=network.std)
+    tensors = {_BACKBONE + key: tensor for key, tensor in network.tensors.items()}
+    return Weights(name, network.backbone, tensors, transform)
 
 
 def _random(spec: str, image_size: int | None, seed: int) -> Loaded:
@@ -113,36 +154,3 @@ def _random(spec: str, image_size: int | None, seed: int) -> Loaded:
     torch.manual_seed(seed)
     transform = EvalTransform.of(image_size or size or 224, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     return Loaded(build_backbone(config), config, transform, None, f"{spec}, seed {seed}")
-
-
-def _from_file(path: Path, image_size: int | None) -> Loaded:
-    tensors = _read(path)
-    config = infer_resnet(tensors, path.name)
-    backbone = build_backbone(config)
-    backbone.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("fc.")}, strict=True)
-    size = image_size or (32 if config.stem == "small" else 224)
-    return Loaded(backbone, config, EvalTransform.of(size, mean=IMAGENET_MEAN, std=IMAGENET_STD), None, path.name)
-
-
-def infer_resnet(tensors: dict[str, Tensor], name: str) -> BackboneConfig:
-    """Which ResNet a state dict in torchvision's key layout belongs to, from its keys and shapes.
-
-    Raises:
-        UserError: none that is known here.
-    """
-    blocks = [len({k.split(".")[1] for k in tensors if re.match(rf"layer{s}\.\d+\.", k)}) for s in (1, 2, 3, 4)]
-    expansion = 4 if "layer1.0.conv3.weight" in tensors else 1
-    for resnet, (block, depths) in LAYERS.items():
-        if list(depths) == blocks and block.expansion == expansion and "conv1.weight" in tensors:
-            width, _, kernel, _ = tensors["conv1.weight"].shape
-            return BackboneConfig(resnet, width, "small" if kernel == 3 else "imagenet")
-    raise UserError(
-        f"{name} does not hold a ResNet in torchvision's key layout (conv1.weight, layer1.0...): {_ACCEPTED}"
-    )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None

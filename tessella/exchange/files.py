@@ -1,0 +1,76 @@
+"""Files of other projects, read without running any of their code."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import warnings
+from pathlib import Path
+from pickle import UnpicklingError  # the name of an error; nothing is unpickled here
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from tessella.errors import UserError
+
+SUFFIXES = (".pth", ".pt", ".tar", ".torch", ".bin", ".safetensors")
+
+_SCALAR = np.float64(0).__reduce__()[0]  # what rebuilds a number of numpy; its module has moved between versions
+# What official files hold besides tensors, and what does nothing but hold values.
+_HARMLESS: list[Any] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")),
+    argparse.Namespace,
+]
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What a checkpoint file holds, on the CPU: tensors, numbers and text in dictionaries and lists.
+
+    Args:
+        path: .safetensors, or whatever `torch.save` wrote, under any other name.
+
+    Raises:
+        UserError: the file cannot be read, would run code to be read, or holds no named tensors.
+    """
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name: save a state_dict()")
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickle protocols; what it cannot read, it refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        if culprit is None:
+            raise UserError(_unreadable(path, error)) from None
+        raise UserError(
+            f"{path} holds a Python object ({culprit[1]}) that only code from the file could rebuild, so it is not "
+            "read: such a file can do anything to your machine. If you trust who made it, open it there with torch, "
+            "take its state_dict, and save that alone: torch.save(state_dict, FILE) or "
+            "safetensors.torch.save_file(state_dict, FILE)"
+        ) from None
+    except Exception as error:  # whatever the parser says of damaged or foreign bytes
+        raise UserError(_unreadable(path, error)) from None
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    said = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    reason = f"{type(error).__name__}: {' '.join(said.split())[:120]}"
+    return f"{path} cannot be read as a file of torch.save ({reason}): is it one, and complete? Download it again"
