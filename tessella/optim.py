@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ class OptimizerConfig:
     lr: float = 0.03  # after the warm-up, at the run's batch size; nothing is scaled behind your back
     momentum: float = 0.9  # of SGD, LARC and LARS; AdamW's first beta
     weight_decay: float = 1e-4
-    decay_norm_and_bias: bool = True  # the official SwAV and JigClu decay every parameter
+    # The official SwAV and JigClu decay every parameter. False spares norms and biases, and what a transformer asks to
+    # spare: position embeddings, class tokens, tables of relative positions.
+    decay_norm_and_bias: bool = True
     trust: float = 0.001  # trust coefficient of LARC and LARS
     idle_epochs: int = 0  # at learning rate 0 before the warm-up, while CoKe finds its first clusters
     warmup_epochs: int = 0
@@ -58,8 +61,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, epoc
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimiser over all trainable parameters of `module`."""
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    plain = [p for name, p in trained if _is_norm_or_bias(name, p) and not config.decay_norm_and_bias]
-    decayed = [p for name, p in trained if config.decay_norm_and_bias or not _is_norm_or_bias(name, p)]
+    spared = set() if config.decay_norm_and_bias else _spared_from_decay(module)
+    plain = [p for name, p in trained if name in spared]
+    decayed = [p for name, p in trained if name not in spared]
     groups: list[dict[str, Any]] = [{"params": decayed}]
     if plain:
         groups.append({"params": plain, "weight_decay": 0.0})
@@ -71,8 +75,15 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
-def _is_norm_or_bias(name: str, p: Tensor) -> bool:
-    return p.dim() < 2 or "relative_position_bias" in name  # Swin's table of biases is two-dimensional
+def _spared_from_decay(module: nn.Module) -> set[str]:
+    """Names of norms, biases, and of what a timm network within lists in its `no_weight_decay()`."""
+    names = [name for name, _ in module.named_parameters()]
+    spared = {name for name, p in module.named_parameters() if p.dim() < 2}
+    for prefix, part in module.named_modules():
+        listed: Any = getattr(part, "no_weight_decay", None)
+        for pattern in listed() if callable(listed) else ():
+            spared.update(fnmatch.filter(names, f"{prefix}.{pattern}" if prefix else pattern))
+    return spared
 
 
 class LARC(torch.optim.SGD):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.optim import LARC, LARS, OptimizerConfig, build_optimizer, learning_rate
 
 
@@ -69,6 +70,30 @@ def test_norms_and_biases_can_be_kept_from_decay():
     groups = build_optimizer(net, OptimizerConfig(decay_norm_and_bias=False, weight_decay=0.1)).param_groups
     assert [len(g["params"]) for g in groups] == [1, 3] and [g["weight_decay"] for g in groups] == [0.1, 0.0]
     assert len(build_optimizer(net, OptimizerConfig()).param_groups) == 1
+
+
+def test_a_transformer_s_position_embedding_and_tokens_are_spared_together_with_norms_and_biases():
+    spared_besides = {
+        "timm:test_vit": {"net.cls_token", "net.pos_embed"},
+        "timm:test_vit2": {"net.pos_embed", "net.reg_token"},
+    }
+    for name, expected in spared_besides.items():
+        net = nn.ModuleDict({"backbone": build_backbone(BackboneConfig(name)), "head": nn.Linear(64, 2)})
+        config = OptimizerConfig("adamw", decay_norm_and_bias=False, weight_decay=0.05)
+        decayed, spared = build_optimizer(net, config).param_groups
+        names = {id(p): key for key, p in net.named_parameters()}
+        assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
+        assert {names[id(p)] for p in spared["params"] if p.dim() > 1} == {f"backbone.{key}" for key in expected}
+        assert all(p.dim() > 1 for p in decayed["params"])
+
+
+def test_swin_s_tables_of_relative_positions_are_spared():
+    with torch.device("meta"):
+        net = build_backbone(BackboneConfig("timm:swin_tiny_patch4_window7_224"))
+    spared = build_optimizer(net, OptimizerConfig("adamw", decay_norm_and_bias=False)).param_groups[1]["params"]
+    names = {id(p): key for key, p in net.named_parameters()}
+    matrices = [names[id(p)] for p in spared if p.dim() > 1]
+    assert len(matrices) == 12 and all("relative_position_bias_table" in name for name in matrices)
 
 
 def test_lars_scales_matrices_by_their_decayed_gradient_and_leaves_vectors_to_plain_sgd():

@@ -87,6 +87,7 @@ class CokeConfig:
 class Coke(Method):
     """CoKe with one view, two views, or multi-crop."""
 
+    of_the_run = ("labels.*", "label_weights.*", "clusterings.*.duals", "clusterings.*.seen")
     clusterings: list[OnlineCentres]  # a ModuleList, which cannot say what it holds
 
     def __init__(self, config: CokeConfig, backbone: Backbone, setting: Setting) -> None:

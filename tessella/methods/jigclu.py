@@ -16,17 +16,19 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tessella import dist
 from tessella.data.batch import Batch
 from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Photometry, ViewSpec
+from tessella.errors import UserError
 from tessella.methods.method import Method, Progress, Setting, Step
 from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector
 from tessella.ops.losses import OFFICIAL_BASE_TEMPERATURE, supervised_contrastive
-from tessella.ops.montage import pool_cells, shuffled_montages, tile_order
+from tessella.ops.montage import gather_cells, pool_cells, shuffled_montages, tile_order
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class JigcluConfig:
     cluster_scale: Literal["official", "paper"] = "official"  # official: times temperature / 0.07; paper: as written
     cluster_weight: float = 1.0
     location_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.tiles < 2:
+            raise UserError(
+                f"tiles={self.tiles}: give 2 or more per side, because the tiles of an image attract each other"
+            )
 
 
 class Jigclu(Method):
@@ -87,13 +95,14 @@ class Jigclu(Method):
 
         montages = shuffled_montages(tiles, order, m)  # (B, 3, m s, m s)
         cells = pool_cells(self.backbone.feature_map(montages), m)  # (m * m, B, d)
-        vectors = dist.gather_with_grad(cells.transpose(0, 1)).transpose(0, 1).flatten(0, 1)  # (m * m * n, d)
+        vectors = gather_cells(cells)  # (m * m * n, d)
 
         # Tile p = q * n + i was cut from image i at place q; position k of the permuted list shows tile order[k].
         image, place = order % n, order // n
         embeddings = self.cluster_head(vectors)
         logits = self.location_head(vectors).float()
-        cluster_loss = supervised_contrastive(embeddings, image, self.config.temperature)
+        with torch.autocast(vectors.device.type, enabled=False):  # bf16 similarities would blur the contrast
+            cluster_loss = supervised_contrastive(embeddings, image, self.config.temperature)
         location_loss = F.cross_entropy(logits, place)
         return Step(
             loss=self.cluster_weight * cluster_loss + self.config.location_weight * location_loss,

@@ -32,7 +32,7 @@ from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector
 from tessella.modules.partition import Partition
 from tessella.ops.losses import OFFICIAL_BASE_TEMPERATURE, supervised_contrastive
-from tessella.ops.montage import montage_positions, pool_cells, shuffled_montages, tile_order
+from tessella.ops.montage import gather_cells, montage_positions, pool_cells, shuffled_montages, tile_order
 
 _DRAWN_PER: dict[str, Literal["image", "batch", "axis"]] = {
     "per_image": "image", "per_batch": "batch", "per_axis": "axis", "fixed": "image",
@@ -67,6 +67,10 @@ class MejigcluConfig:
     uneven: Literal["drop", "wrap"] = "drop"  # larger categories leave out one image per epoch, or smaller repeat one
 
     def __post_init__(self) -> None:
+        if self.tiles < 2:
+            raise UserError(
+                f"tiles={self.tiles}: give 2 or more per side, because the tiles of an image attract each other"
+            )
         if self.slots == "random" and self.categories is not None:
             raise UserError(
                 f"categories={self.categories} has no meaning with slots=random, where the slot in the batch is the "
@@ -78,6 +82,8 @@ class MejigcluConfig:
 
 class Mejigclu(Method):
     """MEJigClu with m x m tiles."""
+
+    of_the_run = ("partition.*", "category_head.*")  # the head answers questions about one split of the images
 
     def __init__(self, config: MejigcluConfig, backbone: Backbone, setting: Setting) -> None:
         super().__init__(backbone, setting)
@@ -135,7 +141,7 @@ class Mejigclu(Method):
 
         montages = shuffled_montages(tiles, order, m)  # (B, 3, m s, m s)
         cells = pool_cells(self.backbone.feature_map(montages), m)  # (m * m, B, d)
-        vectors = dist.gather_with_grad(cells.transpose(0, 1)).transpose(0, 1).flatten(0, 1)  # (m * m * n, d)
+        vectors = gather_cells(cells)  # (m * m * n, d)
 
         # Tile p = q * n + i was cut from the image in slot i; position k of the permuted list shows tile order[k].
         slot = order % n
@@ -143,7 +149,8 @@ class Mejigclu(Method):
         category = self._categories(batch.instances)[here].flatten()
         embeddings = self.cluster_head(vectors)
         logits = self.category_head(cells.flatten(0, 1)).float()
-        cluster_loss = supervised_contrastive(embeddings, slot, self.config.temperature)
+        with torch.autocast(vectors.device.type, enabled=False):  # bf16 similarities would blur the contrast
+            cluster_loss = supervised_contrastive(embeddings, slot, self.config.temperature)
         category_loss = F.cross_entropy(logits, category)
         return Step(
             loss=self.cluster_weight * cluster_loss + self.config.category_weight * category_loss,

@@ -65,6 +65,8 @@ class Step(NamedTuple):
 class Method(nn.Module):
     """Base of the methods. State is parameters and buffers made in the constructor, equal on all ranks."""
 
+    # Patterns of state that every run makes anew, even one that starts from another run's weights.
+    of_the_run: tuple[str, ...] = ()
     clusters: int | None = None  # how many prototypes, centres or groups `assign` chooses from; None: it cannot
 
     def __init__(self, backbone: Backbone, setting: Setting) -> None:

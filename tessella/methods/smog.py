@@ -106,6 +106,7 @@ class SmogConfig:
 class Smog(Method):
     """SMoG with multi-crop, several group sets and periodic regrouping."""
 
+    of_the_run = ("groups", "bank.*", "momentum_encoder.*")  # all made from the backbone before the first step
     groups: Tensor
 
     def __init__(self, config: SmogConfig, backbone: Backbone, setting: Setting) -> None:

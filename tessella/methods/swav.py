@@ -6,6 +6,8 @@
     scores of the first group's crops (+ queue) -> sinkhorn, no gradient -> codes q of the other crops
     State: prototypes (K, D), one queue of past embeddings for each crop that gives codes.
 
+Several sets of prototypes: each has its own scores and codes, the loss is their mean.
+
 Source: Caron, Misra, Mairal, Goyal, Bojanowski, Joulin, "Unsupervised learning of visual features by contrasting
 cluster assignments", NeurIPS 2020. Deviations from the official code are listed in docs/methods/swav.md.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -26,7 +29,7 @@ from tessella.methods.method import Method, Progress, Setting, Step
 from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector, Prototypes
 from tessella.modules.memory import FeatureQueue
-from tessella.ops.assignment import sinkhorn
+from tessella.ops.assignment import harden, sinkhorn
 from tessella.ops.losses import swapped_prediction
 
 OFFICIAL_STD = (0.228, 0.224, 0.225)  # red is 0.228, not 0.229, in the official pre-training and evaluation
@@ -37,12 +40,14 @@ class SwavConfig:
     """Settings of SwAV; defaults are the paper's for ImageNet and ResNet-50."""
 
     name: Literal["swav"] = "swav"
-    prototypes: int = 3000
+    prototypes: int | tuple[int, ...] = 3000  # several numbers: as many heads; the first one names an image's cluster
     embedding_dim: int = 128
     hidden_dim: int = 2048
+    head_norm: bool = True  # batch norm in the projector; SwAV's w5 has none
     temperature: float = 0.1
     epsilon: float = 0.05  # of sinkhorn; smaller is sharper
     sinkhorn_iterations: int = 3
+    codes: Literal["soft", "hard"] = "soft"  # hard: all of a crop's code goes to its largest entry
     queue_length: int = 0  # past embeddings that join sinkhorn, for batches below about 1000; cut to whole batches
     queue_from_epoch: int = 15  # filled from this epoch on, used once full
     freeze_prototypes_steps: int = 313  # about one epoch
@@ -54,16 +59,28 @@ class SwavConfig:
     def __post_init__(self) -> None:
         if self.views.views < 2:
             raise UserError("SwAV needs at least 2 views per image, because every view predicts another one's code")
+        if not self.heads or min(self.heads) < 2:
+            raise UserError(f"prototypes={self.prototypes}: give one or more numbers of prototypes, each at least 2")
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of prototypes in each head."""
+        return (self.prototypes,) if isinstance(self.prototypes, int) else self.prototypes
 
 
 class Swav(Method):
-    """SwAV with multi-crop, queue and prototype freezing."""
+    """SwAV with multi-crop, queue, prototype freezing, and one or several heads of prototypes."""
+
+    of_the_run = ("queues.*",)
+    prototypes: Prototypes | nn.ModuleDict  # one head, or several; named as in the official checkpoints
 
     def __init__(self, config: SwavConfig, backbone: Backbone, setting: Setting) -> None:
         super().__init__(backbone, setting)
-        self.config, self.clusters = config, config.prototypes
-        self.projector = Projector(backbone.feature_dim, config.hidden_dim, config.embedding_dim, norm=True)
-        self.prototypes = Prototypes(config.embedding_dim, config.prototypes)
+        self.config, self.clusters = config, config.heads[0]
+        dim = config.embedding_dim
+        self.projector = Projector(backbone.feature_dim, config.hidden_dim, dim, norm=config.head_norm)
+        heads = {f"prototypes{i}": Prototypes(dim, count) for i, count in enumerate(config.heads)}
+        self.prototypes = heads["prototypes0"] if len(heads) == 1 else nn.ModuleDict(heads)
         self.code_views = range(config.views.groups[0].views)
         length = config.queue_length // setting.batch_size * setting.batch_size
         if config.queue_length and not length:
@@ -71,30 +88,42 @@ class Swav(Method):
                 f"queue_length={config.queue_length} is shorter than one batch of {setting.batch_size}: use at least "
                 f"{setting.batch_size}, or 0 for no queue"
             )
-        self.queues = nn.ModuleList(FeatureQueue(length, config.embedding_dim) for _ in self.code_views if length)
+        self.queues = nn.ModuleList(FeatureQueue(length, dim) for _ in self.code_views if length)
 
     @classmethod
     def view_spec(cls, config: SwavConfig) -> ViewSpec:
         """The configured crops."""
         return config.views
 
-    def collapse_loss(self) -> float:
-        """The value ln K: constant embeddings make uniform codes, which are then predicted perfectly."""
-        return math.log(self.config.prototypes)
+    @property
+    def heads(self) -> list[Prototypes]:
+        """The heads of prototypes, the first one first."""
+        return [head for head in self.prototypes.modules() if isinstance(head, Prototypes)]
+
+    def collapse_loss(self) -> float | None:
+        """Mean of ln K: constant embeddings make uniform codes, which are then predicted perfectly.
+
+        None for hard codes: equal embeddings then share one prototype, which can be predicted at any loss.
+        """
+        return None if self.config.codes == "hard" else fmean(map(math.log, self.config.heads))
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
         """Loss of this rank's images; codes balance the batch of all ranks."""
-        self.prototypes.normalize_()
+        for head in self.heads:
+            head.normalize_()
         embeddings = self._embed(batch.views)  # (V, B, D)
         with torch.autocast(embeddings.device.type, enabled=False):  # bf16 scores would blur the codes
-            scores = self.prototypes(embeddings)  # (V, B, K)
-        codes = self._codes(embeddings.detach(), scores.detach(), progress)
-        loss = swapped_prediction(scores, codes, self.code_views, self.config.temperature)
+            past = self._past(progress)
+            scores = [head(embeddings) for head in self.heads]  # (V, B, K) each
+            codes = [self._codes(s.detach(), head, past) for s, head in zip(scores, self.heads, strict=True)]
+            per_head = zip(scores, codes, strict=True)
+            losses = [swapped_prediction(s, q, self.code_views, self.config.temperature) for s, q in per_head]
+        self._remember(embeddings, progress)  # after reading: the batch is never counted twice
         return Step(
-            loss=loss,
-            metrics={"code_confidence": codes.amax(dim=-1).mean()},
+            loss=torch.stack(losses).mean(),
+            metrics={"code_confidence": codes[0].amax(dim=-1).mean()},
             embeddings=embeddings[0].detach(),
-            assignments=scores[0].detach().argmax(dim=1),
+            assignments=scores[0][0].detach().argmax(dim=1),
         )
 
     def _embed(self, views: tuple[Tensor, ...]) -> Tensor:
@@ -106,27 +135,45 @@ class Swav(Method):
         return self.projector(features).unflatten(0, (-1, views[0].shape[1]))
 
     @torch.no_grad()
-    def _codes(self, embeddings: Tensor, scores: Tensor, progress: Progress) -> Tensor:
-        """Codes of the first group's crops, (A, B, K); past embeddings join in once their queue is full."""
-        batch = scores.shape[1]
+    def _codes(self, scores: Tensor, head: Prototypes, past: list[Tensor]) -> Tensor:
+        """Codes of the first group's crops in one head: (A, B, K).
+
+        Args:
+            scores: (V, B, K) of all crops.
+            head: the prototypes that they are scores of.
+            past: (n, D) for each of the A crops, past embeddings that share the prototypes with the batch; or nothing.
+        """
         codes = []
         for view in self.code_views:
-            view_scores = scores[view]
-            if self.queues and progress.epoch >= self.config.queue_from_epoch:
-                queue = self.queues[view]
-                assert isinstance(queue, FeatureQueue)
-                if queue.is_full:
-                    view_scores = torch.cat([self.prototypes(queue.local_rows()), view_scores])
-                queue.push(embeddings[view])  # after reading: the batch is never counted twice
-            codes.append(sinkhorn(view_scores, self.config.epsilon, self.config.sinkhorn_iterations)[-batch:])
-        return torch.stack(codes)
+            shared = torch.cat([head(past[view]), scores[view]]) if past else scores[view]
+            balanced = sinkhorn(shared, self.config.epsilon, self.config.sinkhorn_iterations)
+            codes.append(balanced[-scores.shape[1] :])
+        soft = torch.stack(codes)
+        return harden(soft) if self.config.codes == "hard" else soft
+
+    def _past(self, progress: Progress) -> list[Tensor]:
+        """This rank's share of each queue, once the queues are full."""
+        queues = self._queues_in_use(progress)
+        return [queue.local_rows() for queue in queues] if all(queue.is_full for queue in queues) else []
+
+    def _remember(self, embeddings: Tensor, progress: Progress) -> None:
+        """Queue the embeddings (V, B, D) of the crops that give codes."""
+        for queue, rows in zip(self._queues_in_use(progress), embeddings, strict=False):
+            queue.push(rows)
+
+    def _queues_in_use(self, progress: Progress) -> list[FeatureQueue]:
+        """One for each crop that gives codes, from their epoch on."""
+        filling = progress.epoch >= self.config.queue_from_epoch
+        return [queue for queue in self.queues if isinstance(queue, FeatureQueue) and filling]
 
     def before_update(self, progress: Progress) -> None:
         """Keep the prototypes where they started for the first steps."""
         if progress.step < self.config.freeze_prototypes_steps:
-            self.prototypes.weight.grad = None  # None, not zero: momentum and weight decay would still move it
+            for head in self.heads:
+                head.weight.grad = None  # None, not zero: momentum and weight decay would still move it
 
     @torch.no_grad()
     def assign(self, features: Tensor) -> Tensor:
-        """Nearest prototype of each image. A code depends on its batch, so the score decides."""
-        return self.prototypes(self.projector(features)).argmax(dim=1)
+        """Nearest prototype of each image in the first head. A code depends on its batch, so the score decides."""
+        scores: Tensor = self.heads[0](self.projector(features))
+        return scores.argmax(dim=1)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tessella.ops.philox import philox, stream_key
+
 
 def drop_paths(module: nn.Module) -> list[Any]:
     """The layers of `module` that drop whole branches, which are timm's DropPath or look like it."""
@@ -27,6 +29,24 @@ def without_drop_path(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, chance in zip(layers, chances, strict=True):
             layer.drop_prob = chance
+
+
+def seed_noise(seed: int, step: int, micro_batch: int, rank: int, device: torch.device) -> None:
+    """What a network draws from torch's global generators becomes a function of these numbers, until the next call.
+
+    Args:
+        seed: of the run.
+        step: of the run, from 0.
+        micro_batch: of the step.
+        rank: this process's.
+        device: whose generator is set, beside the CPU's. torch.manual_seed would do the same to all, and slowly.
+    """
+    high, low, _, _ = philox(stream_key(seed, "drop"), (step, micro_batch, rank, 0)).tolist()
+    torch.default_generator.manual_seed(high << 32 | low)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(high << 32 | low)
+    elif device.type == "mps":
+        torch.mps.manual_seed(high << 32 | low)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from tessella import dist
 class FeatureQueue(nn.Module):
     """The newest `length` embeddings of all ranks.
 
-    A ring: the oldest rows are overwritten in place. `length` is a multiple of the rows pushed at once.
+    A ring: the oldest rows are overwritten in place.
     """
 
     features: Tensor
@@ -43,10 +43,10 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
-        """Store the rows of all ranks. (n, dim) of this rank, the same n on every rank."""
+        """Store the rows of all ranks, at most `length`. (n, dim) of this rank, the same n on every rank."""
         rows = dist.gather(rows.detach())
-        start = self._count() % len(self.features)
-        self.features[start : start + len(rows)] = rows.to(self.features.dtype)
+        places = torch.arange(len(rows), device=rows.device).add_(self._count()).remainder_(len(self.features))
+        self.features.index_copy_(0, places, rows.to(self.features.dtype))
         self.pushed += len(rows)
         self._pushed_on_host = self._count() + len(rows)
 

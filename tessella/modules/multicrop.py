@@ -30,7 +30,8 @@ def joint_features(net: ResNet, crops: Sequence[Tensor]) -> Tensor:
     """
     if len(crops) == 1:
         return net(crops[0])
-    maps = [net.conv1(x.contiguous(memory_format=torch.channels_last)) for x in crops]
+    layout = torch.channels_last if crops[0].is_cuda else torch.contiguous_format  # `ResNet._stages` says why
+    maps = [net.conv1(x.contiguous(memory_format=layout)) for x in crops]
     maps = [net.maxpool(x) for x in _normalise_together(net.bn1, maps, relu=True)]
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
         if net.recompute and net.training and torch.is_grad_enabled():
@@ -54,14 +55,17 @@ def _stage(stage: Any, maps: list[Tensor]) -> list[Tensor]:
 
 def _normalise_together(norm: nn.Module, maps: list[Tensor], relu: bool) -> list[Tensor]:
     """Batch norm of (n, c, h, w) maps of several sizes as of one batch of pixels, and ReLU if asked for."""
-    pixels = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps])  # (all pixels, c)
-    # As a batch of one-pixel images. As one tall image of the same strides, torch 2.15 gives wrong gradients on CPU.
-    normalised = norm(pixels[:, :, None, None])[:, :, 0, 0]
+    if maps[0].is_cuda:  # channels last: a batch of one-pixel images
+        pixels = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps])  # (all pixels, c)
+        normalised = norm(pixels[:, :, None, None])[:, :, 0, 0].T
+    else:  # channels first: one tall image
+        pixels = torch.cat([x.transpose(0, 1).flatten(1) for x in maps], dim=1)  # (c, all pixels)
+        normalised = norm(pixels[None, :, :, None])[0, :, :, 0]
     if relu:
         normalised = normalised.relu()
     result, start = [], 0
     for x in maps:
         n, _, h, w = x.shape
-        result.append(normalised[start : start + n * h * w].unflatten(0, (n, h, w)).permute(0, 3, 1, 2))
+        result.append(normalised[:, start : start + n * h * w].unflatten(1, (n, h, w)).transpose(0, 1))
         start += n * h * w
     return result

@@ -9,6 +9,8 @@ convolution ("v1.5").
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -79,8 +81,9 @@ class ResNet(nn.Module):
     Args:
         name: a key of `LAYERS`.
         width: channels of the stem and of the first stage, 64 in the paper; SwAV's w2 is 128, w4 is 256.
-        stem: "imagenet" (7x7 stride 2, max-pool: the map is 1/32 of the image) or "small" (3x3 stride 1, no
-            max-pool: 1/8), the usual change for images of 32 to 64 pixels.
+        stem: "imagenet" (7x7 stride 2, max-pool: the map is 1/32 of the image), "small" (3x3 stride 1, no max-pool:
+            1/8), the usual change for images of 32 pixels, or "small-pool" (the same with a 2x2 max-pool: 1/16), with
+            which 64 pixels cost about what 32 do.
         recompute: keep only each stage's input for the backward pass and compute the stage again: less memory for
             about a third more time.
     """
@@ -89,9 +92,9 @@ class ResNet(nn.Module):
         super().__init__()
         block, depths = LAYERS[name]
         self.recompute = recompute
-        if stem == "small":
+        if stem in ("small", "small-pool"):
             self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-            self.maxpool: nn.Module = nn.Identity()
+            self.maxpool: nn.Module = nn.MaxPool2d(2) if stem == "small-pool" else nn.Identity()
         else:
             self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
             self.maxpool = nn.MaxPool2d(3, 2, 1)
@@ -119,7 +122,24 @@ class ResNet(nn.Module):
 
     def feature_map(self, x: Tensor) -> Tensor:
         """(b, 3, h, w) -> (b, feature_dim, h', w'), the last stage's output."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        last = x
+        for stage_map in self._stages(x):
+            last = stage_map
+        return last
+
+    def stage_maps(self, x: Tensor, stages: int = 4) -> list[Tensor]:
+        """The maps of the first `stages` stages, fine to coarse: detectors and segmenters build on them.
+
+        Args:
+            x: (b, 3, h, w).
+            stages: 1 to 4; with the usual stem, the four maps are 1/4, 1/8, 1/16 and 1/32 of the image.
+        """
+        return list(islice(self._stages(x), stages))
+
+    def _stages(self, x: Tensor) -> Iterator[Tensor]:
+        """Each stage's output, one after the other; a stage is computed when it is asked for."""
+        # Not on a CPU, where torch's batch norm sums the pixels of channels-last maps with an error of some 1e-5.
+        x = x.contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for number in (1, 2, 3, 4):
             stage = self.get_submodule(f"layer{number}")
@@ -128,7 +148,7 @@ class ResNet(nn.Module):
                 x = checkpoint(stage, x, use_reentrant=False, context_fn=contexts)
             else:
                 x = stage(x)
-        return x
+            yield x
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, 3, h, w) -> (b, feature_dim), the last stage averaged over positions."""

@@ -50,6 +50,19 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 
 
 @torch.no_grad()
+def harden(codes: Tensor) -> Tensor:
+    """Hard codes: all of a sample's mass on its largest entry, the first of equal ones. An option of SwAV.
+
+    Args:
+        codes: (..., K) soft.
+
+    Returns:
+        (..., K) one-hot, of the same dtype.
+    """
+    return torch.zeros_like(codes).scatter_(-1, codes.argmax(dim=-1, keepdim=True), 1)
+
+
+@torch.no_grad()
 def dual_assignment(scores: Tensor, duals: Tensor) -> Tensor:
     """Cluster of each sample when clusters that are too small have been made attractive. CoKe, online assignment.
 

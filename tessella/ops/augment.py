@@ -153,7 +153,7 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
     return x.mul_(factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
 
 
-def _hue(x: Tensor, factor: Tensor) -> Tensor:
+def turn_hue(x: Tensor, factor: Tensor) -> Tensor:
     """Turn the colour circle of HSV by `factor` turns.
 
     Value (the largest channel) and chroma (largest less smallest) stay. Only the hue is computed, in sixths
@@ -175,7 +175,7 @@ def _hue(x: Tensor, factor: Tensor) -> Tensor:
     return x
 
 
-_JITTER = (_brightness, _contrast, _saturation, _hue)  # in the order of the columns of `factors`
+_JITTER = (_brightness, _contrast, _saturation, turn_hue)  # in the order of the columns of `factors`
 
 
 def _resize_matrix(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from tessella import dist
+from tessella.errors import UserError
 from tessella.ops.philox import permutation, stream_key
 
 
@@ -23,7 +24,7 @@ def tile_boxes(width: ArrayLike, height: ArrayLike, m: int, overlap: ArrayLike) 
     """Boxes of the m * m overlapping tiles of each image.
 
     A tile reaches `overlap` of the image's side beyond its cell on every inner edge, so for m = 2 it covers
-    0.5 + overlap of each side. Edges are rounded half to even, as Pillow's crop does.
+    0.5 + overlap of each side. Edges are rounded half to even, as Pillow's crop does; a tile has at least one pixel.
 
     Args:
         width: (n,) image widths in pixels.
@@ -43,9 +44,13 @@ def tile_boxes(width: ArrayLike, height: ArrayLike, m: int, overlap: ArrayLike) 
         side: ArrayLike, cell: NDArray[np.int64], overlap: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         length = np.asarray(side, dtype=np.int64).reshape(-1, 1)
-        start = cell * length // m - overlap * length * (cell > 0)
-        end = (cell + 1) * length // m + overlap * length * (cell < m - 1)
-        return np.rint(np.clip(start, 0, length)), np.rint(np.clip(end, 0, length))
+        edges = np.arange(m + 1) * length / m
+        if m == 2:
+            edges = np.floor(edges)  # the official code halves an odd side without the remainder
+        start = edges[:, cell] - overlap * length * (cell > 0)
+        end = edges[:, cell + 1] + overlap * length * (cell < m - 1)
+        first = np.rint(np.clip(start, 0, length - 1))
+        return first, np.maximum(np.rint(np.clip(end, 0, length)), first + 1)
 
     (left, right), (top, bottom) = span(width, column, along_x), span(height, row, along_y)
     return np.stack((left, top, right, bottom), axis=-1).astype(np.int64)
@@ -112,6 +117,18 @@ def shuffled_montages(tiles: Tensor, order: Tensor, m: int) -> Tensor:
     return stitch(everyone[shown // n, shown % n], m)
 
 
+def gather_cells(cells: Tensor) -> Tensor:
+    """The way back of `shuffled_montages`: one vector per position of the permuted tile list. On all ranks together.
+
+    Args:
+        cells: (m * m, b, d) vectors of the cells of this rank's montages, from `pool_cells`.
+
+    Returns:
+        (m * m * n, d) of all ranks, differentiable: row k shows tile order[k].
+    """
+    return dist.gather_with_grad(cells.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
+
+
 def unstitch(montages: Tensor, m: int) -> Tensor:
     """Tiles from montages; the exact inverse of `stitch`.
 
@@ -140,8 +157,16 @@ def pool_cells(maps: Tensor, m: int) -> Tensor:
 
     Returns:
         (m * m, b, d), cells row by row.
+
+    Raises:
+        UserError: the map has fewer than m positions along a side, so that several tiles would share one.
     """
     h, w = maps.shape[-2:]
+    if min(h, w) < m:
+        raise UserError(
+            f"the backbone turns a montage of {m} x {m} tiles into a map of {h} x {w} positions, which cannot tell the "
+            "tiles apart: use larger tiles (tile_size), or a backbone that shrinks images less (--backbone.stem small)"
+        )
     target = (-(-h // m) * m, -(-w // m) * m)
     if target != (h, w):
         maps = F.interpolate(maps, size=target, mode="bilinear", align_corners=False)

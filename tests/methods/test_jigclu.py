@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tessella import dist
 from tessella.data.batch import Batch
+from tessella.errors import UserError
 from tessella.methods.jigclu import Jigclu, JigcluConfig
 from tessella.methods.method import Progress, Setting
 from tessella.modules.backbone import BackboneConfig, build_backbone
@@ -109,6 +110,19 @@ def test_three_by_three_tiles_train():
     step = method(random_batch(method), START)
     step.loss.backward()
     assert step.embeddings.shape == (9 * BATCH, 16) and torch.isfinite(step.loss)
+
+
+def test_the_contrast_has_32_bits_under_autocast():
+    method = jigclu(cluster_scale="paper", location_weight=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        step = method(random_batch(method), START)
+    order = tile_order(0, START.step, 4 * BATCH)
+    assert torch.equal(step.loss.detach(), supervised_contrastive(step.embeddings, order % BATCH, 0.3))
+
+
+def test_a_montage_of_one_tile_is_refused():
+    with pytest.raises(UserError, match="tiles=1: give 2 or more"):
+        JigcluConfig(tiles=1)
 
 
 def one_step() -> dict[str, Tensor]:

@@ -115,6 +115,8 @@ def test_settings_that_contradict_each_other_are_refused():
         MejigcluConfig(slots="random", categories=512)
     with pytest.raises(UserError, match="partition_seed=-1"):
         MejigcluConfig(partition_seed=-1)
+    with pytest.raises(UserError, match="tiles=1: give 2 or more"):
+        MejigcluConfig(tiles=1)
 
 
 # --- loss -----------------------------------------------------------------------------------------------------
@@ -186,6 +188,15 @@ def test_the_category_head_has_no_layer_in_common_with_the_clustering_head_and_a
     assert [tuple(p.shape) for p in mejigclu().category_head.parameters()] == [(32, 32), (32,), (8, 32), (8,)]
     assert mejigclu(category_hidden=5).category_head[0].weight.shape == (5, 32)
     assert [tuple(p.shape) for p in mejigclu(category_hidden=0).category_head.parameters()] == [(8, 32), (8,)]
+
+
+def test_both_losses_have_32_bits_under_autocast():
+    method = mejigclu()
+    with torch.autocast("cpu", torch.bfloat16):
+        step = method(slotted_batch(method), START)
+    expected = supervised_contrastive(step.embeddings, tile_order(0, START.step, 4 * BATCH) % BATCH, 0.3)
+    assert torch.equal(step.metrics["cluster_loss"], expected)
+    assert step.loss.dtype == step.metrics["category_loss"].dtype == torch.float32
 
 
 def test_three_by_three_tiles_train():

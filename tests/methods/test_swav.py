@@ -7,12 +7,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from tessella import dist
+from tessella.data.views import CropGroup, ViewSpec
+from tessella.engine.config import from_dict
 from tessella.errors import UserError
-from tessella.methods.method import Progress
-from tessella.methods.swav import SwavConfig
+from tessella.methods.method import Progress, Setting
+from tessella.methods.swav import Swav, SwavConfig
+from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.ops.assignment import sinkhorn
 from tests.methods.tiny import BATCH, averaged_gradients, on_this_rank, random_batch, swav, this_ranks_share
 from tests.ranks import on_ranks
@@ -107,7 +111,7 @@ def test_a_queue_of_copies_of_the_batch_leaves_the_codes_unchanged():
     for view in (0, 1):
         for _ in range(3):
             method.queues[view].push(z[view])
-    codes = method._codes(z, scores, START)
+    codes = method._codes(scores, method.prototypes, method._past(START))
     assert codes.shape == (2, BATCH, 12)
     for view in (0, 1):
         torch.testing.assert_close(codes[view], sinkhorn(scores[view], 0.05, 3), atol=1e-6, rtol=1e-5)
@@ -119,9 +123,83 @@ def test_the_queue_is_cut_to_whole_batches_and_one_shorter_than_a_batch_is_refus
         swav(queue_length=BATCH - 1)
 
 
-def test_one_view_is_refused():
-    from tessella.data.views import CropGroup, ViewSpec
+def test_several_heads_average_their_losses_and_share_one_queue_and_projector():
+    method = swav(prototypes=(12, 5, 9), queue_length=BATCH, queue_from_epoch=0)
+    assert [name for name, _ in method.prototypes.named_parameters()] == [f"prototypes{i}.weight" for i in range(3)]
+    assert [head.out_features for head in method.heads] == [12, 5, 9]
+    assert method.clusters == 12 and method.collapse_loss() == pytest.approx(math.log(12 * 5 * 9) / 3)
+    alone = [swav(prototypes=head.out_features, queue_length=BATCH, queue_from_epoch=0) for head in method.heads]
+    for head, one in zip(method.heads, alone, strict=True):
+        state = {name: v for name, v in method.state_dict().items() if not name.startswith("prototypes.")}
+        one.load_state_dict(state | {"prototypes.weight": head.weight})
+    for step in range(2):  # the second one's codes see the queue
+        batch, progress = random_batch(method, seed=step), Progress(step, 4, 10)
+        result, each = method(batch, progress), [one(batch, progress) for one in alone]
+        torch.testing.assert_close(result.loss, torch.stack([one.loss for one in each]).mean())
+        assert torch.equal(result.assignments, each[0].assignments)
+    result.loss.backward()
+    assert int(method.queues[0].pushed) == 2 * BATCH
+    torch.testing.assert_close(method.heads[1].weight.norm(dim=1), torch.ones(5))
+    features = torch.randn(6, method.backbone.feature_dim)
+    torch.testing.assert_close(method.eval().assign(features), alone[0].eval().assign(features))
 
+
+def test_every_head_is_frozen():
+    method = swav(prototypes=(12, 5), freeze_prototypes_steps=1)
+    method(random_batch(method), START).loss.backward()
+    method.before_update(START)
+    assert all(head.weight.grad is None for head in method.heads)
+    method(random_batch(method), START).loss.backward()
+    method.before_update(START.next())
+    assert all(head.weight.grad is not None for head in method.heads)
+
+
+def test_hard_codes_ask_for_the_largest_entry_of_the_soft_ones():
+    soft, hard = swav(), swav(codes="hard")
+    batch = random_batch(soft)
+    soft.prototypes.normalize_()
+    scores = soft.prototypes(soft._embed(batch.views)).detach()
+    label = soft._codes(scores, soft.prototypes, []).argmax(dim=2)
+    expected = [F.cross_entropy(scores[v] / 0.1, label[i]) for i in (0, 1) for v in range(4) if v != i]
+    torch.testing.assert_close(hard(batch, START).loss.detach(), torch.stack(expected).mean())
+    assert hard.collapse_loss() is None
+
+
+def test_a_projector_without_batch_norm_has_the_layout_of_w5():
+    method = swav(head_norm=False)
+    names = [name for name, _ in method.projector.named_parameters()]
+    assert names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert not list(method.projector.buffers())
+    method(random_batch(method), START).loss.backward()
+
+
+def test_a_vision_transformer_trains_on_two_crop_sizes_with_every_parameter():
+    torch.manual_seed(0)
+    views = ViewSpec((CropGroup(2, 64, (0.3, 1.0)), CropGroup(2, 32, (0.1, 0.3))))
+    backbone = build_backbone(BackboneConfig("timm:test_vit", drop_path=0.1))
+    config = SwavConfig(prototypes=12, embedding_dim=16, hidden_dim=32, freeze_prototypes_steps=0, views=views)
+    method = Swav(config, backbone, Setting(100, BATCH, 0)).train()
+    method(random_batch(method), START).loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in method.parameters())
+
+
+def test_one_head_or_several_are_read_from_a_saved_run_and_from_the_command_line():
+    assert from_dict(SwavConfig, {"prototypes": 30}).prototypes == 30
+    assert from_dict(SwavConfig, {"prototypes": [30, 40]}).prototypes == (30, 40)
+    for wrong in ("many", [30, "many"], 2.5):
+        with pytest.raises(UserError, match="prototypes"):
+            from_dict(SwavConfig, {"prototypes": wrong})
+    assert tyro.cli(SwavConfig, args=["--prototypes", "30"]).prototypes == 30
+    assert tyro.cli(SwavConfig, args=["--prototypes", "30", "40"]).prototypes == (30, 40)
+
+
+@pytest.mark.parametrize("prototypes", [(), 1, (30, 1)])
+def test_fewer_than_two_prototypes_are_refused(prototypes: int | tuple[int, ...]):
+    with pytest.raises(UserError, match="at least 2"):
+        SwavConfig(prototypes=prototypes)
+
+
+def test_one_view_is_refused():
     with pytest.raises(UserError, match="at least 2 views"):
         SwavConfig(views=ViewSpec((CropGroup(1, 32, (0.2, 1.0)),)))
 
@@ -133,9 +211,9 @@ def test_assign_takes_the_nearest_prototype_whatever_the_batch():
     assert torch.equal(together, torch.cat([method.assign(f[None]) for f in features]))
 
 
-def three_steps(queue: int) -> dict[str, Tensor]:
+def three_steps(queue: int, **settings: object) -> dict[str, Tensor]:
     """Losses, gradients, codes' consequence (weights) and queue after three updates on this rank's share."""
-    method = on_this_rank(swav(queue_length=queue, queue_from_epoch=0, freeze_prototypes_steps=1))
+    method = on_this_rank(swav(queue_length=queue, queue_from_epoch=0, freeze_prototypes_steps=1, **settings))
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
     result = {}
     for step in range(3):
@@ -154,9 +232,14 @@ def three_steps(queue: int) -> dict[str, Tensor]:
     return result | {f"state {name}": value for name, value in method.state_dict().items()}
 
 
-@pytest.mark.parametrize("queue", [0, BATCH])
-def test_two_ranks_equal_one_in_loss_gradient_weights_and_queue(queue: int):
-    one, ranks = three_steps(queue), on_ranks(2, three_steps, queue)
+def three_steps_both() -> dict[str, Tensor]:
+    """One head without a queue, three with."""
+    plain, several = three_steps(0), three_steps(BATCH, prototypes=(12, 5, 9), head_norm=False)
+    return {f"plain {k}": v for k, v in plain.items()} | {f"several {k}": v for k, v in several.items()}
+
+
+def test_two_ranks_equal_one_in_loss_gradient_weights_and_queue():
+    one, ranks = three_steps_both(), on_ranks(2, three_steps_both)
     for rank in ranks:
         assert set(rank) == set(one)
         for name, value in one.items():

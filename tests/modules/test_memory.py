@@ -18,6 +18,15 @@ def test_is_full_only_after_every_row_was_written_and_then_keeps_the_newest():
     assert sorted(queue.features[:, 0].tolist()) == [2, 2, 3, 3, 4, 4]
 
 
+def test_a_queue_takes_batches_of_any_size_and_keeps_the_newest_rows():
+    queue, newest = FeatureQueue(6, 1), torch.zeros(0)
+    for step, size in enumerate((4, 3, 1, 6, 5)):
+        rows = 10 * step + torch.arange(float(size))
+        queue.push(rows[:, None])
+        newest = torch.cat([newest, rows])[-6:]
+        assert set(newest.tolist()) <= set(queue.features[:, 0].tolist()) and queue.is_full == (step > 0)
+
+
 def test_a_loaded_queue_goes_on_where_the_saved_one_stood():
     straight, resumed = FeatureQueue(6, 2), FeatureQueue(6, 2)
     for step in range(4):

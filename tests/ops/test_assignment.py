@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessella.errors import UserError
-from tessella.ops.assignment import sinkhorn
+from tessella.ops.assignment import harden, sinkhorn
 from tests.ranks import on_ranks
 
 
@@ -122,3 +122,9 @@ def test_two_ranks_equal_one():
     scores = unit_scores(32, 10, torch.float32)
     codes = torch.cat(on_ranks(2, codes_of_this_rank, scores))
     torch.testing.assert_close(codes, sinkhorn(scores, 0.05, 3), atol=1e-6, rtol=0)
+
+
+def test_hard_codes_put_everything_on_the_largest_entry_and_the_first_of_equal_ones():
+    codes = torch.tensor([[[0.2, 0.5, 0.3], [0.4, 0.2, 0.4]]], requires_grad=True)
+    hard = harden(codes)
+    assert torch.equal(hard, torch.tensor([[[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]])) and not hard.requires_grad

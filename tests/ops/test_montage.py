@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tessella.errors import UserError
 from tessella.ops.montage import montage_positions, pool_cells, stitch, tile_boxes, unstitch
 
 
@@ -37,6 +38,39 @@ def test_at_one_half_every_tile_is_the_whole_image_and_larger_grids_stay_inside(
     boxes = tile_boxes([90], [90], 3, 0.1)[0]
     assert boxes.min() == 0 and boxes.max() == 90
     assert boxes[4].tolist() == [21, 21, 69, 69]  # the centre tile grows on every side
+
+
+def boxes_by_the_formula(width: int, height: int, m: int, overlap: float) -> list[list[int]]:
+    """Column by column, edges rounded as Python rounds; for m = 2 halves without the remainder."""
+
+    def span(side: int, cell: int) -> tuple[int, int]:
+        start, end = (side // 2 * edge if m == 2 and edge < 2 else edge * side / m for edge in (cell, cell + 1))
+        start, end = start - overlap * side * (cell > 0), end + overlap * side * (cell < m - 1)
+        return max(0, round(start)), min(side, round(end))
+
+    boxes = [(span(width, column), span(height, row)) for column in range(m) for row in range(m)]
+    return [[x[0], y[0], x[1], y[1]] for x, y in boxes]
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_boxes_are_the_formulas_for_any_size_overlap_and_grid(m: int):
+    for width, height in [(100, 80), (101, 77), (500, 333), (64, 64), (32, 47), (75, 31)]:
+        for overlap in (0.0, 0.07, 0.15, 0.3, 0.45, 0.5):
+            assert tile_boxes([width], [height], m, overlap)[0].tolist() == boxes_by_the_formula(
+                width, height, m, overlap
+            )
+
+
+def test_at_one_half_the_left_tile_of_an_odd_side_lacks_a_column_as_officially():
+    assert tile_boxes([101], [100], 2, 0.5)[0][:, [0, 2]].tolist() == [[0, 100], [0, 100], [0, 101], [0, 101]]
+
+
+@pytest.mark.parametrize("m", [2, 3, 5])
+def test_a_tile_of_the_smallest_image_has_a_pixel_inside_it(m: int):
+    sides = np.arange(1, 12)
+    boxes = tile_boxes(sides, sides, m, 0.0)
+    assert (boxes[..., :2] >= 0).all() and (boxes[..., 2:] > boxes[..., :2]).all()
+    assert (boxes[..., 2:] <= sides[:, None, None]).all()
 
 
 def test_boxes_of_many_images_at_once_equal_one_by_one():
@@ -79,6 +113,11 @@ def test_a_seven_column_map_is_split_without_counting_the_centre_twice():
     columns = torch.eye(7).view(7, 1, 1, 7).expand(7, 1, 7, 7)
     left = pool_cells(columns.contiguous(), 2)[0, :, 0]
     torch.testing.assert_close(left, weights, atol=1e-6, rtol=0)
+
+
+def test_a_map_too_small_to_tell_the_tiles_apart_is_refused():
+    with pytest.raises(UserError, match=r"2 x 2 tiles into a map of 1 x 1 positions.*tile_size"):
+        pool_cells(torch.randn(2, 3, 1, 1), 2)
 
 
 def test_a_divisible_map_is_averaged_block_by_block():
