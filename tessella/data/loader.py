@@ -138,7 +138,7 @@ class Loader:
     # Decoding
 
     def _from_threads(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
-        with closing(_run_ahead(self._drafts(epoch, first_step), self.workers)) as drafts:
+        with closing(run_ahead(self._drafts(epoch, first_step), self.workers)) as drafts:
             for draft in drafts:
                 pixels = (group.flatten(0, 1).to(self.device, non_blocking=True) for group in draft.pixels)
                 yield self._finish(draft.rows, draft.plan, [group.permute(0, 3, 1, 2) for group in pixels])
@@ -151,7 +151,7 @@ class Loader:
                 for g in self.spec.groups
             ]
             draft = _Draft(rows.copy(), self._plan(epoch, rows, step), pixels)
-            yield draft, [partial(self._fill, draft, epoch, step, positions) for positions in _parts(len(rows))]
+            yield draft, [partial(self._fill, draft, epoch, step, positions) for positions in portions(len(rows))]
 
     def _fill(self, draft: _Draft, epoch: int, step: int, positions: list[int]) -> None:
         """Decode some images of a batch and cut their views; other threads fill other positions."""
@@ -167,7 +167,7 @@ class Loader:
                 for view in range(group.views):
                     left, top, width, height = next(boxes)
                     crop = image[top : top + height, left : left + width]
-                    pixels[view, position] = _resize(crop, group.size, group.size)
+                    pixels[view, position] = resize_pixels(crop, group.size, group.size)
 
     def _read(self, row: int) -> tuple[int, NDArray[np.uint8]]:
         """The first row from `row` on that can be decoded, and its pixels (H, W, 3)."""
@@ -217,7 +217,7 @@ class Loader:
 
         parts = np.array_split(np.arange(len(pixels)), -(-len(pixels) // 256))
         tasks = ((len(part), [partial(read, part)]) for part in parts)
-        with closing(_run_ahead(tasks, self.workers)) as counts:
+        with closing(run_ahead(tasks, self.workers)) as counts:
             _show_progress(counts, len(pixels), "Reading images")
         # The row that stands for each row: itself, or the next that could be decoded.
         readable = np.setdiff1d(np.arange(len(pixels)), sorted(self._unreadable))
@@ -265,6 +265,8 @@ def evaluation_batches(
     device: torch.device | str,
     workers: int,
     skipped: dict[str, str] | None = None,
+    squash: bool = False,
+    interpolation: str = "bilinear",
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
     """Images as evaluations see them: shorter side resized, centre cut out, normalised.
 
@@ -279,6 +281,9 @@ def evaluation_batches(
         device: where the batches go.
         workers: threads that decode, at least 1.
         skipped: receives key -> reason of every image that could not be decoded.
+        squash: nothing is cut off: after the shorter side's resize (none if `resize` is `size`), both sides become
+            `size`, whatever the image's shape.
+        interpolation: "bilinear" or "bicubic", both antialiased.
 
     Yields:
         (b, 3, size, size) float32 channels_last on the device, and the (b,) rows they show, without the
@@ -290,12 +295,13 @@ def evaluation_batches(
     if resize < size:
         raise UserError(f"resize={resize} is less than the crop size={size}: give resize={size} or more")
     device, rows = torch.device(device), np.asarray(rows, dtype=np.int64)
+    view = partial(_squashed if squash else _centre, resize=resize, size=size, interpolation=interpolation)
 
     def fill(pixels: Tensor, readable: NDArray[np.bool_], wanted: NDArray[np.int64], positions: list[int]) -> None:
         for position in positions:
             row = int(wanted[position])
             try:
-                pixels[position] = _centre(images.image(row), resize, size)
+                pixels[position] = view(images.image(row))
                 readable[position] = True
             except Unreadable as error:
                 if skipped is not None:
@@ -306,9 +312,9 @@ def evaluation_batches(
             wanted = rows[start : start + batch_size]
             pixels = torch.empty(len(wanted), size, size, 3, dtype=torch.uint8, pin_memory=device.type == "cuda")
             draft = pixels, np.zeros(len(wanted), dtype=np.bool_), wanted
-            yield draft, [partial(fill, *draft, positions) for positions in _parts(len(wanted))]
+            yield draft, [partial(fill, *draft, positions) for positions in portions(len(wanted))]
 
-    with closing(_run_ahead(drafts(), max(1, workers))) as done:
+    with closing(run_ahead(drafts(), max(1, workers))) as done:
         for pixels, readable, wanted in done:
             if readable.any():
                 pixels = pixels if readable.all() else pixels[torch.from_numpy(readable)]
@@ -316,7 +322,7 @@ def evaluation_batches(
                 yield normalise(on_device.to(torch.float32).div_(255), mean, std), wanted[readable]
 
 
-def _parts(n: int) -> list[list[int]]:
+def portions(n: int) -> list[list[int]]:
     """Positions of a batch in portions for one task each."""
     return [list(range(start, min(start + _IMAGES_PER_TASK, n))) for start in range(0, n, _IMAGES_PER_TASK)]
 
@@ -340,19 +346,34 @@ def _colour(crops: Tensor, plan: ViewPlan, group: CropGroup, spec: ViewSpec) -> 
     return photometric(crops, **colours, mean=spec.mean, std=spec.std)
 
 
-def _resize(image: NDArray[np.uint8], height: int, width: int) -> Tensor:
-    """(h, w, 3) -> (height, width, 3) uint8, antialiased bilinear.
+def resize_pixels(image: NDArray[np.uint8], height: int, width: int, interpolation: str = "bilinear") -> Tensor:
+    """(h, w, 3) -> (height, width, 3) uint8, antialiased.
 
     By torch's kernel for uint8 pixels, which is faster than Pillow's and stays within one level of it on photos
     (two on pure noise), because its weights have 16 bits.
     """
     writeable = image if image.flags.writeable else image.copy()  # torch warns of arrays that are read-only
     batch = torch.from_numpy(writeable).permute(2, 0, 1)[None]
-    return F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    return F.interpolate(batch, (height, width), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
 
 
-def _centre(image: NDArray[np.uint8], resize: int, size: int) -> Tensor:
+def _centre(image: NDArray[np.uint8], resize: int, size: int, interpolation: str) -> Tensor:
     """Shorter side to `resize`, then the middle; rounded as torchvision's Resize and CenterCrop do."""
+    resized = _shorter_side(image, resize, interpolation)
+    height, width, _ = resized.shape
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return resized[top : top + size, left : left + size]
+
+
+def _squashed(image: NDArray[np.uint8], resize: int, size: int, interpolation: str) -> Tensor:
+    """Shorter side to `resize`, then both sides to `size`, as the published probes of VOC07 do."""
+    if resize != size:
+        image = _shorter_side(image, resize, interpolation).numpy()
+    return resize_pixels(image, size, size, interpolation)
+
+
+def _shorter_side(image: NDArray[np.uint8], resize: int, interpolation: str) -> Tensor:
+    """(h, w, 3) -> uint8 with the shorter side at `resize`; the other is rounded down, as torchvision does."""
     # Of an extreme strip only the middle, which holds the crop: 20000 x 1 pixels would become gigabytes.
     height, width, _ = image.shape
     shorter = min(height, width)
@@ -361,12 +382,10 @@ def _centre(image: NDArray[np.uint8], resize: int, size: int) -> Tensor:
     image = image[top : height - top, left : width - left]
     height, width, _ = image.shape
     height, width = resize * height // shorter, resize * width // shorter
-    resized = _resize(image, height, width)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return resized[top : top + size, left : left + size]
+    return resize_pixels(image, height, width, interpolation)
 
 
-def _run_ahead(work: Iterable[tuple[T, Sequence[Task]]], workers: int) -> Generator[T, None, None]:
+def run_ahead(work: Iterable[tuple[T, Sequence[Task]]], workers: int) -> Generator[T, None, None]:
     """Run tasks on threads some items ahead; yield each item, in order, when all of its tasks are done.
 
     The threads are not daemons, because one that is inside a decoder when the interpreter goes away aborts

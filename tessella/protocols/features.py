@@ -2,17 +2,21 @@
 
     images -> resize shorter side, centre crop, normalise -> backbone in eval mode -> (N, d) float32, CPU
 
-With several ranks, rank r takes rows r, r + R, r + 2R, ...; afterwards every rank holds all rows in order.
+With several ranks, rank r takes rows r, r + R, r + 2R, ...; afterwards every rank holds all rows in order. With a cache
+folder, a later evaluation of the same weights and images reads them from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,10 +29,16 @@ from tessella.data.loader import evaluation_batches
 from tessella.data.sources import ImageSet
 from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
 from tessella.errors import UserError
+from tessella.protocols import feature_cache
+from tessella.protocols.feature_cache import Stored
 
 T = TypeVar("T")
 
 _GATHER_ROWS = 8192  # rows of one rank that travel at a time: the device never holds the whole result
+_IN_MEMORY = 1 << 30  # bytes; a larger matrix of features lies in a file while it is made
+_LINE_SECONDS = 30.0  # between two lines about progress where there is no terminal
+_SPOT_CHECKS = 8  # images whose kept features are compared with new ones
+_SPOT_TOLERANCE = 0.01  # relative; TF32 and other batch sizes move features by less
 
 
 @dataclass(frozen=True)
@@ -36,9 +46,11 @@ class EvalTransform:
     """What happens to an image before it is judged: shorter side to `resize`, centre crop, normalise."""
 
     size: int  # pixels of the crop
-    resize: int  # pixels of the shorter side (bilinear, antialiased)
+    resize: int  # pixels of the shorter side (antialiased)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    squash: bool = False  # instead of the crop: both sides to `size`, so that nothing is cut off (VOC07's probes)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # bicubic: DINOv2 and later
 
     @classmethod
     def of(
@@ -67,8 +79,8 @@ class _Kept(NamedTuple):
 
 
 @dataclass
-class EvalData:
-    """What a protocol is given besides the backbone; it remembers the last backbone's features."""
+class ImageData:
+    """Images to learn from and to be judged on; remembers the last backbone's features."""
 
     train: ImageSet
     test: ImageSet
@@ -76,7 +88,106 @@ class EvalData:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     workers: int = 2
     batch_size: int = 256
-    _kept: dict[str, _Kept] = field(default_factory=dict, init=False, repr=False)
+    predictions: Path | None = None  # folder that receives what each protocol predicts of the test images
+    cache: Path | None = None  # folder that keeps features for later evaluations
+    _kept: dict[tuple[str, EvalTransform], _Kept] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def same_images(self) -> bool:
+        """Whether train and test are one set, so that an image must not be its own neighbour."""
+        return self.train.fingerprint == self.test.fingerprint
+
+    def images(self, split: str) -> ImageSet:
+        """The images of "train" or "test"."""
+        return self.train if split == "train" else self.test
+
+    def skipped(self, split: str) -> dict[str, str] | None:
+        """Key -> reason of the split's unreadable images; None before its features were asked for."""
+        return next((kept.features.skipped for (name, _), kept in self._kept.items() if name == split), None)
+
+    def features(self, backbone: nn.Module, split: str, transform: EvalTransform | None = None) -> Features:
+        """Features of "train" or "test"; extracted once, and again when the weights have changed.
+
+        Args:
+            backbone: has `feature_dim`.
+            split: "train" or "test".
+            transform: instead of the evaluation's own.
+        """
+        place = split, transform or self.transform
+        digests = tensor_digests(backbone)
+        kept = self._kept.get(place)
+        if kept is None or kept.backbone is not backbone or kept.digests != digests:
+            self._kept.pop(place, None)  # before the new ones take their memory
+            kept = self._kept[place] = _Kept(backbone, digests, self._find(backbone, digests, *place))
+        return kept.features
+
+    def _find(self, backbone: nn.Module, digests: dict[str, str], split: str, transform: EvalTransform) -> Features:
+        """Features from the cache, or extracted and then cached; all ranks take the same way."""
+        images = self.images(split)
+        title = f"features of {split}"
+        if self.cache is None:
+            return self._labelled(self._extract(backbone, images, transform, title), split)
+        folder = self.cache / "features"
+        key = feature_cache.feature_key(digests, repr(backbone), images.fingerprint, asdict(transform), self.device)
+        stored = feature_cache.load(folder, key)
+        if _on_all_ranks(stored is not None, self.device):
+            assert stored is not None
+            if self._agrees(backbone, stored, images, transform):
+                return self._labelled(Features(stored.x, None, stored.rows, stored.skipped), split)
+        found = self._extract(backbone, images, transform, title)
+        if dist.rank() == 0:
+            feature_cache.save(folder, key, Stored(found.x, found.rows, found.skipped))
+        dist.barrier()
+        stored = feature_cache.load(folder, key, verify=False)
+        if stored is not None and stored.x.shape == found.x.shape:  # the file's map instead of a copy in memory
+            found = found._replace(x=stored.x)
+        return self._labelled(found, split)
+
+    def _agrees(self, backbone: nn.Module, stored: Stored, images: ImageSet, transform: EvalTransform) -> bool:
+        """Whether a few features computed anew are the stored ones.
+
+        Tensors and their modules' names do not say everything about a network, nor a file's name and size about an
+        image.
+        """
+        if not len(stored.rows):
+            return False
+        places = np.unique(np.linspace(0, len(stored.rows) - 1, _SPOT_CHECKS).round().astype(np.int64))
+        try:
+            new = self._extract(backbone, images, transform, "", stored.rows[places])
+        except UserError:  # of unreadable images, which the extraction of all tells better
+            return False
+        old = stored.x[torch.from_numpy(places)]
+        return new.x.shape == old.shape and bool((new.x - old).norm() <= _SPOT_TOLERANCE * old.norm())
+
+    def _extract(
+        self,
+        backbone: nn.Module,
+        images: ImageSet,
+        transform: EvalTransform,
+        title: str,
+        rows: NDArray[np.int64] | None = None,
+    ) -> Features:
+        return extract(
+            backbone,
+            images,
+            transform,
+            rows=rows,
+            batch_size=self.batch_size,
+            device=self.device,
+            workers=self.workers,
+            title=title,
+        )
+
+    def _labelled(self, found: Features, split: str) -> Features:
+        """The features with this data's labels; here there are none."""
+        return found
+
+
+@dataclass
+class EvalData(ImageData):
+    """Images of which each has one class."""
+
+    label_map: Mapping[str, str] | None = None  # class -> the class that counts instead, as CIFAR-100's superclasses
 
     def __post_init__(self) -> None:
         for images in (self.train, self.test):
@@ -86,38 +197,15 @@ class EvalData:
                     "or a list with a label for every image"
                 )
         self.classes, self._labels = _common_classes(self.train, self.test)
-
-    @property
-    def same_images(self) -> bool:
-        """Whether train and test are one set, so that an image must not be its own neighbour."""
-        return self.train.fingerprint == self.test.fingerprint
+        if self.label_map is not None:
+            self.classes, self._labels = _mapped_classes(self.classes, self._labels, self.label_map)
 
     def labels(self, split: str) -> Tensor:
         """(rows of the set,) int64 in [0, len(classes)), numbered alike in "train" and "test"."""
         return self._labels[split]
 
-    def skipped(self, split: str) -> dict[str, str] | None:
-        """Key -> reason of the split's unreadable images; None before its features were asked for."""
-        return self._kept[split].features.skipped if split in self._kept else None
-
-    def features(self, backbone: nn.Module, split: str) -> Features:
-        """Features of "train" or "test"; extracted once, and again when the weights have changed."""
-        digests = tensor_digests(backbone)
-        kept = self._kept.get(split)
-        if kept is None or kept.backbone is not backbone or kept.digests != digests:
-            images = self.train if split == "train" else self.test
-            found = extract(
-                backbone,
-                images,
-                self.transform,
-                batch_size=self.batch_size,
-                device=self.device,
-                workers=self.workers,
-                title=f"features of {split}",
-            )
-            found = found._replace(labels=self._labels[split][torch.from_numpy(found.rows)])
-            kept = self._kept[split] = _Kept(backbone, digests, found)
-        return kept.features
+    def _labelled(self, found: Features, split: str) -> Features:
+        return found._replace(labels=self._labels[split][torch.from_numpy(found.rows)])
 
 
 def extract(
@@ -142,16 +230,44 @@ def extract(
         batch_size: images per forward pass of a rank; changes the speed, not the result.
         device: where the backbone runs.
         workers: decoding threads of this rank.
-        title: what the progress bar says.
+        title: what the progress bar says; "" for no bar.
 
     Raises:
         UserError: no image can be read, or a feature is NaN or infinite.
     """
+    found = apply_to_images(
+        backbone,
+        int(backbone.feature_dim),  # type: ignore[arg-type]
+        images,
+        transform,
+        rows=rows,
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+        title=title,
+    )
+    _check_features(found.x, images)
+    return found
+
+
+def apply_to_images(
+    backbone: nn.Module,
+    dim: int,
+    images: ImageSet,
+    transform: EvalTransform,
+    *,
+    rows: NDArray[np.int64] | None,
+    batch_size: int,
+    device: torch.device | str,
+    workers: int,
+    title: str,
+) -> Features:
+    """As `extract`, for any module with `dim` outputs, which may be NaN or infinite."""
     device = torch.device(device)
     backbone.to(device)
     wanted = np.arange(len(images)) if rows is None else rows
     mine = wanted[rank_rows(len(wanted))]
-    found = torch.zeros(len(mine), int(backbone.feature_dim))  # type: ignore[arg-type]
+    found = _matrix(len(mine), dim)
     seen = torch.zeros(len(mine), dtype=torch.uint8)
     skipped: dict[str, str] = {}
     batches = evaluation_batches(
@@ -165,6 +281,8 @@ def extract(
         device=device,
         workers=workers,
         skipped=skipped,
+        squash=transform.squash,
+        interpolation=transform.interpolation,
     )
     with frozen(backbone):
         for pixels, shown in progress(batches, title, -(-len(mine) // batch_size)):
@@ -176,8 +294,9 @@ def extract(
                 seen[places] = 1
     found, seen = gather_rows(found, len(wanted), device), gather_rows(seen, len(wanted), device)
     readable = seen.nonzero()[:, 0]
-    found, rows = found[readable], wanted[readable.numpy()]
-    _check_features(found, images)
+    if len(readable) < len(found):
+        found = found[readable]
+    rows = wanted[readable.numpy()]
     labels = None if images.labels is None else torch.as_tensor(np.asarray(images.labels)[rows]).long()
     return Features(found, labels, rows, _gather_reasons(skipped))
 
@@ -201,7 +320,11 @@ def gather_rows(mine: Tensor, n: int, device: torch.device) -> Tensor:
     ranks = dist.world_size()
     if ranks == 1:
         return mine
-    whole = mine.new_empty((n, *mine.shape[1:]))
+    whole = (
+        _matrix(n, mine.shape[1])
+        if mine.dim() == 2 and mine.dtype == torch.float32
+        else mine.new_empty((n, *mine.shape[1:]))
+    )
     longest = -(-n // ranks)
     for start in range(0, longest, _GATHER_ROWS):
         stop = min(start + _GATHER_ROWS, longest)
@@ -254,25 +377,55 @@ def tensor_digests(module: nn.Module) -> dict[str, str]:
 
 
 def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """The items, with a progress bar on rank 0 when stderr is a terminal."""
-    if dist.rank() != 0 or not sys.stderr.isatty():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
+    """The items, while rank 0 tells on stderr how far they are and how long the rest will take; not without a title.
 
-    yield from track(items, title, total=total, console=Console(stderr=True), transient=True)
+    A bar on a terminal; elsewhere, as in a log, a line every half minute.
+    """
+    if not title or dist.rank() != 0:
+        yield from items
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, title, total=total, console=Console(stderr=True), transient=True)
+    else:
+        yield from _told(items, title, total)
+
+
+def _told(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+    start = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - said >= _LINE_SECONDS:
+            said = now
+            left = (now - start) / done * (total - done)
+            minutes, seconds = divmod(round(left), 60)
+            rest = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {seconds:02} s"
+            print(f"{title}: {done} of {total}, {rest} left", file=sys.stderr, flush=True)
+        yield item
 
 
 def _check_features(x: Tensor, images: ImageSet) -> None:
     if not len(x):
         raise UserError(f"{images.name}: none of its {len(images)} images can be read, so there is nothing to evaluate")
-    broken = int((~x.isfinite().all(dim=1)).sum())
+    broken = sum(int((~part.isfinite().all(dim=1)).sum()) for part in x.split(_GATHER_ROWS))
     if broken:
         raise UserError(
             f"the features of {broken} of {len(x)} images of {images.name} are NaN or infinite: the "
             "backbone's weights have diverged; use an earlier checkpoint, or train with a lower learning rate"
         )
+
+
+def _matrix(rows: int, dim: int) -> Tensor:
+    """(rows, dim) float32 zeros; a large one lies in an unnamed file, so that memory does not grow with the images."""
+    if rows * dim * 4 <= _IN_MEMORY:
+        return torch.zeros(rows, dim)
+    with tempfile.TemporaryFile() as file:  # its map keeps it
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(rows, dim)))
+
+
+def _on_all_ranks(here: bool, device: torch.device) -> bool:
+    return not bool(dist.all_reduce_max(torch.tensor(float(not here), device=device)))
 
 
 def _gather_reasons(skipped: dict[str, str]) -> dict[str, str]:
@@ -297,3 +450,22 @@ def _common_classes(train: ImageSet, test: ImageSet) -> tuple[list[str], dict[st
         "train": torch.from_numpy(numbers["train"]),
         "test": torch.from_numpy(to_common[numbers["test"]]),
     }
+
+
+def _mapped_classes(
+    classes: list[str], labels: dict[str, Tensor], mapping: Mapping[str, str]
+) -> tuple[list[str], dict[str, Tensor]]:
+    """The classes that others are mapped to, in sorted order, and labels that count them."""
+    present = sorted({int(i) for split in labels.values() for i in split.unique()})
+    missing = [classes[i] for i in present if classes[i] not in mapping]
+    if missing:
+        raise UserError(
+            f"the label map names no class for {missing[0]!r} and {len(missing) - 1} other classes of the images: give "
+            "one line for each class"
+        )
+    names = sorted({mapping[classes[i]] for i in present})
+    number = {name: i for i, name in enumerate(names)}
+    to_new = torch.tensor(
+        [number[mapping[name]] if name in mapping and mapping[name] in number else -1 for name in classes]
+    )
+    return names, {split: to_new[old] for split, old in labels.items()}

@@ -13,13 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessella.ops.metrics import per_class_accuracy, wilson_interval
 from tessella.protocols.features import EvalData, gather_rows, rank_rows
+from tessella.protocols.scoring import accuracy_scores, save_classes
 
 _QUERIES = 512  # of one block: enough for an efficient product, few enough to keep the block small
 _HEADLINE = (20, 0.07)  # fixed beforehand: the best of several would be picked on the test set
@@ -62,21 +61,16 @@ def knn(backbone: nn.Module, data: EvalData, config: KnnConfig) -> dict[str, Any
         exclude=mine if loo else None,
         device=data.device,
     )
-    correct = {
-        setting: gather_rows(predicted.cpu(), len(test.x), data.device) == test.labels
-        for setting, predicted in predictions.items()
+    predictions = {
+        setting: gather_rows(predicted.cpu(), len(test.x), data.device) for setting, predicted in predictions.items()
     }
-    headline = correct[min(_HEADLINE[0], most), _HEADLINE[1]]
-    top1 = float(headline.double().mean())
-    per_class = per_class_accuracy(headline, test.labels, len(data.classes))
-    scores: dict[str, Any] = {
-        "top1": top1,
-        "top1_interval": list(wilson_interval(top1, len(headline))),
-        "mean_per_class": float(per_class.nanmean()),
-    }
-    for (k, temperature), hits in correct.items():
-        scores["k1" if k == 1 else f"k{k}_T{temperature:g}"] = float(hits.double().mean())
-    scores["per_class"] = {name: x for name, x in zip(data.classes, per_class.tolist(), strict=True) if not np.isnan(x)}
+    headline = predictions[min(_HEADLINE[0], most), _HEADLINE[1]]
+    scores = accuracy_scores(headline == test.labels, test.labels, data.classes)
+    named = {
+        "k1" if k == 1 else f"k{k}_T{temperature:g}": found for (k, temperature), found in predictions.items()
+    }  # for the plain nearest neighbour every temperature says the same
+    scores |= {name: float((found == test.labels).double().mean()) for name, found in named.items()}
+    save_classes(data, "knn", test.rows, test.labels, {"predicted": headline} | named)
     scores["leave_one_out"] = loo
     clipped = sorted({k for k in (*config.k, _HEADLINE[0]) if k > most})
     scores["notes"] = [f"k {k} is more than the {most} neighbours there are; k {most} was used" for k in clipped]

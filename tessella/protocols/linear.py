@@ -1,17 +1,16 @@
 """Linear probe: how much of the classes a linear layer can read from the frozen backbone.
 
-Three recipes and a few-label variant:
+    fast         cached, standardised features (no augmentation) -> logistic regression by L-BFGS; its setting, C, is
+                 picked on a held-out part of train. The default; reported as `linear-fast`, because an augmented probe
+                 scores up to two points more.
+    lr-grid      the same features -> SGD with ten learning rates in one pass; picked on the held-out part, then once
+                 more on all of train. Needs no more memory for more images.
+    the others   the published probes: SGD or LARS on augmented images, a row of `RECIPES` each.
+    fewlabels    `fast` with a fixed C on 1 and 10 labels per class, mean over draws.
 
-    fast       cached, standardised features (no augmentation) -> logistic regression by L-BFGS; its setting,
-               C, is picked on a held-out part of train. The default; reported as `linear-fast`, because an
-               augmented probe scores up to two points more.
-    swav       the official SwAV probe: SGD on augmented images, learning rate 0.3, cosine per epoch.
-    jigclu     the official JigClu probe: SGD on augmented images, learning rate 10, x 0.1 at 60 % and 80 %.
-    fewlabels  `fast` with a fixed C on 1 and 10 labels per class, mean over draws.
-
-The published probes report the best epoch on the test set. Here the last epoch is the result and the best one
-stands beside it under a name that says what it is. One more deviation from the official codes: images that do
-not fill the last batch of an epoch wait for the next epoch.
+The published probes report the best epoch on the test set. Here the last epoch is the result and the best one stands
+beside it under a name that says what it is. The last batch of an epoch is kept although it is not full, as the official
+codes of SwAV and JigClu do.
 """
 
 from __future__ import annotations
@@ -23,48 +22,80 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tessella import dist
-from tessella.data.loader import Loader
-from tessella.data.sampler import EpochOrder
-from tessella.data.views import CropGroup, Photometry, ViewSpec
+from tessella.data.views import IMAGENET_STD
 from tessella.errors import UserError
-from tessella.ops.metrics import per_class_accuracy, topk_correct, wilson_interval
+from tessella.ops.metrics import topk_correct
 from tessella.ops.philox import permutation, stream_key
-from tessella.protocols.features import EvalData, assert_unchanged, frozen, progress, tensor_digests
+from tessella.optim import LARC
+from tessella.protocols.features import EvalData, Features, assert_unchanged, frozen, progress, tensor_digests
+from tessella.protocols.scoring import classification_scores, save_classes, save_classification
+from tessella.protocols.subsets import balanced_rows, stratified_split
+from tessella.protocols.training import LabelledBatch, SubsetOrder, TrainImages, initial_head, sum_gradients
 
 _C_VALUES = tuple(10.0**power for power in range(-6, 3))
+_LR_VALUES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_GRID_BATCH, _GRID_EPOCHS = 256, 10
+_ROWS = 8192  # features that are standardised and judged at a time
 
 
 class Recipe(NamedTuple):
-    """Settings of a published probe; all use SGD with momentum 0.9, without Nesterov, on batches of 256."""
+    """Settings of a published probe: momentum 0.9 without Nesterov, no warm-up, weights from N(0, 0.01²)."""
 
     lr: float
+    batch_size: int
     weight_decay: float
-    schedule: Literal["cosine", "step"]
-    epochs: int = 100
+    schedule: Literal["cosine", "cosine-step", "step"]  # per epoch; per step; x 0.1 at 60 % and at 80 % of the epochs
+    epochs: int
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    lr_follows_batch: bool = False  # lr x batch_size / 256 is part of the recipe
 
 
 RECIPES = {
-    "swav": Recipe(lr=0.3, weight_decay=1e-6, schedule="cosine"),
-    "jigclu": Recipe(lr=10.0, weight_decay=0.0, schedule="step"),
+    "jigclu": Recipe(10.0, 256, 0.0, "step", 100),  # for 100 classes its authors advise lr 1
+    "mejigclu": Recipe(10.0, 256, 0.0, "step", 100),  # "as JigClu"
+    "moco": Recipe(30.0, 256, 0.0, "step", 100),
+    "swav": Recipe(0.3, 256, 1e-6, "cosine", 100),
+    "smog": Recipe(0.3, 256, 1e-6, "cosine", 100),
+    "smog-swin": Recipe(0.1, 256, 0.0, "cosine", 150),
+    "coke": Recipe(0.2, 1024, 1e-6, "cosine", 90),  # pretrained with one view
+    "coke-multi": Recipe(0.4, 1024, 1e-6, "cosine", 90),  # pretrained with two views or multi-crop
+    "simsiam-lars": Recipe(1.6, 4096, 0.0, "cosine", 90, "lars"),
+    "lightly": Recipe(0.1, 256, 0.0, "cosine-step", 90, lr_follows_batch=True),
 }
 
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """Which probe; `epochs` to `scale_lr` concern the augmented recipes, `c` to `iterations` the fast one."""
+    """Which probe, and what differs from it.
 
-    version: ClassVar[int] = 1
-    recipe: Literal["fast", "swav", "jigclu"] = "fast"
-    epochs: int | None = None  # default: the recipe's 100
-    batch_size: int = 256
-    lr: float | None = None  # default: the recipe's; for 100 classes JigClu's authors advise 1 instead of 10
-    scale_lr: bool = False  # multiply lr by batch_size / 256
+    `lr` and `scale_lr` concern the augmented recipes, `epochs` and `batch_size` these and `lr-grid`, `lrs` only
+    `lr-grid`, `c` and `iterations` only `fast`, `held_out` the last two.
+    """
+
+    version: ClassVar[int] = 2
+    recipe: Literal[
+        "fast",
+        "lr-grid",
+        "jigclu",
+        "mejigclu",
+        "moco",
+        "swav",
+        "smog",
+        "smog-swin",
+        "coke",
+        "coke-multi",
+        "simsiam-lars",
+        "lightly",
+    ] = "fast"
+    epochs: int | None = None  # default: the recipe's; 10 of lr-grid
+    batch_size: int | None = None  # default: the recipe's; 256 of lr-grid
+    lr: float | None = None  # default: the recipe's
+    scale_lr: bool = False  # multiply lr by batch_size / the recipe's
     c: tuple[float, ...] = _C_VALUES  # inverse strengths of the L2 penalty to choose from, ascending
-    held_out: float = 0.1  # share of train on which C is picked
+    lrs: tuple[float, ...] = _LR_VALUES  # learning rates to choose from, ascending
+    held_out: float = 0.1  # share of train on which C or the learning rate is picked
     iterations: int = 1000  # of L-BFGS, at most, per C
     seed: int = 0
 
@@ -106,11 +137,13 @@ def linear(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dict[st
 
     Returns:
         `top1`, `top1_interval`, `top5` (with more than five classes), `mean_per_class`, `per_class`; for
-        `fast` the chosen `c` and `held_out_top1` of each C tried; for the others the last epoch's figures and
-        `best_test_top1` at `best_test_epoch` (from 1), which was picked on the test set and is there for
-        comparison with papers only.
+        `fast` the chosen `c`, for `lr-grid` the chosen `lr`, and `held_out_top1` of each value tried; for the others
+        the last epoch's figures and `best_test_top1` at `best_test_epoch` (from 1), which was picked on the test set
+        and is there for comparison with papers only.
     """
-    return _fast(backbone, data, config) if config.recipe == "fast" else _augmented(backbone, data, config)
+    if config.recipe == "fast":
+        return _fast(backbone, data, config)
+    return _lr_grid(backbone, data, config) if config.recipe == "lr-grid" else _augmented(backbone, data, config)
 
 
 def few_labels(backbone: nn.Module, data: EvalData, config: FewLabelsConfig) -> dict[str, Any]:
@@ -131,7 +164,7 @@ def few_labels(backbone: nn.Module, data: EvalData, config: FewLabelsConfig) -> 
     x, test_x = (train.x - shift) / scale, ((test.x - shift) / scale).to(data.device)
     scores: dict[str, Any] = {}
     for count in config.labels_per_class:
-        results = []
+        results, predicted = [], {}
         for draw in progress(range(config.draws), f"{count} labels per class", config.draws):
             rows = balanced_rows(train.labels, count, config.seed, draw)
             head = fit_logistic(
@@ -141,27 +174,32 @@ def few_labels(backbone: nn.Module, data: EvalData, config: FewLabelsConfig) -> 
                 config.c,
                 iterations=config.iterations,
             )
-            hits = topk_correct(F.linear(test_x, *head).cpu(), test.labels, 1)
-            results.append(float(hits.double().mean()))
+            logits = F.linear(test_x, *head).cpu()
+            predicted[f"predicted_{draw}"] = logits.argmax(dim=1)
+            results.append(float(topk_correct(logits, test.labels, 1).double().mean()))
+        save_classes(data, f"fewlabels-{count}", test.rows, test.labels, predicted)
         scores[f"top1_{count}"] = float(np.mean(results))
         scores[f"std_{count}"] = float(np.std(results, ddof=1)) if len(results) > 1 else 0.0
     return scores
 
 
-def learning_rate(recipe: str, epoch: int, epochs: int = 100, base: float | None = None) -> float:
-    """Learning rate of one epoch; it does not change within an epoch.
+def learning_rate(recipe: str, epoch: float, epochs: int | None = None, base: float | None = None) -> float:
+    """Learning rate of one update.
 
     Args:
-        recipe: "swav": cosine from the base to 0. "jigclu": x 0.1 at 60 % and at 80 % of the epochs.
-        epoch: from 0, below `epochs`.
-        epochs: of the whole probe.
+        recipe: a key of `RECIPES`.
+        epoch: epochs done so far, from 0, below `epochs`; its fraction counts only where the rate changes at each
+            step.
+        epochs: of the whole probe; default: the recipe's.
         base: the first epoch's; default: the recipe's.
     """
-    base = RECIPES[recipe].lr if base is None else base
-    if RECIPES[recipe].schedule == "cosine":
-        return base * (1 + math.cos(math.pi * epoch / epochs)) / 2
-    drops = sum(100 * epoch >= percent * epochs for percent in (60, 80))
-    return base / 10**drops
+    settings = RECIPES[recipe]
+    epochs = settings.epochs if epochs is None else epochs
+    base = settings.lr if base is None else base
+    if settings.schedule == "step":
+        return base / 10 ** sum(100 * int(epoch) >= percent * epochs for percent in (60, 80))
+    done = epoch if settings.schedule == "cosine-step" else int(epoch)
+    return base * (1 + math.cos(math.pi * done / epochs)) / 2
 
 
 def fit_logistic(
@@ -216,54 +254,6 @@ def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(dim=0), scale.clamp(min=1e-5 * largest if largest > 0 else 1.0)
 
 
-def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to fit on and rows held out: `share` of each class, at least one image, never its only one.
-
-    Args:
-        labels: (n,) int64.
-        share: in (0, 1).
-        seed: of the choice.
-
-    Returns:
-        Two sorted int64 tensors, disjoint, together range(n).
-    """
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for rows in _shuffled_classes(labels, seed, 0):
-        count = min(max(1, round(share * len(rows))), len(rows) - 1)
-        held[torch.from_numpy(rows[:count])] = True
-    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
-
-
-def balanced_rows(labels: Tensor, per_class: int, seed: int, draw: int) -> Tensor:
-    """Rows of `per_class` random images of every class; within one draw, fewer are a part of more.
-
-    Args:
-        labels: (n,) int64.
-        per_class: > 0.
-        seed: of the protocol.
-        draw: number of the subset, from 0.
-
-    Raises:
-        UserError: a class has fewer images.
-    """
-    shuffled = _shuffled_classes(labels, seed, draw)
-    least = min(len(rows) for rows in shuffled)
-    if least < per_class:
-        raise UserError(
-            f"{per_class} labels per class were asked for, but a class of the train images has only {least}: "
-            f"ask for {least} or fewer, or leave this protocol out"
-        )
-    return torch.from_numpy(np.sort(np.concatenate([rows[:per_class] for rows in shuffled])))
-
-
-def _shuffled_classes(labels: Tensor, seed: int, draw: int) -> list[NDArray[np.int64]]:
-    """Rows of each class that occurs, in a random order that only (seed, draw) decides."""
-    order = permutation(stream_key(seed, "pick"), np.arange(len(labels)), draw)
-    shuffled = labels.numpy()[order]
-    by_class = np.argsort(shuffled, kind="stable")
-    return np.split(order[by_class], np.flatnonzero(np.diff(shuffled[by_class])) + 1)
-
-
 def _fast(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dict[str, Any]:
     train, test = data.features(backbone, "train"), data.features(backbone, "test")
     assert train.labels is not None and test.labels is not None
@@ -273,8 +263,9 @@ def _fast(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dict[str
     shift, scale = standardisation(x)
     x = (x - shift) / scale
     head = fit_logistic(x, labels, len(data.classes), best.c, start=best.head, iterations=config.iterations)
-    logits = F.linear((test.x.to(data.device) - shift) / scale, *head)
-    scores = _judge(logits.cpu(), test.labels, data.classes)
+    logits = F.linear((test.x.to(data.device) - shift) / scale, *head).cpu()
+    save_classification(data, "linear-fast", test.rows, test.labels, logits)
+    scores = classification_scores(logits, test.labels, data.classes)
     scores |= {"c": best.c, "held_out_top1": {f"{trial.c:g}": trial.top1 for trial in trials}}
     if len(config.c) > 1 and best.c == config.c[-1]:
         scores["notes"] = [f"the chosen C {best.c:g} is the largest tried: a larger one may score more"]
@@ -283,9 +274,7 @@ def _fast(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dict[str
 
 def _try_penalties(x: Tensor, labels: Tensor, classes: int, config: LinearConfig) -> list[Trial]:
     """Fit on most of train with one C after the other, judge on the rest."""
-    fit_rows, held_rows = stratified_split(labels.cpu(), config.held_out, config.seed)
-    if not len(held_rows):
-        raise UserError("the linear probe picks its penalty on held-out train images: give two or more per class")
+    fit_rows, held_rows = _held_out(labels.cpu(), config)
     shift, scale = standardisation(x[fit_rows])
     fit_x, held_x = (x[fit_rows] - shift) / scale, (x[held_rows] - shift) / scale
     fit_labels, held_labels = labels[fit_rows], labels[held_rows]
@@ -302,26 +291,112 @@ def _try_penalties(x: Tensor, labels: Tensor, classes: int, config: LinearConfig
     return trials
 
 
+def _held_out(labels: Tensor, config: LinearConfig) -> tuple[Tensor, Tensor]:
+    fit_rows, held_rows = stratified_split(labels, config.held_out, config.seed)
+    if not len(held_rows):
+        raise UserError("the linear probe picks its setting on held-out train images: give two or more per class")
+    return fit_rows, held_rows
+
+
+def _lr_grid(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dict[str, Any]:
+    train, test = data.features(backbone, "train"), data.features(backbone, "test")
+    assert train.labels is not None and test.labels is not None
+    shift, scale = standardisation(train.x)  # of all train images, which takes no labels
+    fit_rows, held_rows = _held_out(train.labels, config)
+
+    def fit(rows: Tensor, lrs: tuple[float, ...]) -> list[LinearHead]:
+        return fit_by_sgd(train, rows, len(data.classes), lrs, (shift, scale), config, data.device)
+
+    def logits_of(heads: list[LinearHead], x: Tensor) -> list[Tensor]:
+        parts = [((part - shift) / scale).to(data.device) for part in x.split(_ROWS)]
+        return [torch.cat([F.linear(part, *head).cpu() for part in parts]) for head in heads]
+
+    held_labels = train.labels[held_rows]
+    trials = []
+    for lr, logits in zip(config.lrs, logits_of(fit(fit_rows, config.lrs), train.x[held_rows]), strict=True):
+        loss = float(F.cross_entropy(logits, held_labels).nan_to_num(torch.inf))
+        trials.append((float(topk_correct(logits, held_labels, 1).double().mean()), -loss, lr))
+    best = max(trials)[2]
+    (logits,) = logits_of(fit(torch.arange(len(train.x)), (best,)), test.x)
+    save_classification(data, "linear-lr-grid", test.rows, test.labels, logits)
+    scores = classification_scores(logits, test.labels, data.classes)
+    scores |= {"lr": best, "held_out_top1": {f"{lr:g}": top1 for top1, _, lr in trials}}
+    if len(config.lrs) > 1 and best in (config.lrs[0], config.lrs[-1]):
+        scores["notes"] = [f"the chosen learning rate {best:g} is at the end of those tried: one beyond may score more"]
+    return scores
+
+
+@torch.no_grad()
+def fit_by_sgd(
+    features: Features,
+    rows: Tensor,
+    classes: int,
+    lrs: tuple[float, ...],
+    standard: tuple[Tensor, Tensor],
+    config: LinearConfig,
+    device: torch.device,
+) -> list[LinearHead]:
+    """One linear layer per learning rate, all trained on the same batches: SGD, momentum 0.9, cosine to 0 per step.
+
+    The layers do not touch each other; one that diverges spoils no other. The gradient of the cross-entropy is written
+    out, because it makes all layers two matrix products.
+
+    Args:
+        features: of the train images, with labels.
+        rows: (n,) which of them to learn from.
+        classes: outputs of a layer.
+        lrs: learning rates.
+        standard: what is subtracted from the features and what they are divided by, (d,) each.
+        config: `epochs`, `batch_size` and `seed`.
+        device: where to compute; the features travel batch by batch.
+    """
+    assert features.labels is not None
+    epochs, batch = config.epochs or _GRID_EPOCHS, config.batch_size or _GRID_BATCH
+    first = initial_head(classes, features.x.shape[1], config.seed)
+    weight = first.weight.repeat(len(lrs), 1).to(device)  # (layers * classes, d)
+    bias = torch.zeros(len(weight), device=device)
+    rates = torch.tensor(lrs, device=device).repeat_interleave(classes)
+    momenta = torch.zeros_like(weight), torch.zeros_like(bias)
+    steps = -(-len(rows) // batch)
+    for epoch in progress(range(epochs), f"linear probe ({len(lrs)} learning rates)", epochs):
+        order = rows[torch.from_numpy(permutation(stream_key(config.seed, "rows"), np.arange(len(rows)), epoch))]
+        for step, chosen in enumerate(order.split(batch)):
+            x = ((features.x[chosen] - standard[0]) / standard[1]).to(device)
+            wanted = F.one_hot(features.labels[chosen], classes).to(device)
+            logits = F.linear(x, weight, bias).unflatten(1, (len(lrs), classes))
+            error = ((logits.softmax(dim=2) - wanted[:, None]) / len(x)).flatten(1)
+            now = rates * ((1 + math.cos(math.pi * (epoch * steps + step) / (epochs * steps))) / 2)
+            for parameter, momentum, gradient in (
+                (weight, momenta[0], error.T @ x),
+                (bias, momenta[1], error.sum(dim=0)),
+            ):
+                momentum.mul_(0.9).add_(gradient)
+                parameter.sub_(momentum * now.view(-1, *[1] * (parameter.dim() - 1)))
+    weights, biases = weight.view(len(lrs), classes, -1), bias.view(len(lrs), classes)
+    return [LinearHead(*head) for head in zip(weights, biases, strict=True)]
+
+
 def _augmented(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dict[str, Any]:
     recipe = RECIPES[config.recipe]
-    epochs = config.epochs or recipe.epochs
+    epochs, batch_size = config.epochs or recipe.epochs, config.batch_size or recipe.batch_size
     base = recipe.lr if config.lr is None else config.lr
-    if config.scale_lr:
-        base *= config.batch_size / 256
+    if config.scale_lr or (recipe.lr_follows_batch and config.lr is None):
+        base *= batch_size / recipe.batch_size
     test = data.features(backbone, "test")
     assert test.labels is not None
-    test_x, labels = test.x.to(data.device), data.labels("train").to(data.device)
-    head = _initial_head(len(data.classes), test_x.shape[1], config.seed).to(data.device)
-    solver = torch.optim.SGD(head.parameters(), lr=base, momentum=0.9, weight_decay=recipe.weight_decay)
-    loader = _augmented_loader(data, config)
+    test_x = test.x.to(data.device)
+    order = SubsetOrder(np.arange(len(data.train)), data.train.ids, batch_size, config.seed)
+    images = TrainImages(data, order, config.seed)
+    head = initial_head(len(data.classes), test_x.shape[1], config.seed).to(data.device)
+    solver = _solver(recipe, head, base)
     before = tensor_digests(backbone)
     best, best_epoch = -1.0, 0
     with frozen(backbone):
         for epoch in progress(range(epochs), f"linear probe ({config.recipe})", epochs):
-            for group in solver.param_groups:
-                group["lr"] = learning_rate(config.recipe, epoch, epochs, base)
-            for (batch,) in loader.epoch(epoch):
-                _update(head, solver, backbone, batch.views[0][0], labels[batch.instances])
+            for step, batch in enumerate(images.epoch(epoch)):
+                for group in solver.param_groups:
+                    group["lr"] = learning_rate(config.recipe, epoch + step / order.steps_per_epoch, epochs, base)
+                _update(head, solver, backbone, batch)
             if epoch == 0:
                 assert_unchanged(backbone, before)  # a wrong probe should not cost its other 99 epochs first
             with torch.no_grad():
@@ -329,58 +404,34 @@ def _augmented(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dic
             top1 = float(topk_correct(logits, test.labels, 1).double().mean())
             if top1 > best:
                 best, best_epoch = top1, epoch + 1
-    scores = _judge(logits, test.labels, data.classes)
-    scores |= {"epochs": epochs, "lr": base, "best_test_top1": best, "best_test_epoch": best_epoch}
+    save_classification(data, f"linear-{config.recipe}", test.rows, test.labels, logits)
+    scores = classification_scores(logits, test.labels, data.classes)
+    scores |= {"epochs": epochs, "lr": base, "batch_size": batch_size}
+    scores |= {"best_test_top1": best, "best_test_epoch": best_epoch}
+    notes = images.notes
     if not logits.isfinite().all():
-        scores["notes"] = [f"the linear layer diverged at learning rate {base:g}: give a lower lr"]
-    return scores
+        notes.append(f"the linear layer diverged at learning rate {base:g}: give a lower lr")
+    if config.recipe in ("swav", "smog", "smog-swin") and _photos(data):
+        notes.append(
+            "SwAV's and SMoG's own probes divide red by 0.228, this one by 0.229, as the images' transform says"
+        )
+    return scores | ({"notes": notes} if notes else {})
 
 
-def _augmented_loader(data: EvalData, config: LinearConfig) -> Loader:
-    """Random resized crops and flips of the train images, nothing else, as in every published probe."""
-    flips = Photometry(flip=0.5, jitter=0, gray=0, blur=0, solarize=0)
-    crops = CropGroup(views=1, size=data.transform.size, scale=(0.08, 1.0), photometry=flips)
-    return Loader(
-        data.train,
-        ViewSpec((crops,), data.transform.mean, data.transform.std),
-        EpochOrder(data.train.ids, config.batch_size, config.seed),
-        seed=config.seed,
-        device=data.device,
-        workers=data.workers,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        accumulate=1,
-    )
+def _photos(data: EvalData) -> bool:
+    return data.transform.size > 96 and data.transform.std == IMAGENET_STD
 
 
-def _initial_head(classes: int, dim: int, seed: int) -> nn.Linear:
-    """Weights from N(0, 0.01²), bias 0, equal on every rank."""
-    head = nn.utils.skip_init(nn.Linear, dim, classes)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        head.weight.normal_(0.0, 0.01, generator=generator)
-        head.bias.zero_()
-    return head
+def _solver(recipe: Recipe, head: nn.Linear, lr: float) -> torch.optim.SGD:
+    if recipe.optimizer == "lars":  # scaled for both tensors, as in SimSiam's own probe
+        return LARC(head.parameters(), lr=lr, momentum=0.9, weight_decay=recipe.weight_decay, trust=0.001)
+    return torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9, weight_decay=recipe.weight_decay)
 
 
-def _update(head: nn.Linear, solver: torch.optim.SGD, backbone: nn.Module, pixels: Tensor, labels: Tensor) -> None:
+def _update(head: nn.Linear, solver: torch.optim.SGD, backbone: nn.Module, batch: LabelledBatch) -> None:
     with torch.no_grad():  # not inference_mode: the head's backward pass keeps these features
-        features = backbone(pixels).float()
+        features = backbone(batch.pixels).float()
     solver.zero_grad()
-    F.cross_entropy(head(features), labels).backward()
-    for parameter in head.parameters():
-        assert parameter.grad is not None
-        parameter.grad.copy_(dist.all_reduce_sum(parameter.grad) / dist.world_size())
+    (F.cross_entropy(head(features), batch.labels, reduction="none") * batch.weights).sum().backward()
+    sum_gradients(head.parameters())
     solver.step()
-
-
-def _judge(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:
-    hits = topk_correct(logits, labels, 1)
-    top1 = float(hits.double().mean())
-    per_class = per_class_accuracy(hits, labels, len(classes))
-    scores: dict[str, Any] = {"top1": top1, "top1_interval": list(wilson_interval(top1, len(labels)))}
-    if len(classes) > 5:
-        scores["top5"] = float(topk_correct(logits, labels, 5).double().mean())
-    scores["mean_per_class"] = float(per_class.nanmean())
-    scores["per_class"] = {name: x for name, x in zip(classes, per_class.tolist(), strict=True) if not np.isnan(x)}
-    return scores

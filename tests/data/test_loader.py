@@ -330,8 +330,8 @@ def test_evaluation_normalises_and_leaves_out_and_names_what_it_cannot_read():
 
 def test_evaluation_of_a_line_of_pixels_takes_no_gigabytes(monkeypatch):
     images, enlarged = Pictures([(20000, 1), (1, 5000)]), []
-    resize = loader_module._resize
-    monkeypatch.setattr(loader_module, "_resize", lambda *given: enlarged.append(given[1:]) or resize(*given))
+    resize = loader_module.resize_pixels
+    monkeypatch.setattr(loader_module, "resize_pixels", lambda *given: enlarged.append(given[1:3]) or resize(*given))
     ((pixels, _),) = evaluation_batches(
         images, [0, 1], size=224, resize=256, **RAW, batch_size=2, device="cpu", workers=1
     )

@@ -126,3 +126,37 @@ def test_images_without_labels_are_refused(labels):
     images = ArrayImages("bare", np.zeros((3, 8, 8, 3), dtype=np.uint8), labels)
     with pytest.raises(UserError, match="bare has images without a label"):
         eval_data(train=images)
+
+
+class Nothing(torch.nn.Module):
+    """Pixels as features."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.feature_dim = 3 * size * size
+
+    def forward(self, x):
+        return x.flatten(1)
+
+
+@pytest.mark.parametrize(("resize", "interpolation"), [(16, "bilinear"), (20, "bilinear"), (16, "bicubic")])
+def test_a_squashed_image_is_pillows_whole_image_resized(resize, interpolation):
+    from PIL import Image
+
+    rows, columns = np.mgrid[0:40, 0:60]
+    pixels = np.stack([rows * 4 + columns, columns * 4, 255 - rows * 5], axis=-1).clip(0, 255).astype(np.uint8)
+    transform = EvalTransform(16, resize, (0, 0, 0), (1, 1, 1), squash=True, interpolation=interpolation)
+    found = extract(Nothing(16), ArrayImages("one", pixels[None]), transform, workers=1).x.view(3, 16, 16)
+    image, kind = Image.fromarray(pixels), Image.Resampling[interpolation.upper()]
+    if resize != 16:
+        image = image.resize((resize * 60 // 40, resize), kind)
+    expected = torch.from_numpy(np.array(image.resize((16, 16), kind))).permute(2, 0, 1) / 255
+    assert (found - expected).abs().max() <= 2.01 / 255
+
+
+def test_features_too_large_for_memory_lie_in_a_file_meanwhile(monkeypatch):
+    import sys
+
+    expected = extract(Tiny(), planted_images(23), EvalTransform.of(8), workers=1).x
+    monkeypatch.setattr(sys.modules["tessella.protocols.features"], "_IN_MEMORY", 100)
+    assert torch.equal(extract(Tiny(), planted_images(23), EvalTransform.of(8), workers=1).x, expected)

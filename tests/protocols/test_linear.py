@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -6,19 +7,23 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from tessella.errors import UserError
-from tessella.protocols.features import tensor_digests
+from tessella.ops.philox import permutation, stream_key
+from tessella.protocols.features import Features, tensor_digests
 from tessella.protocols.linear import (
+    RECIPES,
     FewLabelsConfig,
     LinearConfig,
-    balanced_rows,
     few_labels,
+    fit_by_sgd,
     fit_logistic,
     learning_rate,
     linear,
     standardisation,
-    stratified_split,
 )
+from tessella.protocols.training import initial_head
 from tests.protocols.planted import Tiny, eval_data, meaningless_images, planted_images
+
+linear_module = sys.modules["tessella.protocols.linear"]  # the package's attribute of this name is the function
 
 
 def noisy_features(n=400, classes=4, d=10, seed=0):
@@ -60,29 +65,9 @@ def test_standardised_columns_have_mean_zero_and_variance_one_but_constants_stay
     assert z.mean(dim=0).abs().max() < 1e-4 and z[:, 2].abs().max() < 0.01
 
 
-def test_the_held_out_part_is_a_share_of_every_class():
-    labels = torch.tensor([0] * 100 + [1] * 50 + [2] * 3 + [3])
-    fit, held = stratified_split(labels, 0.1, seed=0)
-    assert torch.equal(torch.cat([fit, held]).sort().values, torch.arange(len(labels)))
-    assert torch.bincount(labels[held], minlength=4).tolist() == [10, 5, 1, 0]
-    assert torch.equal(held, stratified_split(labels, 0.1, seed=0)[1])
-    assert not torch.equal(held, stratified_split(labels, 0.1, seed=1)[1])
-
-
-def test_few_labels_are_balanced_nested_and_reproducible():
-    labels = torch.arange(100) % 5
-    one, ten = balanced_rows(labels, 1, 0, 3), balanced_rows(labels, 10, 0, 3)
-    assert torch.bincount(labels[ten]).tolist() == [10] * 5 and len(ten.unique()) == 50
-    assert set(one.tolist()) <= set(ten.tolist())
-    assert torch.equal(ten, balanced_rows(labels, 10, 0, 3))
-    assert not torch.equal(ten, balanced_rows(labels, 10, 0, 4))
-    with pytest.raises(UserError, match=r"21 labels per class .* has only 20"):
-        balanced_rows(labels, 21, 0, 0)
-
-
 def test_planted_classes_score_one_by_every_recipe():
     data, backbone = eval_data(), Tiny()
-    for config in (LinearConfig(), LinearConfig("swav", epochs=3, batch_size=30)):
+    for config in (LinearConfig(), LinearConfig("lr-grid"), LinearConfig("swav", epochs=3, batch_size=30)):
         scores = linear(backbone, data, config)
         assert scores["top1"] == scores["mean_per_class"] == 1.0
         assert "top5" not in scores  # of three classes it would always be 1
@@ -93,16 +78,18 @@ def test_planted_classes_score_one_by_every_recipe():
 def test_labels_without_meaning_score_chance():
     data = eval_data(meaningless_images(400), meaningless_images(800, seed=1, name="noise test"))
     assert linear(Tiny(), data, LinearConfig())["top1"] == pytest.approx(0.25, abs=0.06)
+    assert linear(Tiny(), data, LinearConfig("lr-grid", epochs=2))["top1"] == pytest.approx(0.25, abs=0.06)
     scores = few_labels(Tiny(), data, FewLabelsConfig(draws=5))
     assert scores["top1_1"] == pytest.approx(0.25, abs=0.06)
 
 
-def test_the_test_labels_do_not_choose_the_penalty():
+@pytest.mark.parametrize(("recipe", "chosen"), [("fast", "c"), ("lr-grid", "lr")])
+def test_the_test_labels_do_not_choose_the_setting(recipe, chosen):
     train, test = planted_images(90, noise=90), planted_images(60, seed=5, noise=90, name="t")
-    honest = linear(Tiny(), eval_data(train, test), LinearConfig())
+    honest = linear(Tiny(), eval_data(train, test), LinearConfig(recipe))
     test.labels[:] = 0
-    spoiled = linear(Tiny(), eval_data(train, test), LinearConfig())
-    assert honest["c"] == spoiled["c"] and honest["held_out_top1"] == spoiled["held_out_top1"]
+    spoiled = linear(Tiny(), eval_data(train, test), LinearConfig(recipe))
+    assert honest[chosen] == spoiled[chosen] and honest["held_out_top1"] == spoiled["held_out_top1"]
 
 
 def test_top5_is_there_when_it_says_something():
@@ -110,13 +97,41 @@ def test_top5_is_there_when_it_says_something():
     assert linear(Tiny(), data, LinearConfig())["top5"] == 1.0
 
 
-def test_swav_learning_rates():
-    assert learning_rate("swav", 0) == pytest.approx(0.3)
-    assert learning_rate("swav", 50) == pytest.approx(0.15)
-    assert learning_rate("swav", 25) == pytest.approx(0.15 * (1 + math.sqrt(0.5)))
-    assert learning_rate("swav", 99) == pytest.approx(0.3 * math.sin(math.pi / 200) ** 2)
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.3)
+def cosine(base, epochs):
+    return lambda epoch: base * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def drops(base, *places):
+    return lambda epoch: base * 0.1 ** sum(epoch >= place for place in places)
+
+
+# What the papers' codes and documents say, written down a second time: learning rate of an epoch, epochs, batch, decay.
+PUBLISHED = {
+    "jigclu": (drops(10.0, 60, 80), 100, 256, 0.0),
+    "mejigclu": (drops(10.0, 60, 80), 100, 256, 0.0),
+    "moco": (drops(30.0, 60, 80), 100, 256, 0.0),
+    "swav": (cosine(0.3, 100), 100, 256, 1e-6),
+    "smog": (cosine(0.3, 100), 100, 256, 1e-6),
+    "smog-swin": (cosine(0.1, 150), 150, 256, 0.0),
+    "coke": (cosine(0.2, 90), 90, 1024, 1e-6),
+    "coke-multi": (cosine(0.4, 90), 90, 1024, 1e-6),
+    "simsiam-lars": (cosine(1.6, 90), 90, 4096, 0.0),
+    "lightly": (cosine(0.1, 90), 90, 256, 0.0),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_published_learning_rates_of_every_epoch(recipe):
+    rate, epochs, _, _ = PUBLISHED[recipe]
+    assert RECIPES[recipe].epochs == epochs
+    for epoch in range(epochs):
+        assert learning_rate(recipe, epoch) == pytest.approx(rate(epoch), rel=1e-9)
+        inside = rate(epoch + 0.5) if recipe == "lightly" else rate(epoch)
+        assert learning_rate(recipe, epoch + 0.5) == pytest.approx(inside, rel=1e-9)
+
+
+def test_swav_learning_rates_are_those_of_its_scheduler():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     official = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100, eta_min=0)
     for epoch in range(100):
         assert learning_rate("swav", epoch) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
@@ -124,10 +139,20 @@ def test_swav_learning_rates():
         official.step()
 
 
-def test_jigclu_learning_rates():
-    values = [learning_rate("jigclu", epoch) for epoch in range(100)]
-    assert values == [10.0] * 60 + [1.0] * 20 + [0.1] * 20
+def test_drops_keep_their_share_of_a_shorter_way():
     assert [learning_rate("jigclu", epoch, 5, base=1.0) for epoch in range(5)] == [1.0, 1.0, 1.0, 0.1, 0.01]
+
+
+class Watched(Tiny):
+    """Remembers how many images came at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        return super().forward(x)
 
 
 def record_steps(monkeypatch):
@@ -135,31 +160,97 @@ def record_steps(monkeypatch):
     step = torch.optim.SGD.step
 
     def recorded(self, *args, **kwargs):
-        steps.append(dict(self.param_groups[0]))
+        steps.append(dict(self.param_groups[0], kind=type(self).__name__))
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.SGD, "step", recorded)
     return steps
 
 
-@pytest.mark.parametrize(("recipe", "lr", "decay"), [("swav", 0.3, 1e-6), ("jigclu", 10.0, 0.0)])
-def test_augmented_recipes_train_with_the_published_settings(monkeypatch, recipe, lr, decay):
-    steps = record_steps(monkeypatch)
-    linear(Tiny(), eval_data(), LinearConfig(recipe, epochs=5, batch_size=30))
-    assert len(steps) == 15
-    assert [s["lr"] for s in steps[::3]] == [learning_rate(recipe, epoch, 5) for epoch in range(5)]
-    assert steps[0]["lr"] == lr
-    assert all((s["momentum"], s["nesterov"], s["weight_decay"]) == (0.9, False, decay) for s in steps)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_step_has_the_published_settings(monkeypatch, recipe):
+    rate, published_epochs, published_batch, decay = PUBLISHED[recipe]
+    assert RECIPES[recipe].batch_size == published_batch
+    steps, backbone, data = record_steps(monkeypatch), Watched(), eval_data()
+    data.features(backbone, "test")
+    del backbone.batches[:]
+    scores = linear(backbone, data, LinearConfig(recipe, epochs=5, batch_size=40))
+    assert backbone.batches == [40, 40, 10] * 5  # the last batch is kept
+    scale = 40 / 256 if recipe == "lightly" else 1.0
+    for number, step in enumerate(steps):
+        epoch, within = divmod(number, 3)
+        epoch = (epoch + within / 3 if recipe == "lightly" else epoch) / 5 * published_epochs
+        assert step["lr"] == pytest.approx(scale * rate(epoch), rel=1e-9)
+        assert (step["momentum"], step["nesterov"], step["weight_decay"]) == (0.9, False, decay)
+        assert step["kind"] == ("LARC" if recipe == "simsiam-lars" else "SGD")
+    assert len(steps) == 15 and scores["lr"] == steps[0]["lr"] and scores["batch_size"] == 40
+
+
+def test_an_epoch_shows_every_image_once_and_the_head_starts_as_published(monkeypatch):
+    seen, starts = [], []
+    update = linear_module._update
+
+    def watched(head, solver, backbone, batch):
+        seen.extend(batch.labels.tolist())
+        starts.append((float(head.weight.detach().std()), float(head.bias.detach().abs().max())))
+        assert float(batch.weights.sum()) == pytest.approx(1.0)
+        update(head, solver, backbone, batch)
+
+    monkeypatch.setattr(linear_module, "_update", watched)
+    linear(Tiny(), eval_data(), LinearConfig("swav", epochs=1, batch_size=40))
+    assert sorted(seen) == sorted(i % 3 for i in range(90))
+    assert starts[0][0] == pytest.approx(0.01, rel=0.3) and starts[0][1] == 0.0
+
+
+def test_lars_scales_both_tensors_by_their_norms():
+    head = torch.nn.Linear(3, 2)
+    before = {name: p.detach().clone() for name, p in head.named_parameters()}
+    solver = linear_module._solver(RECIPES["simsiam-lars"], head, 1.6)
+    head(torch.randn(5, 3)).square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in head.named_parameters()}
+    solver.step()
+    for name, p in head.named_parameters():
+        local = 0.001 * before[name].norm() / gradients[name].norm()
+        torch.testing.assert_close(p.detach(), before[name] - 1.6 * local * gradients[name], rtol=1e-5, atol=1e-7)
 
 
 def test_the_learning_rate_follows_the_batch_only_when_asked(monkeypatch):
     steps = record_steps(monkeypatch)
     linear(Tiny(), eval_data(), LinearConfig("swav", epochs=1, batch_size=64))
     linear(Tiny(), eval_data(), LinearConfig("swav", epochs=1, batch_size=64, scale_lr=True))
-    assert [s["lr"] for s in steps] == [0.3, 0.3 / 4]
+    assert [s["lr"] for s in steps] == [0.3, 0.3, 0.3 / 4, 0.3 / 4]
 
 
-@pytest.mark.parametrize("recipe", ["fast", "swav", "jigclu"])
+def test_layers_trained_together_equal_layers_trained_alone_by_torch():
+    x, labels = noisy_features(n=50)
+    features = Features(x, labels, np.arange(50), {})
+    config, lrs, rows = LinearConfig("lr-grid", epochs=3, batch_size=16), (0.01, 0.3, 1e38), torch.arange(5, 50)
+    standard = standardisation(x)
+    heads = fit_by_sgd(features, rows, 4, lrs, standard, config, torch.device("cpu"))
+    assert not torch.isfinite(heads[2].weight).all()  # one that diverges spoils no other
+    z = (x - standard[0]) / standard[1]
+    for head, lr in zip(heads[:2], lrs[:2], strict=True):
+        layer = initial_head(4, 10, 0)
+        solver, steps = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9), 0
+        for epoch in range(3):
+            order = rows[torch.from_numpy(permutation(stream_key(0, "rows"), np.arange(45), epoch))]
+            for chosen in order.split(16):
+                solver.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * steps / 9)) / 2
+                solver.zero_grad()
+                torch.nn.functional.cross_entropy(layer(z[chosen]), labels[chosen]).backward()
+                solver.step()
+                steps += 1
+        torch.testing.assert_close(head.weight, layer.weight.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(head.bias, layer.bias.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_learning_rate_at_the_end_of_the_grid_is_told():
+    data = eval_data(planted_images(90, noise=90), planted_images(60, seed=5, noise=90, name="t"))
+    scores = linear(Tiny(), data, LinearConfig("lr-grid", lrs=(1e-6, 1e-5)))
+    assert scores["lr"] == 1e-5 and "at the end of those tried" in scores["notes"][0]
+
+
+@pytest.mark.parametrize("recipe", ["fast", "lr-grid", *RECIPES])
 def test_the_backbone_is_bit_equal_afterwards(recipe):
     backbone = Tiny().train()
     before = tensor_digests(backbone)
@@ -198,3 +289,28 @@ def test_one_image_per_class_cannot_pick_a_penalty():
     with pytest.raises(UserError, match="two or more per class"):
         linear(Tiny(), data, LinearConfig())
     assert np.isfinite(few_labels(Tiny(), data, FewLabelsConfig((1,), draws=1))["top1_1"])
+
+
+def test_an_image_that_cannot_be_read_is_left_out_of_the_loss(monkeypatch):
+    from tessella.data.decode import Unreadable
+
+    train = planted_images(9, seed=1)
+    read = train.image
+
+    def broken(row):
+        if row == 5:
+            raise Unreadable("a hole in it")
+        return read(row)
+
+    train.image = broken
+    weights = []
+    update = linear_module._update
+
+    def watched(head, solver, backbone, batch):
+        weights.append(batch.weights)
+        update(head, solver, backbone, batch)
+
+    monkeypatch.setattr(linear_module, "_update", watched)
+    scores = linear(Tiny(), eval_data(train), LinearConfig("swav", epochs=1, batch_size=9))
+    assert sorted(weights[0].tolist()) == [0.0, *[pytest.approx(1 / 8)] * 8]
+    assert scores["notes"] == ["1 train images could not be read and were left out"]

@@ -48,17 +48,17 @@ def _draw(kind: int, numbers: Array) -> NDArray[np.uint8]:
     x = (grid[None, None, :] - centre[:, 0, None, None]) / radius[:, None, None]
     y = (grid[None, :, None] - centre[:, 1, None, None]) / radius[:, None, None]
     cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
-    outside = _DISTANCES[kind](cos * x + sin * y, cos * y - sin * x)
+    outside = DISTANCES[kind](cos * x + sin * y, cos * y - sin * x)
     coverage = np.clip(0.5 - outside * radius[:, None, None], 0, 1)[..., None]  # edges one pixel soft
 
-    shape, dark, light = _colours(numbers)
-    stripes = _stripes(numbers)[..., None]
+    shape, dark, light = colours_of(numbers)
+    stripes = stripes_of(numbers)[..., None]
     background = dark[:, None, None] * (1 - stripes) + light[:, None, None] * stripes
     pixels = background * (1 - coverage) + shape[:, None, None] * coverage
     return np.rint(pixels * 255).astype(np.uint8)
 
 
-def _stripes(numbers: Array) -> Array:
+def stripes_of(numbers: Array) -> Array:
     """Two crossing gratings per image, (n, 64, 64) in [0, 1]."""
     grid = np.arange(SIDE, dtype=np.float32) / SIDE
     total = np.zeros((len(numbers), SIDE, SIDE), dtype=np.float32)
@@ -71,7 +71,7 @@ def _stripes(numbers: Array) -> Array:
     return 0.5 + total / 4
 
 
-def _colours(numbers: Array) -> tuple[Array, Array, Array]:
+def colours_of(numbers: Array) -> tuple[Array, Array, Array]:
     """Of the shape and of the two ends of the background, (n, 3) each. The shape's hue lies far from both."""
     hue = numbers[:, 10]
     triples = [
@@ -131,7 +131,7 @@ def _heart(x: Array, y: Array) -> Array:
     return np.minimum((x + np.abs(y) - side) / math.sqrt(2), lobe)
 
 
-_DISTANCES = [  # in the order of CLASSES
+DISTANCES = [  # in the order of CLASSES
     _arrow,
     lambda x, y: _circle(x, y, 0.85),
     lambda x, y: np.maximum(_circle(x, y, 0.95), -_circle(x - 0.45, y, 0.75)),

@@ -1,0 +1,111 @@
+import io
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tessella.data.sources import ArrayImages, open_images
+from tessella.protocols.duplicates import DifferenceHash, DuplicatesConfig, duplicates
+from tessella.protocols.features import EvalData, EvalTransform
+from tests.protocols.planted import Tiny
+
+
+def pictures(n, seed):
+    """Smooth random pictures: 6 x 6 colours, enlarged to 32 x 32."""
+    random = np.random.default_rng(seed)
+    small = random.integers(0, 256, (n, 6, 6, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(x).resize((32, 32), Image.Resampling.BICUBIC)) for x in small])
+
+
+def encoded_again(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=60)
+    return np.asarray(Image.open(buffer))
+
+
+def rescaled(pixels):
+    image = Image.fromarray(pixels)
+    return np.asarray(image.resize((48, 40)).resize((32, 32)))
+
+
+def brightened(pixels):
+    return np.clip(pixels.astype(int) + 8, 0, 255).astype(np.uint8)
+
+
+def data_of(train, test, device="cpu"):
+    sets = [ArrayImages(name, x, np.arange(len(x)) % 2) for name, x in (("train", train), ("test", test))]
+    return EvalData(*sets, EvalTransform.of(32), torch.device(device), workers=1)
+
+
+def test_planted_copies_are_found_and_named_and_nothing_else_is():
+    train, test = pictures(60, 0), pictures(40, 1)
+    test[3], test[10], test[22] = encoded_again(train[7]), rescaled(train[8]), brightened(train[9])
+    test[30] = train[59]
+    data = data_of(train, test)
+    scores = duplicates(Tiny(), data, DuplicatesConfig())
+    assert scores["near_duplicates"] == 4 and scores["near_duplicate_share"] == 0.1
+    found = {(int(pair["test"]), int(pair["train"])) for pair in scores["pairs"]}
+    assert found == {(3, 7), (10, 8), (22, 9), (30, 59)}
+    assert all(pair["bits"] <= 6 and pair["cosine"] >= 0.9 for pair in scores["pairs"])
+
+
+def test_blocks_of_pairs_do_not_matter(monkeypatch):
+    module = sys.modules["tessella.protocols.duplicates"]
+    train, test = pictures(60, 0), pictures(40, 1)
+    test[:20] = train[40:]
+    whole = duplicates(Tiny(), data_of(train, test), DuplicatesConfig())
+    monkeypatch.setattr(module, "_TEST_ROWS", 7)
+    monkeypatch.setattr(module, "_TRAIN_ROWS", 11)
+    parts = duplicates(Tiny(), data_of(train, test), DuplicatesConfig())
+    assert whole["near_duplicates"] == parts["near_duplicates"] == 20
+
+
+def test_of_one_set_no_image_is_its_own_copy():
+    pixels = pictures(30, 0)
+    pixels[4] = pixels[20]
+    data = data_of(pixels, pixels)
+    scores = duplicates(Tiny(), data, DuplicatesConfig())
+    assert scores["near_duplicates"] == 2 and scores["leave_one_out"]
+
+
+def test_the_list_of_pairs_is_bounded_but_not_the_count():
+    pixels = pictures(30, 0)
+    scores = duplicates(Tiny(), data_of(pixels, pixels.copy()[:20]), DuplicatesConfig(listed=5))
+    assert scores["near_duplicates"] == 20 and len(scores["pairs"]) == 5
+
+
+def test_plain_images_are_copies_only_if_their_features_say_so():
+    plain = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (0, 90, 250)])
+    train = np.concatenate([pictures(10, 0), plain[:1]])
+    scores = duplicates(Tiny(), data_of(train, plain), DuplicatesConfig(cosine=0.99))
+    assert [int(pair["test"]) for pair in scores["pairs"]] == [0]
+
+
+def test_the_hash_equals_a_loop_over_the_thumbnail():
+    x = torch.rand(5, 3, 8, 9)
+    found = DifferenceHash()(x)
+    for image, signs in zip(x, found, strict=True):
+        gray = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
+        expected = []
+        for row in range(8):
+            for column in range(8):
+                step = float(gray[row, column] - gray[row, column + 1])
+                expected.append(0.0 if abs(step) < 0.01 else 1.0 if step > 0 else -1.0)
+        assert signs[:64].tolist() == expected
+        torch.testing.assert_close(signs[64:], gray.flatten())
+
+
+def test_small_real_pictures_have_few_copies(shared_data):
+    archive = f"{shared_data}/cifar10-small.tar.gz::cifar10-small"
+    train, test = (open_images(f"{archive}/{split}", labels=True) for split in ("train", "test"))
+    scores = duplicates(Tiny(), EvalData(train, test, EvalTransform.of(32), workers=1), DuplicatesConfig())
+    assert scores["near_duplicate_share"] < 0.005
+
+
+def test_images_with_few_edges_are_told_apart_by_their_thumbnails():
+    dots = np.full((2, 32, 32, 3), 20, np.uint8)
+    dots[0, 4:10, 4:10], dots[1, 20:26, 20:26] = 200, 200
+    config = DuplicatesConfig(cosine=-1.0)
+    assert duplicates(Tiny(), data_of(dots[:1], dots[1:]), config)["near_duplicates"] == 0
+    assert duplicates(Tiny(), data_of(dots[:1], dots), config)["near_duplicates"] == 1
