@@ -88,7 +88,7 @@ def load_backbone(source: str | Path) -> Backbone:
     """A backbone as a torch module in eval mode, on the CPU.
 
     Args:
-        source: a run folder, a `.safetensors` file of a ResNet, or `random:NETWORK`.
+        source: a run, imported or official weights, `torchvision:NAME`, `timm:NAME`, or `random:NAME`.
 
     Returns:
         A module that maps normalised images (b, 3, h, w) to features (b, `feature_dim`).
@@ -118,7 +118,7 @@ def evaluate(
     """Score a backbone by some protocols and print the main figures.
 
     Args:
-        backbone: a run folder, a `.safetensors` file of a ResNet, or `random:NETWORK`.
+        backbone: a run, imported or official weights, `torchvision:NAME`, `timm:NAME`, or `random:NAME`.
         train: labelled images to learn from.
         test: labelled images to be judged on.
         protocols: knn, linear, linear-swav, linear-jigclu, fewlabels, clustering.
@@ -165,7 +165,7 @@ def embed(
     """Write the features of images to a file, and return them.
 
     Args:
-        backbone: a run folder, a `.safetensors` file of a ResNet, or `random:NETWORK`.
+        backbone: a run, imported or official weights, `torchvision:NAME`, `timm:NAME`, or `random:NAME`.
         data: the images.
         out: NAME.parquet or NAME.npy; must not exist.
         labels: write class labels too (parquet only).

@@ -37,6 +37,7 @@ _HELP = ("-h", "--help")
 _SHOWN_UNREADABLE = 20  # files that `scan` lists with their reason
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
+Origin: TypeAlias = Literal["auto", "swav", "deepclusterv2", "jigclu", "mejigclu", "coke", "smog", "torchvision"]
 
 
 class Command(NamedTuple):
@@ -118,7 +119,9 @@ def pretrain(words: list[str]) -> int:
     from tessella.engine.pretrain import pretrain as train
     from tessella.recipes import recipe
 
-    start = dataclasses.replace(recipe(name), data=tyro.MISSING_NONPROP)  # a setting that must be given
+    start = recipe(name)
+    if not start.data:
+        start = dataclasses.replace(start, data=tyro.MISSING_NONPROP)  # a setting that must be given
     options = dataclasses.make_dataclass(
         "Options",
         [
@@ -131,11 +134,32 @@ def pretrain(words: list[str]) -> int:
     out, config = given.out, given.config
     if config.recipe != name:
         raise UserError(f"--recipe {config.recipe} contradicts the first word, {name}: leave --recipe out")
+    if not any(word.startswith("--optimizer.lr") for word in rest):
+        _tell_batch_rule(recipe(name), config)
     return _until_done(out, lambda: train(config, out))
 
 
+def _tell_batch_rule(made: RunConfig, given: RunConfig) -> None:
+    """What a recipe's rule for another batch size says beyond what was given; nothing is scaled unasked."""
+    if (given.batch_size, given.accumulate) == (made.batch_size, made.accumulate) or _rank():
+        return
+    from tessella.recipes.batch import at_batch_size, flags
+
+    chosen = flags(made, given)
+    rule = flags(made, at_batch_size(made, given.batch_size, given.accumulate))
+    words = [flag for name, flag in rule.items() if name not in chosen]
+    if words and "optimizer.name" not in chosen:
+        size = f"{given.batch_size}" + (f" in {given.accumulate} parts" if given.accumulate > 1 else "")
+        _say(
+            f"note: {made.recipe} is made for batches of {made.batch_size}, and nothing is scaled unasked; for {size} "
+            f"its rule would add {' '.join(words)} (`tessella recipes {made.recipe}` says why)"
+        )
+
+
 def _pretrain_help() -> str:
-    recipes = "\n".join(_recipe_lines())
+    from tessella.recipes.describe import listing
+
+    recipes = "\n".join(listing())
     return f"""\
 usage: tessella pretrain {COMMANDS["pretrain"].usage}
 
@@ -231,7 +255,7 @@ def evaluate(
     """Judge a backbone on labelled images.
 
     Args:
-        backbone: a run folder, a .safetensors file of a ResNet, or random:NETWORK.
+        backbone: a run, imported or official weights, torchvision:NAME, timm:NAME, or random:NAME.
         train: labelled images to learn from.
         test: labelled images to be judged on.
         out: folder of evaluation.json; in the run's own folder, `tessella report` shows it.
@@ -277,7 +301,7 @@ def embed(
     """Write the features of images to a file.
 
     Args:
-        backbone: a run folder, a .safetensors file of a ResNet, or random:NETWORK.
+        backbone: a run, imported or official weights, torchvision:NAME, timm:NAME, or random:NAME.
         data: the images.
         out: NAME.parquet, or NAME.npy with the images' names and ids in files beside it.
         labels: write class labels too (parquet only).
@@ -316,54 +340,45 @@ def report(run: Path, /) -> int:
     return 0
 
 
+def import_weights(file: Path, /, *, out: Path, from_: Origin = "auto") -> int:
+    """Read an official checkpoint, and write it as a folder that other commands take as a backbone.
+
+    What the file is, is seen from its keys and shapes: SwAV (its own files and VISSL's), DeepCluster-v2, JigClu,
+    MEJigClu, CoKe, SMoG, or a ResNet in torchvision's layout. Nothing in the file is executed. A tensor that does not
+    fit is an error; what is left out is listed with its reason.
+
+    Args:
+        file: .pth, .pth.tar, .pt, .torch or .safetensors.
+        out: folder for the weights; missing or empty.
+        from_: accept only this project's layout.
+    """
+    from tessella.engine.imported import import_weights as convert
+    from tessella.engine.imported import report_lines
+
+    official = convert(file, out, from_)
+    print("\n".join(map(printable, report_lines(official))))
+    print()
+    _tell_written(out)
+    name = shlex.quote(str(out))
+    print(f"Judge it:     tessella evaluate {name} --train LABELLED --test LABELLED --out DIR")
+    print(f"Train on it:  tessella pretrain RECIPE --data DATA --out RUN --start-from {name}")
+    return 0
+
+
 # --- look ---------------------------------------------------------------------------------------------------
 
 
 def recipes(name: str | None = None, /) -> int:
-    """List the recipes, or show one with its source, cost and settings.
+    """List the recipes, or show one with its source, cost, expected score and settings.
 
     Args:
         name: of a recipe; without it, all are listed.
     """
-    print("\n".join(_recipe_lines() if name is None else _recipe_page(name)))
+    from tessella.recipes import recipe
+    from tessella.recipes.describe import listing, page
+
+    print("\n".join(listing() if name is None else page(recipe(name))))
     return 0
-
-
-def _recipe_lines() -> list[str]:
-    from tessella.recipes import RECIPES
-
-    width = max(map(len, RECIPES))
-    return [f"{name:<{width}}  {(run.__doc__ or '').splitlines()[0]}" for name, run in RECIPES.items()]
-
-
-def _recipe_page(name: str) -> list[str]:
-    from tessella.engine.config import to_yaml
-    from tessella.recipes import RECIPES, recipe
-
-    config = recipe(name)
-    return [
-        inspect.getdoc(RECIPES[name]) or "",
-        "",
-        f"Command: tessella pretrain {name} --data DATA --out RUN",
-        f"Cost:    {_cost(config)}",
-        "",
-        "Settings; each can be given, as in --method.temperature 0.2:",
-        "",
-        to_yaml(config).rstrip(),
-    ]
-
-
-def _cost(config: RunConfig) -> str:
-    """Forwards per image, in images of the first view's size; a montage of m x m tiles is one image."""
-    from tessella.methods import views_of
-
-    groups = views_of(config.method).groups
-    side = groups[0].size * groups[0].tiles
-    forwards = sum(group.views * group.size**2 for group in groups) / side**2
-    views = " and ".join(f"{group.views} of {group.size}" for group in groups)
-    seen = f"tiles, {views} pixels, in one montage" if groups[0].tiles > 1 else f"crops, {views} pixels"
-    unit = "forward" if forwards == 1 else "forwards"
-    return f"{forwards:.3g} {unit} of {side} x {side} pixels per image and epoch ({seen})"
 
 
 def scan(data: str, /) -> int:
@@ -480,6 +495,8 @@ def _recording(function: Callable[..., int]) -> Callable[..., Callable[[], int]]
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.POSITIONAL_ONLY:
             hints[name] = Annotated[hints[name], tyro.conf.arg(metavar=name.upper())]
+        if name.endswith("_"):  # a word of Python
+            hints[name] = Annotated[hints[name], tyro.conf.arg(name=name.rstrip("_"))]
     typed = [parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()]
     record.__doc__, record.__annotations__ = function.__doc__, hints
     record.__signature__ = signature.replace(parameters=typed)  # type: ignore[attr-defined]
@@ -556,6 +573,11 @@ COMMANDS: dict[str, Command] = {
         "BACKBONE DATA --out FILE",
         "write features as .parquet or .npy",
         _typed(embed),
+    ),
+    "import": Command(
+        "FILE --out DIR [--from PROJECT]",
+        "official checkpoints of the five methods, and ResNets, in",
+        lambda words: _parse("import", import_weights, words)(),
     ),
     "report": Command(
         "RUN",

@@ -28,6 +28,8 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     recipe: str = ""  # the name it started from
     data: str = ""  # images to train on; labels are never read
+    start_from: str = ""  # weights to start from instead of random ones: a run, imported weights, timm:NAME, ...
+    freeze_backbone_steps: int = 0  # in which only the heads learn; batch norm goes on as in training
     epochs: int = 200
     batch_size: int = 256  # images per update, over all ranks and micro-batches
     seed: int = 0
@@ -47,6 +49,8 @@ class RunConfig:
         for name in ("epochs", "batch_size", "accumulate", "nodes", "log_every", "image_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.freeze_backbone_steps < 0:
+            raise UserError(f"freeze_backbone_steps={self.freeze_backbone_steps} must be at least 0")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed={self.seed} must lie in [0, 2**64)")
         if self.optimizer.idle_epochs + self.optimizer.warmup_epochs > self.epochs:
@@ -93,6 +97,8 @@ def from_dict(kind: Any, value: Any, path: str = "config") -> Any:
             return kind(**{k: from_dict(hints[k], v, f"{path}.{k}") for k, v in value.items()})  # type: ignore[operator]
         except TypeError as error:
             raise UserError(f"{path} is incomplete: {error}") from None
+    if typing.get_origin(kind) is types.UnionType and isinstance(value, list | tuple):  # of int | tuple the tuple
+        kind = next((member for member in typing.get_args(kind) if typing.get_origin(member) is tuple), kind)
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)
         if not isinstance(value, list | tuple) or (inner[-1] is not ... and len(value) != len(inner)):
@@ -132,6 +138,11 @@ def load_config(path: Path) -> RunConfig:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (path.parent / "import.json").exists():
+            raise UserError(
+                f"{path.parent} holds imported weights, not a run: there is nothing to go on with. A new run starts "
+                f"from them with `tessella pretrain RECIPE --data DATA --out RUN --start-from {path.parent}`"
+            ) from None
         raise UserError(f"{path.parent} is not a run folder: it has no {path.name}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as YAML: {error}") from None

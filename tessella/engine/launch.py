@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 import torch.utils.deterministic
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import SLURMEnvironment
+from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor, nn
 
+from tessella import dist
 from tessella.engine.config import RunConfig
 from tessella.errors import UserError
 
@@ -30,6 +34,7 @@ def launch(config: RunConfig) -> Fabric:
     if SLURMEnvironment.detect():
         ranks_here = int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
     devices = ranks_here or (torch.cuda.device_count() if device == "cuda" else 1)
+    several = DDPStrategy() if device == "cuda" else RepeatableDDP()
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "32"
@@ -39,7 +44,7 @@ def launch(config: RunConfig) -> Fabric:
             accelerator=device,
             devices=devices,
             num_nodes=config.nodes,
-            strategy="ddp" if devices * config.nodes > 1 else "auto",
+            strategy=several if devices * config.nodes > 1 else "auto",
             precision="bf16-mixed" if precision == "bf16" else "32-true",
         )
         fabric.launch()
@@ -82,6 +87,30 @@ def repeatable(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         settings.fill_uninitialized_memory = filling
+
+
+class RepeatableDDP(DDPStrategy):
+    """DDP whose gradients do not depend on the age of the process.
+
+    DDP sums gradients in buckets, which it lays out anew after its first step. From three ranks on, the order in which
+    a value's parts are added depends on its place in the bucket, so that a resumed run's first step would differ
+    from the straight run's in the last bits. Here each gradient is summed by itself.
+    """
+
+    def setup_module(self, module: nn.Module) -> nn.parallel.DistributedDataParallel:
+        """Wrap the module."""
+        ddp = super().setup_module(module)
+        ddp.register_comm_hook(None, lambda _, bucket: _mean_of_each_gradient(bucket))
+        return ddp
+
+
+def _mean_of_each_gradient(bucket: torch_dist.GradBucket) -> torch.futures.Future[Tensor]:
+    for gradient in bucket.gradients():  # views of the buffer
+        torch_dist.all_reduce(gradient)
+        gradient.div_(dist.world_size())
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def cores_at_hand() -> int:

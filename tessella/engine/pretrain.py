@@ -21,10 +21,12 @@ from tessella.engine.launch import cores_at_hand, launch, repeatable
 from tessella.engine.log import RunLog
 from tessella.engine.monitor import Monitor
 from tessella.engine.run_folder import RunFolder, State
+from tessella.engine.start import start_from
 from tessella.errors import UserError
 from tessella.methods import build_method, views_of
 from tessella.methods.method import Method, Progress, Setting, Step
-from tessella.modules.backbone import build_backbone
+from tessella.modules.backbone import build_backbone, try_backbone
+from tessella.modules.drop_path import seed_noise
 from tessella.modules.norm import synchronise_batch_norm
 from tessella.optim import build_optimizer, learning_rate
 
@@ -44,13 +46,16 @@ def pretrain(config: RunConfig, out: Path, images: ImageSet | None = None) -> Pa
         UserError: the input cannot be used; the text says what to change.
         Interrupted: Ctrl-C or SIGTERM; the run is saved and `resume` goes on.
     """
+    _try_network(config)
     fabric = launch(config)
     images = images or open_images(config.data)
     state = _build(config, images, fabric.device)
+    start = start_from(config.start_from, state.method)
     if fabric.is_global_zero:
         RunFolder.create(out, config)
+        start.write(out)
     fabric.barrier()
-    return _train(fabric, config, RunFolder(out), images, state)
+    return _train(fabric, config, RunFolder(out), images, state, step=0)
 
 
 def resume(out: Path, changes: dict[str, Any] | None = None, images: ImageSet | None = None) -> Path:
@@ -77,7 +82,18 @@ def resume(out: Path, changes: dict[str, Any] | None = None, images: ImageSet | 
     config = dataclasses.replace(config, **(changes or {}))
     fabric = launch(config)
     images = images or open_images(config.data)
-    return _train(fabric, config, run, images, _build(config, images, fabric.device))
+    state = _build(config, images, fabric.device)
+    step = run.restore(config, images, state)
+    if step == 0:
+        start_from(config.start_from, state.method)
+    return _train(fabric, config, run, images, state, step)
+
+
+def _try_network(config: RunConfig) -> None:
+    """Refuse a network that cannot take the run's views before any image is looked for."""
+    groups = views_of(config.method).groups
+    montages = {group.tiles * group.size for group in groups if group.tiles > 1}
+    try_backbone(config.backbone, {group.size for group in groups if group.tiles == 1} | {config.image_size}, montages)
 
 
 def _build(config: RunConfig, images: ImageSet, device: torch.device) -> State:
@@ -87,17 +103,19 @@ def _build(config: RunConfig, images: ImageSet, device: torch.device) -> State:
     method = build_method(config.method, build_backbone(config.backbone), setting)
     if dist.world_size() > 1:
         synchronise_batch_norm(method, device)
-    method.to(device).to(memory_format=torch.channels_last).train()
+    method.to(device).train()
+    if device.type == "cuda":  # `ResNet._stages` says why not on a CPU
+        method.to(memory_format=torch.channels_last)
     if config.compile:
         method.backbone.compile()
     monitor = Monitor(method.collapse_loss(), method.clusters, config.method.embedding_dim).to(device)
     return State(method, build_optimizer(method, config.optimizer), monitor)
 
 
-def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, state: State) -> Path:
+def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, state: State, step: int) -> Path:
     method, optimizer, monitor = state
     order = method.order(config.method, images.ids, config.batch_size, config.seed)
-    progress = Progress(run.restore(config, images, state), order.steps_per_epoch, config.epochs)
+    progress = Progress(step, order.steps_per_epoch, config.epochs)
     last_step = min(progress.total_steps, config.max_steps or progress.total_steps)
     ddp, fabric_optimizer = fabric.setup(method, optimizer)
     loader = _loader(fabric, config, images, method, order)
@@ -111,12 +129,14 @@ def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, 
             if progress.step_in_epoch == 0:
                 method.epoch_start(progress)
             rate = _set_learning_rate(optimizer, config, progress)
-            step = _forward_backward(fabric, ddp, batches, progress)
+            result = _forward_backward(fabric, ddp, batches, progress, config.seed)
+            if progress.step < config.freeze_backbone_steps:
+                method.backbone.zero_grad()  # to None, not zero: momentum and weight decay would still move it
             method.before_update(progress)
             fabric_optimizer.step()
             fabric_optimizer.zero_grad()
             method.after_update(progress)
-            monitor.observe(step)
+            monitor.observe(result)
 
             progress = progress.next()
             epoch_is_over = progress.step_in_epoch == 0
@@ -124,7 +144,7 @@ def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, 
                 method.epoch_end(progress)
             logged = progress.step % config.log_every == 0 or progress.step == last_step
             if logged:
-                _log(log, monitor, loader, step, progress, rate)
+                _log(log, monitor, loader, result, progress, rate)
             if epoch_is_over:
                 monitor.epoch_start()
 
@@ -162,9 +182,14 @@ def _batches(loader: Loader, progress: Progress, last_step: int) -> Iterator[lis
                 return
 
 
-def _forward_backward(fabric: Fabric, ddp: Any, batches: list[Batch], progress: Progress) -> Step:
-    """Gradients of one update, averaged over its micro-batches; the last micro-batch's step."""
+def _forward_backward(fabric: Fabric, ddp: Any, batches: list[Batch], progress: Progress, seed: int) -> Step:
+    """Gradients of one update, averaged over its micro-batches; the last micro-batch's step.
+
+    What a network draws in training (drop path, dropout) is a function of (seed, step, micro-batch, rank), so that a
+    resumed run draws what a straight one does; recomputation draws it again.
+    """
     for number, batch in enumerate(batches, start=1):
+        seed_noise(seed, progress.step, number, fabric.global_rank, fabric.device)
         with fabric.no_backward_sync(ddp, enabled=number < len(batches)):
             step: Step = ddp(batch, progress)
             fabric.backward(step.loss / len(batches))

@@ -5,6 +5,7 @@ RUN/environment.json      versions, host, data fingerprint of the first start
 RUN/metrics.jsonl         the log
 RUN/checkpoints/step-N/   the last two checkpoints
 RUN/backbone.safetensors  the trained backbone, when the run is complete
+RUN/start.json            what was taken from the weights that the run started from, if it started from any
 RUN/unreadable.txt        images that could not be used, with the reason
 """
 

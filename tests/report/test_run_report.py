@@ -24,8 +24,9 @@ from tessella.methods.jigclu import Jigclu, JigcluConfig
 from tessella.ops.montage import montage_positions
 from tessella.ops.philox import permutation, stream_key
 from tessella.report.charts import bar_chart, line_chart, nice_ticks, tick_labels
+from tessella.report.page import literal
 from tessella.report.pictures import COLOURS, Album, example_rows, show_clusters, show_views
-from tessella.report.run import literal, write_report
+from tessella.report.run import write_report
 from tessella.report.scores import score_tables
 
 ATTACK = '"><img src=x onerror="document.title=1"><script>alert(1)</script>'

@@ -1,0 +1,62 @@
+"""How every page is written: templates that escape all they show, and a file that is whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from tessella.errors import UserError
+from tessella.text import printable
+
+
+def render(template: str, content: dict[str, Any]) -> str:
+    """The text of a page.
+
+    Args:
+        template: a file beside this one, in `templates`.
+        content: all that it shows.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tessella.report"),
+        autoescape=True,
+        finalize=literal,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["short"] = short
+    return environment.get_template(template).render(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def literal(value: Any) -> Any:
+    """Text that shows every character: what a browser would hide, break or turn around becomes an escape.
+
+    Args:
+        value: anything; markup from the template stays as it is.
+    """
+    return value if isinstance(value, Markup) else printable(str(value))
+
+
+def short(data: str) -> str:
+    """A data set's name without the folders above it."""
+    base, mark, part = data.partition("::")
+    return (Path(base).name or base) + mark + part
