@@ -58,13 +58,20 @@ def pretrain(config: RunConfig, out: Path, images: ImageSet | None = None) -> Pa
     return _train(fabric, config, RunFolder(out), images, state, step=0)
 
 
-def resume(out: Path, changes: dict[str, Any] | None = None, images: ImageSet | None = None) -> Path:
+def resume(
+    out: Path,
+    changes: dict[str, Any] | None = None,
+    images: ImageSet | None = None,
+    images_changed: bool = False,
+) -> Path:
     """Go on exactly where a run stopped, from its newest valid checkpoint; from the start if there is none.
 
     Args:
         out: the run folder.
         changes: new values of `FREE_FIELDS`, which change how a run is executed but not what it computes.
         images: as in `pretrain`.
+        images_changed: go on although images were added, removed or re-encoded, from the start of the epoch that was
+            under way. What the method keeps of each image goes with the image.
 
     Returns:
         `out`.
@@ -83,7 +90,8 @@ def resume(out: Path, changes: dict[str, Any] | None = None, images: ImageSet | 
     fabric = launch(config)
     images = images or open_images(config.data)
     state = _build(config, images, fabric.device)
-    step = run.restore(config, images, state)
+    steps_per_epoch = _order(config, images, state.method).steps_per_epoch
+    step = run.restore(config, images, state, steps_per_epoch, images_changed)
     if step == 0:
         start_from(config.start_from, state.method)
     return _train(fabric, config, run, images, state, step)
@@ -114,7 +122,7 @@ def _build(config: RunConfig, images: ImageSet, device: torch.device) -> State:
 
 def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, state: State, step: int) -> Path:
     method, optimizer, monitor = state
-    order = method.order(config.method, images.ids, config.batch_size, config.seed)
+    order = _order(config, images, method)
     progress = Progress(step, order.steps_per_epoch, config.epochs)
     last_step = min(progress.total_steps, config.max_steps or progress.total_steps)
     ddp, fabric_optimizer = fabric.setup(method, optimizer)
@@ -152,12 +160,12 @@ def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, 
             if stopped or logged or epoch_is_over:
                 _refuse_nonfinite(monitor, run, progress)
                 if fabric.is_global_zero and (stopped or run.save_is_due(config.checkpoint_minutes, epoch_is_over)):
-                    run.save(progress.step, config, images, state, loader.skipped)
+                    run.save(progress, config, images, state, loader.skipped)
             if stopped:
                 raise Interrupted(f"stopped and saved at step {progress.step} of {last_step}")
 
     if fabric.is_global_zero:
-        run.save(progress.step, config, images, state, loader.skipped)
+        run.save(progress, config, images, state, loader.skipped)
         run.write_backbone(method)
     fabric.barrier()
     return run.path
@@ -222,6 +230,10 @@ def _refuse_nonfinite(monitor: Monitor, run: RunFolder, progress: Progress) -> N
             "before. Start a new run with a lower learning rate (--optimizer.lr) or a longer warm-up "
             "(--optimizer.warmup-epochs), and with --precision 32 if it ran in bf16"
         )
+
+
+def _order(config: RunConfig, images: ImageSet, method: Method) -> Order:
+    return method.order(config.method, images.ids, config.batch_size, config.seed)
 
 
 def _loader(fabric: Fabric, config: RunConfig, images: ImageSet, method: Method, order: Order) -> Loader:

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,8 @@ from tessella.engine import checkpoint_files
 from tessella.engine.config import RunConfig, load_config, to_dict, to_yaml
 from tessella.engine.monitor import Monitor
 from tessella.errors import UserError
-from tessella.methods.method import Method
+from tessella.methods.method import Method, Progress
+from tessella.modules.memory import follow_images, tables_of
 from tessella.text import printable
 
 _PACKAGES = ("tessella", "torch", "torchvision", "numpy", "scipy", "Pillow", "simplejpeg", "lightning-fabric", "timm")
@@ -80,8 +82,11 @@ class RunFolder:
         seconds = time.monotonic() - self._saved_at
         return seconds >= 60 * minutes or (epoch_is_over and seconds >= _FRESH_SECONDS)
 
-    def save(self, step: int, config: RunConfig, images: ImageSet, state: State, skipped: dict[str, str]) -> None:
+    def save(
+        self, progress: Progress, config: RunConfig, images: ImageSet, state: State, skipped: dict[str, str]
+    ) -> None:
         """Write a checkpoint and drop all but the last two. For rank 0; the others hold the same state."""
+        step = progress.step
         unreadable = dict(images.unreadable) | skipped
         if unreadable:
             self._write_unreadable(unreadable)
@@ -91,13 +96,30 @@ class RunFolder:
                 "optimizer": optimizer_tensors(state.method, state.optimizer),
                 "monitor": dict(state.monitor.state_dict()),
             }
-            facts = {"step": step, "config": to_dict(config), "fingerprints": {"data": images.fingerprint}}
+            if tables_of(state.method):  # whose rows are whose, should the data set change
+                tensors["images"] = {"ids": _ids(images)}
+            facts = {
+                "step": step,
+                "steps_per_epoch": progress.steps_per_epoch,
+                "config": to_dict(config),
+                "fingerprints": {"data": images.fingerprint},
+            }
             checkpoint_files.save(self.checkpoints, step, tensors, facts)
             checkpoint_files.prune(self.checkpoints, keep=2)
         self._saved_step, self._saved_at = step, time.monotonic()
 
-    def restore(self, config: RunConfig, images: ImageSet, state: State) -> int:
+    def restore(
+        self, config: RunConfig, images: ImageSet, state: State, steps_per_epoch: int, images_changed: bool = False
+    ) -> int:
         """Load the newest valid checkpoint into the parts of a run; the number of steps done, 0 without one.
+
+        Args:
+            config: of the run.
+            images: the data set.
+            state: freshly built; filled.
+            steps_per_epoch: with these images.
+            images_changed: whether the images may be others than before. Each image's row of a table then goes where
+                the image is now, and the epoch that was under way starts again.
 
         Raises:
             UserError: the images are not those that the run was trained on.
@@ -106,14 +128,20 @@ class RunFolder:
         if newest is None:
             return 0
         tensors, facts = checkpoint_files.load(newest)
-        if facts["fingerprints"]["data"] != images.fingerprint:
+        others = facts["fingerprints"]["data"] != images.fingerprint
+        if others and not images_changed:
             raise UserError(
                 f"the images of {config.data} have changed since the run was saved: an image was added, removed or "
-                "re-encoded. Put the data back, or start a new run"
+                "re-encoded. Put the data back, go on with the changed images (--images-changed: from the start of the "
+                "epoch that was under way), or start a new run"
             )
+        if others and tables_of(state.method):
+            follow_images(state.method, tensors["method"], tensors["images"]["ids"], _ids(images))
         state.method.load_state_dict(tensors["method"], strict=True)
         load_optimizer_tensors(state.method, state.optimizer, tensors["optimizer"])
         state.monitor.load_state_dict(tensors["monitor"])
+        if others:
+            return int(facts["step"]) // int(facts["steps_per_epoch"]) * steps_per_epoch
         self._saved_step = int(facts["step"])
         return self._saved_step
 
@@ -125,6 +153,11 @@ class RunFolder:
         """List images that could not be used. Names are written on one line, escaped where needed."""
         lines = (f"{printable(key)}\t{printable(reason)}\n" for key, reason in sorted(unreadable.items()))
         checkpoint_files.write_text_atomic(self.path / "unreadable.txt", "".join(lines))
+
+
+def _ids(images: ImageSet) -> Tensor:
+    """(N,) int64 stable ids, in the order of rows."""
+    return torch.from_numpy(np.array(images.ids))
 
 
 def optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

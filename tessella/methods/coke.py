@@ -190,6 +190,11 @@ class Coke(Method):
         """Epochs in the average of labels and centres, with this one; 0 before it begins."""
         return max(0, epoch + 1 - self.config.average_from_epoch) if self.single_view else 0
 
+    def epoch_start(self, progress: Progress) -> None:
+        """Count from 0, also in an epoch that is begun again because the images changed."""
+        for clustering in self.clusterings:
+            clustering.seen.zero_()
+
     def epoch_end(self, progress: Progress) -> None:
         """The centres of the epoch that is over become those that the loss uses."""
         averaged = self._epochs_averaged((progress.step - 1) // progress.steps_per_epoch)  # the clock is one step ahead
