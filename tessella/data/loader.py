@@ -286,7 +286,7 @@ def evaluation_batches(
         interpolation: "bilinear" or "bicubic", both antialiased.
 
     Yields:
-        (b, 3, size, size) float32 channels_last on the device, and the (b,) rows they show, without the
+        (b, 3, size, size) float32 on the device, in `image_layout`, and the (b,) rows they show, without the
         images that could not be decoded.
 
     Raises:

@@ -28,6 +28,7 @@ from tessella.methods.method import Method, Progress, Setting, Step
 from tessella.modules.backbone import build_backbone, try_backbone
 from tessella.modules.drop_path import seed_noise
 from tessella.modules.norm import synchronise_batch_norm
+from tessella.ops.layout import image_layout
 from tessella.optim import build_optimizer, learning_rate
 
 
@@ -111,9 +112,7 @@ def _build(config: RunConfig, images: ImageSet, device: torch.device) -> State:
     method = build_method(config.method, build_backbone(config.backbone), setting)
     if dist.world_size() > 1:
         synchronise_batch_norm(method, device)
-    method.to(device).train()
-    if device.type == "cuda":  # `ResNet._stages` says why not on a CPU
-        method.to(memory_format=torch.channels_last)
+    method.to(device).to(memory_format=image_layout(device)).train()
     if config.compile:
         method.backbone.compile()
     monitor = Monitor(method.collapse_loss(), method.clusters, config.method.embedding_dim).to(device)

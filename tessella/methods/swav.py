@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessella.data.batch import Batch
@@ -175,5 +176,5 @@ class Swav(Method):
     @torch.no_grad()
     def assign(self, features: Tensor) -> Tensor:
         """Nearest prototype of each image in the first head. A code depends on its batch, so the score decides."""
-        scores: Tensor = self.heads[0](self.projector(features))
-        return scores.argmax(dim=1)
+        prototypes = F.normalize(self.heads[0].weight, dim=1)  # the last update left them at other lengths
+        return (self.projector(features) @ prototypes.T).argmax(dim=1)

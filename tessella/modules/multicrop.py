@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tessella.modules.norm import without_statistics
 from tessella.modules.resnet import ResNet
+from tessella.ops.layout import image_layout
 
 
 def joint_features(net: ResNet, crops: Sequence[Tensor]) -> Tensor:
@@ -30,7 +31,7 @@ def joint_features(net: ResNet, crops: Sequence[Tensor]) -> Tensor:
     """
     if len(crops) == 1:
         return net(crops[0])
-    layout = torch.channels_last if crops[0].is_cuda else torch.contiguous_format  # `ResNet._stages` says why
+    layout = image_layout(crops[0].device)
     maps = [net.conv1(x.contiguous(memory_format=layout)) for x in crops]
     maps = [net.maxpool(x) for x in _normalise_together(net.bn1, maps, relu=True)]
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):

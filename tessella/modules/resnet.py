@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tessella.modules.norm import without_statistics
+from tessella.ops.layout import image_layout
 
 
 class BasicBlock(nn.Module):
@@ -138,8 +139,7 @@ class ResNet(nn.Module):
 
     def _stages(self, x: Tensor) -> Iterator[Tensor]:
         """Each stage's output, one after the other; a stage is computed when it is asked for."""
-        # Not on a CPU, where torch's batch norm sums the pixels of channels-last maps with an error of some 1e-5.
-        x = x.contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
+        x = x.contiguous(memory_format=image_layout(x.device))
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for number in (1, 2, 3, 4):
             stage = self.get_submodule(f"layer{number}")

@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tessella.ops.layout import image_layout
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of `factors`, values of `order`
 _NEUTRAL = np.array([1.0, 1.0, 1.0, 0.0], dtype=np.float32)  # the factor of each that changes nothing
 _LEAST_BLUR_RADIUS = 6  # at least kernel 13 (3 sigma at sigma 2), whatever else is in the batch
@@ -80,7 +82,7 @@ def photometric(
         std: of each channel.
 
     Returns:
-        (n, 3, s, s) float32, channels_last.
+        (n, 3, s, s) float32, in `image_layout`.
     """
     device = views.device
     turns = list(itertools.product(range(4), range(4)))  # (which comes, what it is)
@@ -120,11 +122,11 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         std: three numbers.
 
     Returns:
-        (n, 3, h, w) float32, channels_last.
+        (n, 3, h, w) float32, in `image_layout`.
     """
     for channel in range(3):  # plain numbers, so that nothing is copied to the device
         pixels[:, channel].sub_(mean[channel]).div_(std[channel])
-    return pixels.contiguous(memory_format=torch.channels_last)
+    return pixels.contiguous(memory_format=image_layout(pixels.device))
 
 
 def _update(x: Tensor, rows: Tensor, operation: Callable[[Tensor], Tensor]) -> None:

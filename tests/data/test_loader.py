@@ -17,6 +17,7 @@ from tessella.data.sampler import EpochOrder
 from tessella.data.sources import open_images
 from tessella.data.views import CropGroup, Photometry, ViewSpec
 from tessella.errors import UserError
+from tessella.ops.layout import image_layout
 
 PLAIN = Photometry(flip=0, jitter=0, gray=0, blur=0)
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -96,7 +97,7 @@ def assert_levels_agree(levels, expected):
     assert np.quantile(difference, 0.999) <= 1
 
 
-def test_a_batch_holds_each_group_view_after_view_in_channels_last():
+def test_a_batch_holds_each_group_view_after_view_in_a_networks_layout():
     _, steps = load(mixed())
     (batch,) = steps[0]
     assert len(steps) == 5
@@ -105,7 +106,7 @@ def test_a_batch_holds_each_group_view_after_view_in_channels_last():
     for views in batch.views:
         flat = views.flatten(0, 1)
         assert flat.data_ptr() == views.data_ptr()
-        assert flat.is_contiguous(memory_format=torch.channels_last)
+        assert flat.is_contiguous(memory_format=image_layout(flat.device))
     assert torch.equal(batch.instances, torch.from_numpy(EpochOrder(mixed().ids, 8, seed=3).batch(1, 0)))
 
 
@@ -306,7 +307,7 @@ def test_evaluation_sees_torchvisions_resize_and_centre_crop_within_one_level(re
     for pixels, shown in evaluation_batches(
         images, rows, size=size, resize=resize, **RAW, batch_size=7, device="cpu", workers=2
     ):
-        assert pixels.is_contiguous(memory_format=torch.channels_last)
+        assert pixels.is_contiguous(memory_format=image_layout(pixels.device))
         seen += shown.tolist()
         for view, row in zip(pixels, shown, strict=True):
             expected = np.asarray(reference(Image.fromarray(images.pixels[row])), dtype=np.float32)

@@ -244,3 +244,12 @@ def test_two_ranks_equal_one_in_loss_gradient_weights_and_queue():
         assert set(rank) == set(one)
         for name, value in one.items():
             torch.testing.assert_close(rank[name], value, atol=2e-5, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_assign_compares_with_unit_prototypes_though_the_last_update_left_them_at_other_lengths():
+    method = swav().eval()
+    features = torch.randn(30, method.backbone.feature_dim)
+    before = method.assign(features)
+    with torch.no_grad():
+        method.heads[0].weight.mul_(torch.rand(len(method.heads[0].weight), 1) + 0.1)
+    assert torch.equal(method.assign(features), before) and len(before.unique()) > 1
