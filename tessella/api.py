@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tessella import dist
 from tessella.data.sources import ArrayImages, ImageSet, open_images
 from tessella.engine import embed as _embed
 from tessella.engine import evaluate as _evaluate
@@ -37,6 +38,7 @@ from tessella.errors import UserError
 from tessella.modules.backbone import Backbone
 from tessella.protocols.features import Features
 from tessella.recipes import recipe as _recipe
+from tessella.report.evaluation import print_scores, write_pages
 
 Images: TypeAlias = str | Path | ImageSet | NDArray[np.uint8] | tuple[NDArray[np.uint8], ArrayLike]
 
@@ -103,12 +105,17 @@ def load_backbone(source: str | Path) -> Backbone:
 
 def evaluate(
     backbone: str | Path,
-    train: Images,
-    test: Images,
+    train: Images | None = None,
+    test: Images | None = None,
     *,
-    protocols: Sequence[str] = ("knn", "linear", "fewlabels", "clustering"),
+    data: str | Path | None = None,
+    protocols: Sequence[Any] = (),
     out: str | Path | None = None,
     baseline: bool = False,
+    supervised: str | None = None,
+    seeds: int | None = None,
+    again: bool = False,
+    label_map: str | Path | None = None,
     device: str = "auto",
     workers: int | None = None,
     seed: int = 0,
@@ -119,11 +126,18 @@ def evaluate(
 
     Args:
         backbone: a run, imported or official weights, `torchvision:NAME`, `timm:NAME`, or `random:NAME`.
-        train: labelled images to learn from.
-        test: labelled images to be judged on.
-        protocols: knn, linear, linear-swav, linear-jigclu, fewlabels, clustering.
-        out: folder of `evaluation.json`; nothing is written without it.
+        train: images to learn from, with classes, boxes or masks, as the protocols need.
+        test: images to be judged on.
+        data: instead of both, a .yaml file that says which data serve which protocol.
+        protocols: names in `tessella.protocols.SETTINGS`, configs of protocols, or "all" for the quick ones that the
+            data allow; by default kNN, linear, few labels and clustering, with `data` all.
+        out: folder of `evaluation.json`, `evaluation.md`, `evaluation.html` and `predictions`; nothing is written
+            without it. What it has already is not computed again.
         baseline: add the scores of the same network at random init.
+        supervised: a second backbone to stand beside.
+        seeds: trainings of each protocol that trains a network.
+        again: compute anew what `out` has already.
+        label_map: a .csv of class,superclass; the superclasses count.
         device: auto, cpu, cuda or mps.
         workers: decoding threads; default: the cores at hand.
         seed: of every random choice of the protocols.
@@ -136,19 +150,29 @@ def evaluate(
     Raises:
         UserError: the input cannot be used; the text says what to change.
     """
-    return _evaluate.evaluate(
+    records = _evaluate.evaluate(
         str(backbone),
-        _opened(train, labels=True),
-        _opened(test, labels=True),
+        _named_or_opened(train),
+        _named_or_opened(test),
+        data=None if data is None else Path(data),
+        label_map=None if label_map is None else Path(label_map),
         protocols=protocols,
         out=None if out is None else Path(out),
         baseline=baseline,
+        supervised=supervised,
         device=device,
         workers=workers,
         seed=seed,
+        seeds=seeds,
         image_size=image_size,
         batch_size=batch_size,
+        again=again,
     )
+    if dist.rank() == 0:
+        print_scores(records)
+        if out is not None:
+            write_pages(Path(out))
+    return records
 
 
 def embed(
@@ -232,6 +256,13 @@ def _put(part: Any, key: str, value: Any) -> None:
             _put(part[key], inner, inner_value)
     else:
         part[key] = to_dict(value)
+
+
+def _named_or_opened(data: Images | None) -> Any:
+    """Names stay names, because a protocol may open them as images with boxes or masks."""
+    if data is None or isinstance(data, str | Path):
+        return None if data is None else str(data)
+    return _opened(data, labels=True) if isinstance(data, np.ndarray | tuple) else data
 
 
 def _opened(data: Images, labels: bool = False) -> ImageSet:

@@ -180,10 +180,11 @@ def resume(words: list[str]) -> int:
 
     run = Path(name)
     saved = load_config(run / "config.yaml")
-    given = _parse("resume", type(saved), rest, default=saved)
+    images_changed = "--images-changed" in rest  # about this resume alone, so no field of the run
+    given = _parse("resume", type(saved), [word for word in rest if word != "--images-changed"], default=saved)
     new = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     changes = {field: value for field, value in new.items() if value != getattr(saved, field)}
-    return _until_done(run, lambda: go_on(run, changes))
+    return _until_done(run, lambda: go_on(run, changes, images_changed=images_changed))
 
 
 def _resume_help() -> str:
@@ -196,6 +197,9 @@ usage: tessella resume {COMMANDS["resume"].usage}
 Go on exactly where the run stopped, from its newest valid checkpoint. What decides the result stays as it
 was; how the run is executed may change:
 {flags}
+
+Images that were added, removed or re-encoded since are noticed. With --images-changed the run goes on with them
+from the start of the epoch that was under way; what the method keeps of each image goes with the image.
 
 A run that --max-steps cut short goes on to its end with --max-steps None."""
 
@@ -241,26 +245,42 @@ def evaluate(
     backbone: str,
     /,
     *,
-    train: str,
-    test: str,
     out: Path,
-    protocols: tuple[str, ...] = ("knn", "linear", "fewlabels", "clustering"),
+    train: str | None = None,
+    test: str | None = None,
+    data: Path | None = None,
+    protocols: tuple[str, ...] = (),
     baseline: bool = False,
+    supervised: str | None = None,
+    seeds: int | None = None,
+    again: bool = False,
+    label_map: Path | None = None,
     device: Device = "auto",
     workers: int | None = None,
     seed: int = 0,
     image_size: int | None = None,
     batch_size: int = 256,
 ) -> int:
-    """Judge a backbone on labelled images.
+    """Judge a backbone on labelled images: by classes, boxes of objects, or masks.
+
+    Each protocol's record is written to OUT/evaluation.json when it is done, and is not computed again. At the end
+    OUT/evaluation.md and OUT/evaluation.html show all of them beside published figures; OUT/predictions holds what
+    was predicted for each test image.
 
     Args:
         backbone: a run, imported or official weights, torchvision:NAME, timm:NAME, or random:NAME.
-        train: labelled images to learn from.
-        test: labelled images to be judged on.
-        out: folder of evaluation.json; in the run's own folder, `tessella report` shows it.
-        protocols: any of knn, linear, linear-swav, linear-jigclu, fewlabels, clustering.
+        out: folder of the results; in the run's own folder, `tessella report` shows them too.
+        train: images to learn from, in the format that the protocols need.
+        test: images to be judged on.
+        data: instead of both, a .yaml file that says which data serve which protocol.
+        protocols: knn, linear, linear-swav, fewlabels, clustering, svm, finetune-swav-1, transfer, detection-small,
+            segmentation-small, ... (a wrong name lists all); or all, for the quick ones that the data allow. Default:
+            knn linear fewlabels clustering; with --data, all.
         baseline: also score the same network at random init.
+        supervised: a second backbone to stand beside, such as torchvision:resnet50.
+        seeds: trainings of each protocol that trains a network, for a mean and a spread.
+        again: compute anew what OUT has already.
+        label_map: a .csv of class,superclass; the superclasses count.
         device: where to run.
         workers: decoding threads; default: the cores at hand.
         seed: of every random choice of the protocols.
@@ -268,21 +288,32 @@ def evaluate(
         batch_size: images per forward pass; changes the speed, not the result.
     """
     from tessella.engine.evaluate import evaluate as score
+    from tessella.engine.evaluate import leave_ranks
+    from tessella.report.evaluation import print_scores, write_pages
 
-    score(
+    records = score(
         backbone,
         train,
         test,
+        data=data,
+        label_map=label_map,
         protocols=protocols,
         out=out,
         baseline=baseline,
+        supervised=supervised,
         device=device,
         workers=workers,
         seed=seed,
+        seeds=seeds,
         image_size=image_size,
         batch_size=batch_size,
+        again=again,
     )
-    _tell_written(out / "evaluation.json")
+    leave_ranks()
+    if _rank() == 0:
+        print_scores(records)
+        _, page = write_pages(out)
+        _tell_written(page, ", and evaluation.json, evaluation.md and predictions beside it")
     return 0
 
 
@@ -337,6 +368,21 @@ def report(run: Path, /) -> int:
     from tessella.report.of_run import report as write_report
 
     _tell_written(write_report(run))
+    return 0
+
+
+def compare(folders: tuple[Path, ...], /, *, out: Path | None = None) -> int:
+    """Put evaluations side by side: the same protocols on the same images, differences to the first.
+
+    Args:
+        folders: of runs or evaluations, each with an evaluation.json.
+        out: NAME.html or NAME.md to write as well.
+    """
+    from tessella.report.compare import compare as side_by_side
+
+    side_by_side(folders, out)
+    if out is not None:
+        _tell_written(out)
     return 0
 
 
@@ -565,9 +611,14 @@ COMMANDS: dict[str, Command] = {
         resume,
     ),
     "evaluate": Command(
-        "BACKBONE --train DATA --test DATA --out DIR [--protocols NAME ...] [--baseline]",
-        "judge a backbone: kNN, linear probe, few labels, clustering",
+        "BACKBONE (--train DATA --test DATA | --data FILE) --out DIR [--protocols NAME ...] [--baseline]",
+        "judge a backbone: probes, few labels, transfer, detection, segmentation",
         _typed(evaluate),
+    ),
+    "compare": Command(
+        "FOLDERS [--out FILE]",
+        "evaluations side by side",
+        _typed(compare),
     ),
     "embed": Command(
         "BACKBONE DATA --out FILE",

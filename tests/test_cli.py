@@ -103,7 +103,10 @@ WRONG = {
     "pretrain swav_cpu --data digits --out {tmp}/run --method.views.groups.0.scale 0.9 0.1": "lower bound",
     "resume": "RUN comes first",
     "resume {tmp}/full": "full is not a run folder",
-    "evaluate": "BACKBONE, --train, --test, --out must be given",
+    "evaluate": "BACKBONE, --out must be given",
+    "evaluate random:resnet10 --out {tmp}/e": "by --train and --test, or by --data FILE.yaml",
+    "evaluate random:resnet10 --data {tmp}/no.yaml --out {tmp}/e": "cannot be read: No such file",
+    "compare {tmp}/full": "holds no evaluation.json with figures",
     "evaluate {tmp} --train digits::train --test digits::test --out {tmp}/e": "is not a run folder",
     "evaluate random:resnet10 --train digits --test digits --out {tmp}/e --protocols knm": "mean knn?",
     "embed random:resnet10 digits --out {tmp}/features.csv": "neither in .npy nor in .parquet",
@@ -299,11 +302,13 @@ def test_from_images_to_a_backbone_its_figures_its_features_and_its_page(tmp_pat
 
 def test_max_steps_none_lets_a_run_go_to_its_end(tmp_path, monkeypatch):
     given = {}
-    monkeypatch.setattr("tessella.engine.pretrain.resume", lambda out, changes: given.update(changes))
+    monkeypatch.setattr("tessella.engine.pretrain.resume", lambda out, changes, **more: given.update(changes, **more))
     saved = dataclasses.replace(recipe("swav_cpu"), max_steps=5)
     (tmp_path / "config.yaml").write_text(to_yaml(saved))
     assert run(f"resume {shlex.quote(str(tmp_path))} --max-steps None --workers 3") == 0
-    assert given == {"max_steps": None, "workers": 3}
+    assert given == {"max_steps": None, "workers": 3, "images_changed": False}
+    assert run(f"resume {shlex.quote(str(tmp_path))} --images-changed") == 0
+    assert given["images_changed"]
 
 
 def test_a_report_of_images_that_have_gone_is_still_written(tmp_path, capsys):

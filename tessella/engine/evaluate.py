@@ -37,6 +37,7 @@ from tessella.errors import UserError
 from tessella.methods.method import Method
 from tessella.protocols import EvalData, Protocol, protocol_of, record_name
 from tessella.protocols.clustering import score_assignments
+from tessella.protocols.duplicates import DuplicatesConfig
 from tessella.protocols.features import frozen
 from tessella.text import printable
 
@@ -98,9 +99,9 @@ def evaluate(
     Raises:
         UserError: the input cannot be used; the text says what to change.
     """
-    file = None if data is None else read_data_file(Path(data))
-    if (file is None) == (train is None and test is None) or (train is None) != (test is None):
+    if (data is None) == (train is None and test is None) or (train is None) != (test is None):
         raise UserError("the images are named by --train and --test, or by --data FILE.yaml: give the two, or the file")
+    file = None if data is None else read_data_file(data)
     if file is not None and label_map is not None:
         raise UserError(f"a label map belongs into {file.name}: classes: {{label_map: {label_map}}}")
     source = None if file else Source(train, test, None if label_map is None else str(label_map))
@@ -167,7 +168,7 @@ class _Judging:
                 _say(f"{task.name} ({number + 1} of {len(tasks)})")
                 with self._leaving_out(task):
                     data = self.shelf.data(task, loaded.transform)
-                    answered[number] = _record(task, loaded, data, self.file)
+                    answered[number] = dist.broadcast_object(_record(task, loaded, data, self.file))
                     self.file.put(answered[number])
         return dict(sorted(answered.items()))
 
@@ -176,8 +177,8 @@ class _Judging:
         weights = weights_sha256(other.backbone)
         for number, record in answered.items():
             task = tasks[number]
-            if isinstance(task.config, _OwnClustersConfig):  # untrained prototypes mean nothing
-                continue
+            if isinstance(task.config, _OwnClustersConfig | DuplicatesConfig):
+                continue  # untrained prototypes mean nothing, and copies are a matter of the images
             data = self.shelf.data(task, other.transform)
             asked = record | {"network": to_dict(other.config), "weights": weights, "transform": transform_of(data)}
             found = None if self.again else self.file.find_part(identity(asked))
@@ -187,7 +188,8 @@ class _Judging:
                 with self._leaving_out(task):
                     data.predictions = self._below(record, _FOLDERS[part])
                     scores = finite(task.protocol.function(other.backbone, data, task.config))
-                    found = {"name": other.name, "scores": scores, "seconds": round(time.perf_counter() - start, 3)}
+                    seconds = round(time.perf_counter() - start, 3)
+                    found = dist.broadcast_object({"name": other.name, "scores": scores, "seconds": seconds})
             if found is not None:
                 found = found | {key: asked[key] for key in ("network", "weights", "transform")}
                 record[part] = found | {"name": other.name}

@@ -32,6 +32,7 @@ from tessella.data.sampler import check_shares
 from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
 from tessella.errors import UserError
 from tessella.modules.norm import synchronise_batch_norm
+from tessella.ops.layout import image_layout
 from tessella.protocols.average_precision import average_precision, write_json
 from tessella.protocols.detection_batches import (
     DetectionBatch,
@@ -208,7 +209,7 @@ def detection(backbone: nn.Module, data: DetectionData, config: DetectionConfig)
         detector = build_detector(backbone, len(data.classes), widths)
         if dist.world_size() > 1:
             synchronise_batch_norm(detector, data.device)
-        detector.to(data.device).to(memory_format=torch.channels_last)
+        detector.to(data.device).to(memory_format=image_layout(data.device))
         skipped: dict[str, str] = {}
         losses = _train(detector, stream, data, config, skipped)
         if config.precise_bn:

@@ -131,4 +131,3 @@ def chance(records: Iterable[Mapping[str, Any]]) -> str:
     if classes and all(record.get("kind", "classes") == "classes" for record in records):
         sentences.append(f"Guessing one of {classes:,.0f} classes would score {100 / classes:.1f} %.")
     return " ".join(sentences)
-
