@@ -18,7 +18,7 @@ def _same_start(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setenv("TESSELLA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Small real image sets beside the repository; a stranger's clone has none."""
     if not SHARED_DATA.is_dir():

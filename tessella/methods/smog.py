@@ -14,7 +14,6 @@ ECCV 2022. Deviations from the paper and the official code are listed in docs/me
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,14 +30,14 @@ from tessella.data.views import IMAGENET_MEAN, CropGroup, Photometry, ViewSpec
 from tessella.errors import UserError
 from tessella.methods.method import Method, Progress, Setting, Step
 from tessella.modules.backbone import Backbone
-from tessella.modules.drop_path import drop_paths, noise_from, without_drop_path
+from tessella.modules.drop_path import drop_paths, without_drop_path
 from tessella.modules.heads import Projector
 from tessella.modules.memory import FeatureBank
 from tessella.modules.momentum import MomentumEncoder
 from tessella.modules.multicrop import joint_features
 from tessella.modules.resnet import ResNet
 from tessella.ops.grouping import group_loss, group_sums, moved_groups, nearest_group, spherical_kmeans
-from tessella.ops.philox import permutation, philox, stream_key
+from tessella.ops.philox import permutation, stream_key
 
 OFFICIAL_STD = (0.228, 0.224, 0.225)  # red is 0.228, not 0.229, in the official pre-training and evaluation
 _PIPELINE_A = Photometry(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0)
@@ -160,7 +159,7 @@ class Smog(Method):
         if not self._micro_batch:  # before the forward, once per update
             self.momentum_encoder.follow(self._online, self.config.momentum)
         online, other = self._streams(batch.views, progress.step)
-        z, p = self._embed(online, progress)  # (large, B, D), (V, B, D)
+        z, p = self._embed(online)  # (large, B, D), (V, B, D)
         zk = self._embed_by_momentum_encoder(other)  # (A, B, D)
         with torch.autocast(z.device.type, enabled=False):
             labels = torch.stack([_nearest(zk, groups) for groups in self.groups])  # (H, A, B)
@@ -184,14 +183,12 @@ class Smog(Method):
         a, b = views[:half], views[half:]
         return (a, b) if step % 2 == 0 else (b, a)
 
-    def _embed(self, views: tuple[Tensor, ...], progress: Progress) -> tuple[Tensor, Tensor]:
+    def _embed(self, views: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Unit z of the large crops, which moves groups, and unit p of all V views: (large, B, D), (V, B, D)."""
         through_update = self.config.group_grad == "through_update"
-        stochastic = bool(drop_paths(self.backbone))
-        with self._drop_path_noise(progress, views[0].device) if stochastic else contextlib.nullcontext():
-            projected = self._project(self._online, views)
-            p = torch.cat([self.predictor(rows) for rows in projected]).unflatten(0, (-1, views[0].shape[1]))
-        if stochastic:  # groups and bank take a second look, with nothing dropped
+        projected = self._project(self._online, views)
+        p = torch.cat([self.predictor(rows) for rows in projected]).unflatten(0, (-1, views[0].shape[1]))
+        if drop_paths(self.backbone):  # groups and bank take a second look, with nothing dropped
             with torch.set_grad_enabled(through_update), without_drop_path(self.backbone):
                 projected = self._project(self._online, views[:1])
         z = torch.cat(projected).unflatten(0, (-1, views[0].shape[1]))[: self.large_crops]
@@ -279,12 +276,6 @@ class Smog(Method):
             start = groups.clone()
             start[: len(chosen)] = features[known[torch.from_numpy(chosen).to(known.device)]]
             groups.copy_(spherical_kmeans(features[mine], start, self.config.kmeans_iterations))
-
-    def _drop_path_noise(self, progress: Progress, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """Which branches are dropped: a function of (seed, step, micro-batch, rank)."""
-        key = stream_key(self.setting.seed, "drop")
-        high, low, _, _ = philox(key, (progress.step, self._micro_batch, dist.rank(), 0)).tolist()
-        return noise_from(high << 32 | low, device)
 
     @torch.no_grad()
     def assign(self, features: Tensor) -> Tensor:

@@ -47,16 +47,3 @@ def seed_noise(seed: int, step: int, micro_batch: int, rank: int, device: torch.
         torch.cuda.manual_seed(high << 32 | low)
     elif device.type == "mps":
         torch.mps.manual_seed(high << 32 | low)
-
-
-@contextlib.contextmanager
-def noise_from(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of torch inside are a function of `seed`, so that a resumed run draws what a straight one does.
-
-    Args:
-        seed: 0 <= seed < 2**64.
-        device: whose generator is set, beside the CPU's; both are put back afterwards.
-    """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

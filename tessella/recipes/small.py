@@ -210,8 +210,8 @@ def swav_64px() -> RunConfig:
 _MONTAGE = OptimizerConfig("sgd", lr=0.06, weight_decay=5e-4, warmup_epochs=10)
 
 
-def _jigclu(images: _Images) -> RunConfig:
-    method = JigcluConfig(tile_size=images.size // 2, photometry=images.colours(), mean=images.mean, std=images.std)
+def _montage(kind: type[JigcluConfig] | type[MejigcluConfig], images: _Images) -> RunConfig:
+    method = kind(tile_size=images.size // 2, photometry=images.colours(), mean=images.mean, std=images.std)
     return images.run(method, _MONTAGE, epochs=400, batch_size=256)
 
 
@@ -222,7 +222,7 @@ def jigclu_cifar10() -> RunConfig:
     colours, no blur. Tiles of 32 pixels (`--method.tile-size 32`) cost four times as much and are likely to be better.
     A proposal that we have not run to its end; nothing is published for these settings. One forward per image.
     """
-    return _jigclu(_CIFAR10)
+    return _montage(JigcluConfig, _CIFAR10)
 
 
 def jigclu_cifar100() -> RunConfig:
@@ -231,7 +231,7 @@ def jigclu_cifar100() -> RunConfig:
     Settings of `jigclu_cifar10`.
     A proposal that we have not run to its end; nothing is published for these settings. One forward per image.
     """
-    return _jigclu(_CIFAR100)
+    return _montage(JigcluConfig, _CIFAR100)
 
 
 def jigclu_64px() -> RunConfig:
@@ -240,12 +240,7 @@ def jigclu_64px() -> RunConfig:
     Settings of `jigclu_cifar10`, with some blur and a 2x2 max-pool in the stem.
     A proposal that we have not run to its end; nothing is published for these settings. One forward per image.
     """
-    return _jigclu(_FOLDER)
-
-
-def _mejigclu(images: _Images) -> RunConfig:
-    method = MejigcluConfig(tile_size=images.size // 2, photometry=images.colours(), mean=images.mean, std=images.std)
-    return images.run(method, _MONTAGE, epochs=400, batch_size=256)
+    return _montage(JigcluConfig, _FOLDER)
 
 
 def mejigclu_cifar10() -> RunConfig:
@@ -256,7 +251,7 @@ def mejigclu_cifar10() -> RunConfig:
     `--method.category-weight 0.2`.
     A proposal that we have not run to its end; nothing is published for these settings. One forward per image.
     """
-    return _mejigclu(_CIFAR10)
+    return _montage(MejigcluConfig, _CIFAR10)
 
 
 def mejigclu_cifar100() -> RunConfig:
@@ -265,7 +260,7 @@ def mejigclu_cifar100() -> RunConfig:
     Settings of `mejigclu_cifar10`.
     A proposal that we have not run to its end; nothing is published for these settings. One forward per image.
     """
-    return _mejigclu(_CIFAR100)
+    return _montage(MejigcluConfig, _CIFAR100)
 
 
 def mejigclu_64px() -> RunConfig:
@@ -275,7 +270,7 @@ def mejigclu_64px() -> RunConfig:
     more: for a folder of fewer than 12,800 take a smaller batch, images / 50.
     A proposal that we have not run to its end; nothing is published for these settings. One forward per image.
     """
-    return _mejigclu(_FOLDER)
+    return _montage(MejigcluConfig, _FOLDER)
 
 
 def _smog(images: _Images, groups: int) -> RunConfig:

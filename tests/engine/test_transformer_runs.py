@@ -13,6 +13,7 @@ from tessella.engine.config import RunConfig
 from tessella.engine.pretrain import pretrain, resume
 from tessella.engine.weights import resolve_backbone
 from tessella.errors import UserError
+from tessella.methods.smog import two_pipelines
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
 from tests.engine.runs import assert_same, final_state, tiny_run
@@ -25,13 +26,16 @@ def transformer_run(method: str, drop_path: float = 0.5, pool: str = "average", 
     if method == "jigclu":
         settings = dataclasses.replace(config.method, tile_size=16)
     else:
-        views = ViewSpec((CropGroup(2, 32, (0.3, 1.0)), CropGroup(1, 16, (0.1, 0.3))))
-        settings = dataclasses.replace(config.method, views=views, prototypes=(20, 30))
+        crops = (CropGroup(2, 32, (0.3, 1.0)), CropGroup(1, 16, (0.1, 0.3)))
+        special = (
+            {"views": two_pipelines(crops)} if method == "smog" else {"views": ViewSpec(crops), "prototypes": (20, 30)}
+        )
+        settings = dataclasses.replace(config.method, **special)
     backbone = BackboneConfig("timm:test_vit", drop_path=drop_path, recompute=True, pool=pool)
     return dataclasses.replace(config, method=settings, backbone=backbone)
 
 
-@pytest.mark.parametrize("method", ["swav", "jigclu"])
+@pytest.mark.parametrize("method", ["swav", "jigclu", "smog"])
 def test_a_run_with_drop_path_resumed_in_mid_epoch_equals_a_straight_one_bit_for_bit(method: str, tmp_path: Path):
     straight = pretrain(transformer_run(method), tmp_path / "straight")
     sliced = pretrain(transformer_run(method, max_steps=2), tmp_path / "sliced")
