@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tessella import dist
 from tessella.data.annotations import AnnotatedImages, open_annotations
 from tessella.data.index import cache_folder
 from tessella.data.label_map import read_label_map
@@ -17,6 +20,9 @@ from tessella.engine.config import to_dict
 from tessella.engine.evaluation_plan import Source, Task
 from tessella.errors import UserError
 from tessella.protocols import DetectionData, EvalData, EvalTransform, MultiLabelData, SegmentationData
+from tessella.text import printable
+
+_REASONS = 20  # files left out that a record names
 
 Data = EvalData | MultiLabelData | DetectionData | SegmentationData
 
@@ -68,13 +74,23 @@ class Shelf:
         place = task.kind, name, "" if task.kind == "classes" else split
         if place not in self._sets:
             self._sets[place] = opener(name, split)
+            _tell_unreadable(self._sets[place])
         return self._sets[place]
+
+
+def _tell_unreadable(images: Any) -> None:
+    """Name a file that is left out; a figure on fewer images than the folder has must not come as a surprise."""
+    failed = getattr(images, "unreadable", ())
+    if failed and dist.rank() == 0:
+        key, reason = failed[0]
+        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        print(printable(f"left out of {images.name}: {key}: {reason}{more}"), file=sys.stderr)
 
 
 def described(data: Data, split: str) -> dict[str, Any]:
     """What a record says about the images of "train" or "test"."""
     images = data.train if split == "train" else data.test
-    skipped: int | None = None  # the protocol did not look at this split, or tells it itself
+    left_out = dict(getattr(images, "unreadable", ()))  # found when the files were listed; then those that did not decode
     if isinstance(data, EvalData):
         classes = len(data.labels(split).unique())
     elif isinstance(data, SegmentationData):
@@ -82,14 +98,14 @@ def described(data: Data, split: str) -> dict[str, Any]:
     else:
         classes = len(data.classes)
     if isinstance(data, EvalData | MultiLabelData):
-        reasons = data.skipped(split)
-        skipped = None if reasons is None else len(reasons)
+        left_out |= data.skipped(split) or {}
     return {
         "name": images.name,
         "fingerprint": images.fingerprint,
         "images": len(images),
         "classes": classes,
-        "skipped": skipped,
+        "skipped": len(left_out),
+        "reasons": dict(itertools.islice(sorted(left_out.items()), _REASONS)),
     }
 
 

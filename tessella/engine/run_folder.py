@@ -31,7 +31,10 @@ from tessella.methods.method import Method, Progress
 from tessella.modules.memory import follow_images, tables_of
 from tessella.text import printable
 
-_PACKAGES = ("tessella", "torch", "torchvision", "numpy", "scipy", "Pillow", "simplejpeg", "lightning-fabric", "timm")
+_PACKAGES = (
+    *("tessella", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "pycocotools", "Pillow", "simplejpeg"),
+    *("numba", "lightning-fabric", "timm"),
+)
 
 _FRESH_SECONDS = 60  # short epochs do not each pay for a checkpoint
 

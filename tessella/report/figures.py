@@ -20,9 +20,15 @@ _LABELS = {  # name among the scores -> in words; in the order of a table
     "box_ap": "box AP",
     "box_ap50": "box AP50",
     "box_ap75": "box AP75",
+    "box_ap_small": "box AP, small objects",
+    "box_ap_medium": "box AP, medium objects",
+    "box_ap_large": "box AP, large objects",
     "mask_ap": "mask AP",
     "mask_ap50": "mask AP50",
     "mask_ap75": "mask AP75",
+    "mask_ap_small": "mask AP, small objects",
+    "mask_ap_medium": "mask AP, medium objects",
+    "mask_ap_large": "mask AP, large objects",
     "miou": "mean IoU",
     "pixel_accuracy": "pixel accuracy",
     "near_duplicate_share": "test images with a near-copy in train",
@@ -128,6 +134,9 @@ def chance(records: Iterable[Mapping[str, Any]]) -> str:
     classes = next((t["classes"] for t in tests if is_number(t.get("classes")) and t["classes"] > 0), None)
     if images:
         sentences.append(f"{images:,.0f} test images.")
+    skipped = max((t["skipped"] for t in tests if is_number(t.get("skipped"))), default=0)
+    if skipped:
+        sentences.append(f"{skipped:,.0f} more could not be read.")
     if classes and all(record.get("kind", "classes") == "classes" for record in records):
         sentences.append(f"Guessing one of {classes:,.0f} classes would score {100 / classes:.1f} %.")
     return " ".join(sentences)

@@ -183,6 +183,7 @@ def _content(
         "status": status,
         "facts": _facts(run, images),
         "tables": score_tables(run.records, run.path.resolve().name),
+        "evaluated": (run.path / "evaluation.html").is_file(),
         "alarms": [line for line in run.lines if line.get("kind") == "alarm"],
         "steps": run.step,
         "charts": charts,

@@ -14,12 +14,19 @@ _MEASURES = {  # (protocol, score) -> heading, column; in this order
     ("knn", "top1"): ("Neighbours", "kNN"),
     ("fewlabels", "top1_N"): ("Labels per class", "N"),
     ("linear", "top1"): ("Linear probe", "top-1"),
+    ("finetune", "top1"): ("Fine-tuned", "top-1"),
+    ("transfer", "top1"): ("Transfer", "top-1"),
     ("clustering", "accuracy"): ("k-means", "ACC"),
     ("clustering", "nmi"): ("k-means", "NMI"),
     ("clustering", "ari"): ("k-means", "ARI"),
     ("own-clusters", "nmi"): ("Own clusters", "NMI"),
     ("own-clusters", "ari"): ("Own clusters", "ARI"),
+    ("svm", "map"): ("SVM", "mean AP"),
+    ("detection", "box_ap"): ("Detection", "box AP"),
+    ("detection", "mask_ap"): ("Detection", "mask AP"),
+    ("segmentation", "miou"): ("Segmentation", "mean IoU"),
 }
+_OF_SEVERAL_KINDS = ("linear", "finetune", "detection", "segmentation")  # protocols whose records are NAME-SETTING
 
 
 class Column(NamedTuple):
@@ -145,7 +152,9 @@ def _row(
 
 def _figures(protocol: str, scores: dict[str, Any]) -> Iterator[tuple[Column, _Figure]]:
     """The measures of a record that the table shows."""
-    kind, _, variant = protocol.partition("-") if protocol.startswith("linear") else (protocol, "", "")
+    kind, _, variant = protocol.partition("-")
+    if kind not in _OF_SEVERAL_KINDS:
+        kind, variant = protocol.removesuffix("-small"), ""
     stds = scores.get("std")
     for rank, ((wanted, score), (heading, label)) in enumerate(_MEASURES.items()):
         if wanted != kind:
@@ -155,7 +164,8 @@ def _figures(protocol: str, scores: dict[str, Any]) -> Iterator[tuple[Column, _F
             if (name == score or few) and _is_number(value):
                 number = int(few[1]) if few else 0
                 std = scores.get(f"std_{number}") if few else stds.get(name) if isinstance(stds, dict) else None
-                text = str(number) if few else variant or label
+                several = [other for other in _MEASURES if other[0] == kind]
+                text = str(number) if few else f"{variant} {label}" if variant and len(several) > 1 else variant or label
                 yield Column(rank, number, heading, text), _Figure(value, std if _is_number(std) else None)
 
 

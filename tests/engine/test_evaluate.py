@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tessella.data.annotations import open_annotations
 from tessella.data.masks import ArrayMasks
@@ -59,11 +60,26 @@ def test_a_record_says_everything_the_scores_depend_on(tmp_path):
         "images": 60,
         "classes": 3,
         "skipped": 0,
+        "reasons": {},
     }
     assert record["train"] == described
     assert record["libraries"]["torch"] and record["seconds"] >= 0 and record["ranks"] == 1
     assert record["changed"] == {} and record["label_map"] is None and record["date"].endswith("+00:00")
     assert record["network"]["name"] == "resnet10" and record["predictions"] == "predictions/knn"
+
+
+def test_files_that_cannot_be_read_are_told_and_stand_in_the_record(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        folder = tmp_path / "images" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    (tmp_path / "images/class1/half.jpg").write_bytes(b"\xff\xd8\xff\xe0abc")
+    data = str(tmp_path / "images")
+    (record,) = evaluate(TINY_RESNET, data, data, device="cpu", protocols=["knn"])
+    assert record["test"]["images"] == 12 and record["test"]["skipped"] == 1
+    assert list(record["test"]["reasons"]) == ["class1/half.jpg"]
+    assert "class1/half.jpg" in capsys.readouterr().err
 
 
 def test_every_protocol_by_name_from_one_pass_over_the_images():

@@ -397,6 +397,26 @@ def test_every_protocol_has_its_columns_in_one_order() -> None:
     assert "± 4.9 points" in table.facts and "10.0 %" in table.facts
 
 
+def test_trainings_of_the_whole_network_have_their_columns_too() -> None:
+    records = [
+        record("detection-small", "run", box_ap=0.5, mask_ap=0.4),
+        record("segmentation-small", "run", miou=0.6),
+        record("finetune-small-10", "run", top1=0.7),
+        record("transfer-small", "run", top1=0.8),
+        record("svm-small", "run", map=0.9),
+    ]
+    (table,) = score_tables(records, "run")
+    assert [(column.heading, column.label) for column in table.columns] == [
+        ("Fine-tuned", "small-10"),
+        ("Transfer", "top-1"),
+        ("SVM", "mean AP"),
+        ("Detection", "small box AP"),
+        ("Detection", "small mask AP"),
+        ("Segmentation", "small"),
+    ]
+    assert [cell.text for cell in table.rows[0].cells] == ["70.0", "80.0", "90.0", "50.0", "40.0", "60.0"]
+
+
 def test_other_test_images_are_another_table() -> None:
     records = [record("knn", "run", top1=0.5), record("knn", "run", top1=0.6) | {"test": {"name": "other"}}]
     assert [table.test for table in score_tables(records, "run")] == ["test", "other"]
