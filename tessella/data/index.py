@@ -105,8 +105,16 @@ class Index:
         encoded = [_encode(key) for key in keys]
         sizes = np.tile(np.asarray(size, dtype=np.int32), (len(keys), 1))
         nothing = np.full(len(keys), -1, dtype=np.int64)
-        columns = _columns(encoded, sizes, nothing, nothing if labels is None else np.asarray(labels))
+        columns = columns_of(encoded, sizes, nothing, nothing if labels is None else np.asarray(labels))
         return cls(columns, {"classes": classes, "fingerprint": fingerprint, "unreadable": []})
+
+
+    @classmethod
+    def of_columns(
+        cls, columns: dict[str, NDArray[Any]], classes: list[str], unreadable: list[tuple[str, str]]
+    ) -> Index:
+        """An index from columns as of `columns_of`, with the fingerprint that follows from them."""
+        return cls(columns, {"classes": classes, "fingerprint": fingerprint_of(columns), "unreadable": unreadable})
 
 
 def cache_folder() -> Path:
@@ -262,21 +270,29 @@ def _build(listing: Listing) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     table = np.array([measured[i] for i in good], dtype=np.int64).reshape(-1, 3)
     chosen = np.array([positions[i] for i in good], dtype=np.int64)
     labels = np.full(len(good), -1) if listing.labels is None else np.asarray(listing.labels, np.int64)[chosen]
-    columns = _columns([keys[i] for i in good], table[:, :2].astype(np.int32), table[:, 2], labels)
+    columns = columns_of([keys[i] for i in good], table[:, :2].astype(np.int32), table[:, 2], labels)
     for name, values in listing.columns.items():
         columns[f"source_{name}"] = np.asarray(values, dtype=np.int64)[chosen]
     meta = {
         "classes": listing.classes,
-        "fingerprint": _fingerprint(columns),
+        "fingerprint": fingerprint_of(columns),
         "unreadable": sorted(listing.unreadable + bad),
         "watched": listing.watched,
     }
     return columns, meta
 
 
-def _columns(
+def columns_of(
     keys: Sequence[bytes], sizes: NDArray[np.int32], byte_sizes: NDArray[np.int64], labels: NDArray[Any]
 ) -> dict[str, NDArray[Any]]:
+    """The columns of an index.
+
+    Args:
+        keys: N names in ascending order.
+        sizes: (N, 2) upright width and height.
+        byte_sizes: (N,) of the encoded images, -1 where they are not encoded.
+        labels: (N,) index into the classes, -1 for none.
+    """
     offsets = np.zeros(len(keys) + 1, dtype=np.int64)
     np.cumsum([len(key) for key in keys], out=offsets[1:])
     return {
@@ -289,7 +305,7 @@ def _columns(
     }
 
 
-def _fingerprint(columns: dict[str, NDArray[Any]]) -> str:
+def fingerprint_of(columns: dict[str, NDArray[Any]]) -> str:
     """Changes when an image comes, goes, is renamed or encoded anew; not with a touch, not with labels."""
     digest = hashlib.sha256()
     for name in ("key_offsets", "key_bytes", "byte_sizes", "sizes"):

@@ -5,6 +5,7 @@
     .csv, .parquet      files that it lists                                  path as listed
     .tar[.gz], several  in place, by offset (a .gz: from a copy in the       member name, behind the archive's
                         cache)                                               name if there are several
+    a pack              images encoded anew by `tessella pack`               as in its source
     cifar10, stl10 ...  torchvision's arrays, in memory                      split/number
     hf:NAME             Hugging Face `datasets`                              split/number
     digits, shapes      embedded, no download                                split/number
@@ -32,6 +33,7 @@ from tessella.data.sources.images import ArrayImages, ImageSet
 from tessella.data.sources.lists import LIST_SUFFIXES, open_list
 from tessella.data.sources.messages import shown
 from tessella.data.sources.named import TORCHVISION, open_hugging_face, open_torchvision
+from tessella.data.sources.packs import is_pack, open_pack
 from tessella.data.sources.tars import TAR_SUFFIXES
 from tessella.errors import UserError
 
@@ -82,6 +84,8 @@ def _split_part(data: str) -> tuple[str, str | None]:
 
 def _open_path(data: str, path: str, part: str | None, labels: bool, cache: Path) -> ImageSet:
     if os.path.isdir(path):
+        if is_pack(path):
+            return open_pack(data, path, part, labels)
         archives = archives_in(path)
         if archives and not holds_image(path):
             return open_archives(data, path, archives, part, labels, cache)

@@ -9,6 +9,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+from tessella.data.decode import MAX_BYTES, Unreadable
 from tessella.data.index import Index, Listing, cached_index
 from tessella.data.sources.files import IMAGE_SUFFIXES, names_in
 from tessella.data.sources.images import ImageSet
@@ -25,8 +26,11 @@ class TarImages(ImageSet):
         self._archives = archives
 
     def read(self, row: int) -> bytes:  # noqa: D102
-        archive, offset = self.index.column("archive")[row], self.index.column("offset")[row]
-        return self._archives.read(int(archive), int(offset), int(self.index.byte_sizes[row]))
+        archive, offset = int(self.index.column("archive")[row]), int(self.index.column("offset")[row])
+        size = int(self.index.byte_sizes[row])
+        if not (0 <= archive < len(self._archives.paths) and offset >= 0 and 0 <= size <= MAX_BYTES):
+            raise Unreadable(f"the index places it at byte {offset} of archive {archive}, with {size} bytes")
+        return self._archives.read(archive, offset, size)
 
 
 def archives_in(folder: str) -> list[str]:
