@@ -162,6 +162,7 @@ def training_batches(
     std: Sequence[float],
     device: torch.device,
     workers: int,
+    first: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> Generator[MaskBatch, None, None]:
@@ -173,12 +174,13 @@ def training_batches(
         images: what to learn from.
         spec: what to see of it.
         order: which rows make up each step of an epoch.
-        steps: in all.
+        steps: up to this one, which is not made.
         seed: of the protocol.
         mean: of each channel, values in [0, 1].
         std: of each channel.
         device: where the batches go.
         workers: threads that decode.
+        first: step, from 0, that is made.
         rank: of this process.
         world_size: number of processes.
 
@@ -197,7 +199,7 @@ def training_batches(
 
     def drafts() -> Iterator[tuple[MaskBatch, list[partial[None]]]]:
         pinned = device.type == "cuda"
-        for step in range(steps):
+        for step in range(first, steps):
             epoch, within = divmod(step, order.steps_per_epoch)
             [rows] = share(order.batch(epoch, within), rank, world_size, 1)
             shape = len(rows), spec.size, spec.size

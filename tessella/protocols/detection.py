@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import bisect
 import math
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -31,6 +31,7 @@ from tessella.data.annotations.outlines import mask_coder
 from tessella.data.sampler import check_shares
 from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
 from tessella.errors import UserError
+from tessella.modules.drop_path import seed_noise
 from tessella.modules.norm import synchronise_batch_norm
 from tessella.ops.layout import image_layout
 from tessella.protocols.average_precision import average_precision, write_json
@@ -42,10 +43,13 @@ from tessella.protocols.detection_batches import (
     test_plans,
     training_plans,
 )
-from tessella.protocols.features import progress, rank_rows
+from tessella.protocols.features import progress, rank_rows, tensor_digests
+from tessella.protocols.training import Snapshots, from_all_ranks
 from tessella.text import printable
 
 _FPN_SIZES = (640, 672, 704, 736, 768, 800)
+_USUAL_STRIDE = 4  # of a backbone's first map
+_MOST_POSITIONS = 800 * 1333 // 4  # of the finest map of one image: four times those of the published sizes
 _VOC_SIZES = (480, 512, 544, 576, 608, *_FPN_SIZES)
 
 
@@ -184,7 +188,8 @@ def detection(backbone: nn.Module, data: DetectionData, config: DetectionConfig)
     """Train a detector on the training images, score it on the test images.
 
     With `data.predictions`, rank 0 writes there `ground_truth.json` as scored, `detections.json` (boxes) and, for
-    masks, `masks.json`, all in COCO's format.
+    masks, `masks.json`, all in COCO's format; and, until it is done, the training's state every few minutes, from which
+    a killed one goes on exactly.
 
     Args:
         backbone: has `stage_maps`; a copy of it is trained, it stays as it is.
@@ -209,12 +214,15 @@ def detection(backbone: nn.Module, data: DetectionData, config: DetectionConfig)
     with torch.random.fork_rng(devices=[data.device] if data.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         detector = build_detector(backbone, len(data.classes), widths)
+        notes += _check_resolution(detector.finest, config)
         if dist.world_size() > 1:
             synchronise_batch_norm(detector, data.device)
         detector.to(data.device).to(memory_format=image_layout(data.device))
         skipped: dict[str, str] = {}
-        losses = _train(detector, stream, data, config, skipped)
+        snapshots = Snapshots(data.predictions, _asked(backbone, data, config))
+        losses = _train(detector, stream, data, config, skipped, snapshots)
         if config.precise_bn:
+            seed_noise(config.seed, config.iterations, 0, dist.rank(), data.device)
             plans = training_plans(
                 stream, config.iterations, config.precise_bn, config.batch_size, dist.rank(), dist.world_size()
             )
@@ -223,6 +231,7 @@ def detection(backbone: nn.Module, data: DetectionData, config: DetectionConfig)
                 detector, progress(_batches(plans, detector, data, config, skipped), title, config.precise_bn)
             )
     boxes, masks, seen, damaged = _detect(detector, data, config)
+    skipped = dict(from_all_ranks(list(skipped.items())))
     scores = dist.broadcast_object(_score(boxes, masks, seen, data, config) if dist.rank() == 0 else None)
     tenth = max(1, len(losses) // 10)
     scores["loss"] = {"first": float(np.mean(losses[:tenth])), "last": float(np.mean(losses[-tenth:]))}
@@ -231,7 +240,28 @@ def detection(backbone: nn.Module, data: DetectionData, config: DetectionConfig)
         notes.append(f"{len(damaged)} test images could not be decoded and are not scored (the first: {example})")
     if skipped:
         notes.append(f"{len(skipped)} training images could not be decoded and were shown black, without objects")
+    snapshots.drop()
     return scores | {"notes": notes}
+
+
+def _check_resolution(finest: int, config: DetectionConfig) -> list[str]:
+    """Refuse maps that no memory holds; tell at once, and again beside the figures, of those that take their time."""
+    if finest >= _USUAL_STRIDE:
+        return []
+    longest = max(config.longest, config.test_size)
+    shorter = max(*config.train_sizes, config.test_size)
+    more = (_USUAL_STRIDE // finest) ** 2
+    made_for = f"the backbone's stem is made for small images: its first map has {more} times the usual positions"
+    if shorter * longest // finest**2 > _MOST_POSITIONS:
+        raise UserError(
+            f"{made_for}, too many for images of {shorter} x {longest} pixels. Use detection-small, or lower "
+            "train_sizes, test_size and longest to what the backbone was trained on; or pretrain with "
+            "--backbone.stem imagenet"
+        )
+    note = f"{made_for}, and training a detector on it takes several times as long"
+    if dist.rank() == 0:
+        print(note, file=sys.stderr, flush=True)
+    return [note]
 
 
 def learning_rate(config: DetectionConfig, step: int) -> float:
@@ -291,33 +321,58 @@ def renew_statistics(detector: nn.Module, shown: Iterator[DetectionBatch]) -> No
         norm.running_var.copy_(variance / count + square / count - (mean / count).square())
 
 
+def _asked(backbone: nn.Module, data: DetectionData, config: DetectionConfig) -> list[Any]:
+    """All that the trained weights depend on."""
+    return [
+        *(asdict(config), config.version, tensor_digests(backbone), repr(backbone), data.mean, data.std, data.classes),
+        *(data.train.fingerprint, dist.world_size(), data.device.type),
+    ]
+
+
 def _train(
-    detector: nn.Module, stream: Stream, data: DetectionData, config: DetectionConfig, skipped: dict[str, str]
+    detector: nn.Module,
+    stream: Stream,
+    data: DetectionData,
+    config: DetectionConfig,
+    skipped: dict[str, str],
+    snapshots: Snapshots,
 ) -> list[float]:
     """Loss of every step, the mean over the ranks."""
     detector.train()
     optimizer = build_optimizer(detector, config)
-    plans = training_plans(stream, 0, config.iterations, config.batch_size, dist.rank(), dist.world_size())
-    shown = _batches(plans, detector, data, config, skipped)
-    losses = []
-    for step, batch in enumerate(progress(shown, "training the detector", config.iterations)):
+    state = snapshots.load("detector", detector, optimizer, data.device) or {"done": 0, "losses": [], "skipped": {}}
+    done, losses = int(state["done"]), list(state["losses"])
+    skipped.update(state["skipped"])
+    left = config.iterations - done
+    plans = training_plans(stream, done, left, config.batch_size, dist.rank(), dist.world_size())
+    shown = progress(_batches(plans, detector, data, config, skipped), "training the detector", left)
+    for step, batch in enumerate(shown, done):
         check_damage(skipped, len(stream.positions))
-        rate = learning_rate(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        parts, _ = detector(batch.pixels, batch.sizes, batch.targets)
-        loss = torch.stack(list(parts.values())).sum()
-        losses.append(float(dist.all_reduce_sum(loss.detach()) / dist.world_size()))
+        losses.append(_update(detector, optimizer, batch, config, step))
         if not math.isfinite(losses[-1]):
             raise UserError(
                 f"the detector's loss became {losses[-1]} at step {step} of {config.iterations}: lower lr "
                 f"({config.lr}), or raise warmup_iterations ({config.warmup_iterations})"
             )
-        optimizer.zero_grad()
-        loss.backward()
-        _average_gradients(detector)
-        optimizer.step()
+        state = {"done": step + 1, "losses": losses, "skipped": skipped}
+        snapshots.save("detector", detector, optimizer, state, last=step + 1 == config.iterations)
     return losses
+
+
+def _update(
+    detector: nn.Module, optimizer: torch.optim.Optimizer, batch: DetectionBatch, config: DetectionConfig, step: int
+) -> float:
+    """One step on the batch of all ranks; returns the mean loss."""
+    seed_noise(config.seed, step, 0, dist.rank(), batch.pixels.device)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    parts, _ = detector(batch.pixels, batch.sizes, batch.targets)
+    loss = torch.stack(list(parts.values())).sum()
+    optimizer.zero_grad()
+    loss.backward()
+    _average_gradients(detector)
+    optimizer.step()
+    return float(dist.all_reduce_sum(loss.detach()) / dist.world_size())
 
 
 def _average_gradients(module: nn.Module) -> None:
@@ -383,12 +438,8 @@ def _detect(
         image_boxes, image_masks = _as_coco(on_cpu, position, batch.sizes[0], data)
         boxes += image_boxes
         masks += image_masks
-    if dist.world_size() == 1:
-        return boxes, masks, seen, skipped
-    parts: list[Any] = [None] * dist.world_size()
-    torch_dist.all_gather_object(parts, (boxes, masks, seen, skipped))
-    boxes, masks, seen = ([entry for part in parts for entry in part[i]] for i in range(3))
-    return boxes, masks, sorted(seen), {key: why for part in parts for key, why in part[3].items()}
+    boxes, masks, seen = (from_all_ranks(mine) for mine in (boxes, masks, seen))
+    return boxes, masks, sorted(seen), dict(from_all_ranks(list(skipped.items())))
 
 
 def _as_coco(
@@ -491,11 +542,15 @@ def check(data: DetectionData, config: DetectionConfig) -> list[str]:
     notes += [f"test: {note}" for note in data.test.notes]
     if usable < len(data.train) and not config.keep_empty:
         notes.append(f"train: {len(data.train) - usable} of {len(data.train)} images without objects are left out")
-    unknown = [name for name in data.test.classes if name not in set(data.train.classes)]
+    learned, asked = (part.classes_present() for part in (data.train, data.test))
+    unknown = [name for name in data.test.classes if name in asked - learned]
     if unknown:
         notes.append(
-            f"{len(unknown)} classes of the test images have no training image: {printable(', '.join(unknown))}"
+            f"{len(unknown)} classes of the test images have no training object: {printable(', '.join(unknown))}"
         )
+    hopeless = int(((data.test.table.boxes[:, 2:] <= 0).any(axis=1) & ~regions).sum())
+    if hopeless:
+        notes.append(f"{hopeless} objects of the test images have boxes without an area, which count as missed")
     if data.train.fingerprint == data.test.fingerprint:
         notes.append("train and test are the same images: the figures show how well they are remembered")
     if data.test.table.difficult.any():

@@ -63,11 +63,12 @@ class Detector(nn.Module):
 
     Attributes:
         divisor: sides of a batch of images must be multiples of it.
+        finest: stride of the backbone's first map, 4 for a usual one.
     """
 
-    def __init__(self, trunk: nn.Module, rpn: RegionProposals, heads: RegionHeads, divisor: int) -> None:
+    def __init__(self, trunk: nn.Module, rpn: RegionProposals, heads: RegionHeads, divisor: int, finest: int) -> None:
         super().__init__()
-        self.trunk, self.rpn, self.heads, self.divisor = trunk, rpn, heads, divisor
+        self.trunk, self.rpn, self.heads, self.divisor, self.finest = trunk, rpn, heads, divisor, finest
 
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[dict[str, Any]] | None = None
@@ -138,7 +139,7 @@ def _pyramid_detector(backbone: nn.Module, classes: int, widths: Widths) -> Dete
         masks["mask_head"] = MaskRCNNHeads(widths.channels, [widths.channels] * 4, 1)
         masks["mask_predictor"] = _mask_predictor(widths.channels, widths.channels, classes)
     heads = RegionHeads(box_pool, head, _box_predictor(widths.fc_dim, classes), widths, masks)
-    return Detector(trunk, rpn, heads, all_strides[-1])
+    return Detector(trunk, rpn, heads, all_strides[-1], strides[0])
 
 
 def _c4_detector(backbone: nn.Module, classes: int, widths: Widths) -> Detector:
@@ -157,7 +158,7 @@ def _c4_detector(backbone: nn.Module, classes: int, widths: Widths) -> Detector:
     head = nn.Sequential(OrderedDict(stage=stage, norm=nn.BatchNorm2d(channels[3])))
     pool = RoiAlign(_C4_SIDE, [stride], widths.anchor_scale)
     heads = RegionHeads(pool, head, _box_predictor(channels[3], classes), widths, masks)
-    return Detector(FirstStages(backbone), rpn, heads, stride)
+    return Detector(FirstStages(backbone), rpn, heads, stride, strides[0])
 
 
 class Pyramid(nn.Module):

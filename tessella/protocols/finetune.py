@@ -279,10 +279,10 @@ def _train(
         nesterov=recipe.nesterov,
     )
     name = f"{judged[0]}-{setting.rates.trunk:g}-{setting.rates.head:g}-{setting.weight_decay:g}-{seed}"
-    state = snapshots.load(name, model, solver, data.device) or {"epochs_done": 0, "losses": [], "top1": []}
+    state = snapshots.load(name, model, solver, data.device) or {"done": 0, "losses": [], "top1": []}
     losses, top1 = list(state["losses"]), list(state["top1"])
     found = None
-    done = int(state["epochs_done"])
+    done = int(state["done"])
     title = f"fine-tuning ({config.recipe}, {len(rows)} images)"
     with _own_random_numbers(data.device):
         for epoch in progress(range(done, epochs), title, epochs - done):
@@ -294,7 +294,7 @@ def _train(
             if each_epoch or epoch + 1 == epochs:
                 found = _logits(model, data, *judged)
                 top1.append(_top1(found, data, judged[0]))
-            state = {"epochs_done": epoch + 1, "losses": losses, "top1": top1}
+            state = {"done": epoch + 1, "losses": losses, "top1": top1}
             snapshots.save(name, model, solver, state, last=epoch + 1 == epochs)
     if found is None:  # all of it was done before
         found = _logits(model, data, *judged)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,18 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessella import dist
-from tessella.data.mask_views import CropSpec, training_batches
+from tessella.data.mask_views import CropSpec, MaskBatch, training_batches
 from tessella.data.masks import IGNORE
 from tessella.data.sampler import EpochOrder
 from tessella.errors import UserError
+from tessella.modules.drop_path import seed_noise
 from tessella.modules.norm import synchronise_batch_norm
 from tessella.modules.resnet import ResNet
 from tessella.optim import OptimizerConfig, build_optimizer
-from tessella.protocols.features import frozen, progress
+from tessella.protocols.features import frozen, progress, tensor_digests
 from tessella.protocols.mask_files import write_tables
 from tessella.protocols.segmentation_data import SegmentationData, Survey
 from tessella.protocols.segmentation_scores import Judgement, figures, interval, judge
 from tessella.protocols.segmenters import Head, Segmenter, SharedDropout2d, dilate
+from tessella.protocols.training import Snapshots, sum_gradients
 from tessella.text import printable
 
 __all__ = ["RECIPES", "SegmentationConfig", "SegmentationData", "learning_rate", "recipe_name", "segmentation"]
@@ -42,6 +45,7 @@ __all__ = ["RECIPES", "SegmentationConfig", "SegmentationData", "learning_rate",
 _STEP_DROPS = (0.7, 0.9)  # shares of the iterations after which the schedule "step" divides by ten
 _WARMUP_START = 1e-6  # share of the learning rate at the first iteration of a warm-up
 _LOSS_POINTS = 20  # means of the training loss in the record
+_LOSS_CHECK = 100  # iterations between two looks at whether it is finite
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,9 @@ RECIPES = {
 def segmentation(backbone: Any, data: SegmentationData, config: SegmentationConfig) -> dict[str, Any]:
     """Train on the train masks, judge on the test masks. The given backbone stays as it is, bit by bit.
 
+    With `data.predictions`, the training's state is kept there every few minutes until it is done, and a killed one
+    goes on exactly.
+
     Args:
         backbone: one of `modules.backbone`.
         data: images with masks.
@@ -172,12 +179,15 @@ def segmentation(backbone: Any, data: SegmentationData, config: SegmentationConf
         if dist.world_size() > 1:
             synchronise_batch_norm(segmenter, data.device)
         fixed = frozen(segmenter.backbone) if segmenter.frozen else contextlib.nullcontext()
-        with fixed:
-            losses, judgements = _train(segmenter, data, survey, config)
-    judged = judgements[config.iterations]
+        snapshots = Snapshots(data.predictions, _asked(backbone, data, survey, config))
+        with fixed, torch.random.fork_rng([data.device] if data.device.type == "cuda" else []):
+            losses, way = _train(segmenter, data, survey, config, snapshots)
+            judged = _judge(segmenter, data, survey, config, _folder(data))
+    way[config.iterations] = float(np.nanmean(judged.iou))
     folder = _folder(data)
     if folder is not None and dist.rank() == 0:
         write_tables(folder, data.test, survey.classes, judged.confusion, judged.skipped)
+    snapshots.drop()
     scores = figures(judged, survey.classes) | {
         "miou_interval": interval(judged.per_image, config.seed),
         "loss": losses,
@@ -186,8 +196,8 @@ def segmentation(backbone: Any, data: SegmentationData, config: SegmentationConf
         "skipped": len(judged.skipped) + len(data.test.unreadable),
     }
     if config.evaluations > 1:
-        best = max(judgements, key=lambda at: np.nanmean(judgements[at].iou))
-        scores |= {"best_test_miou": float(np.nanmean(judgements[best].iou)), "best_test_iteration": best}
+        best = max(way, key=lambda at: way[at])
+        scores |= {"best_test_miou": way[best], "best_test_iteration": best}
     return scores | {"notes": _notes(backbone, data, survey, config, judged)}
 
 
@@ -252,12 +262,48 @@ def _check_config(config: SegmentationConfig) -> None:
         )
 
 
+def _asked(backbone: nn.Module, data: SegmentationData, survey: Survey, config: SegmentationConfig) -> list[Any]:
+    """All that the trained weights, and what is judged on the way to them, depend on."""
+    return [
+        *(asdict(config), config.version, tensor_digests(backbone), repr(backbone), data.mean, data.std),
+        *(data.train.fingerprint, data.test.fingerprint, survey.classes, dist.world_size(), data.device.type),
+    ]
+
+
 def _train(
-    segmenter: Segmenter, data: SegmentationData, survey: Survey, config: SegmentationConfig
-) -> tuple[list[float], dict[int, Judgement]]:
-    """Means of the loss along the way; iterations done -> how the test images were judged then."""
+    segmenter: Segmenter, data: SegmentationData, survey: Survey, config: SegmentationConfig, snapshots: Snapshots
+) -> tuple[list[float], dict[int, float]]:
+    """Means of the loss along the way; iterations done -> mean IoU on test then, without the last."""
     solver = build_optimizer(segmenter if not segmenter.frozen else _without_backbone(segmenter), _update_rule(config))
-    batches = training_batches(
+    state = snapshots.load("segmenter", segmenter, solver, data.device) or {"done": 0, "losses": [], "miou": {}}
+    done, way = int(state["done"]), {int(at): float(miou) for at, miou in state["miou"].items()}
+    losses = torch.zeros(config.iterations, device=data.device)  # read now and then: nothing waits for the device
+    losses[:done] = torch.tensor(state["losses"])
+    judge_at = {round(config.iterations * (i + 1) / config.evaluations) for i in range(config.evaluations - 1)}
+    dropouts = [module for module in segmenter.modules() if isinstance(module, SharedDropout2d)]
+    with contextlib.closing(_batches(data, config, done)) as batches:
+        for step, batch in enumerate(progress(batches, "training a segmenter", config.iterations - done), done):
+            segmenter.train()
+            seed_noise(config.seed, step, 0, dist.rank(), data.device)
+            for number, dropout in enumerate(dropouts):
+                dropout.seed, dropout.step = config.seed, step * len(dropouts) + number
+            for group in solver.param_groups:
+                group["lr"] = learning_rate(config, step)
+            losses[step] = _update(segmenter, solver, batch.pixels, batch.labels, config.auxiliary)
+            last = step + 1 == config.iterations
+            if last or (step + 1) % _LOSS_CHECK == 0:
+                _check_finite(losses[: step + 1], config)
+            if step + 1 in judge_at:
+                way[step + 1] = float(np.nanmean(_judge(segmenter, data, survey, config).iou))
+            if snapshots.due(last=last):
+                state = {"done": step + 1, "losses": losses[: step + 1].tolist(), "miou": way}
+                snapshots.save("segmenter", segmenter, solver, state, last=last)
+    parts = np.array_split(losses.cpu().numpy(), min(_LOSS_POINTS, len(losses)))
+    return [round(float(part.mean()), 6) for part in parts], way
+
+
+def _batches(data: SegmentationData, config: SegmentationConfig, first: int) -> Generator[MaskBatch, None, None]:
+    return training_batches(
         data.train,
         config.crops,
         EpochOrder(data.train.ids, config.batch_size, config.seed),
@@ -267,40 +313,26 @@ def _train(
         std=data.std,
         device=data.device,
         workers=data.workers,
+        first=first,
         rank=dist.rank(),
         world_size=dist.world_size(),
     )
-    judge_at = {round(config.iterations * (i + 1) / config.evaluations) for i in range(config.evaluations)}
-    judgements: dict[int, Judgement] = {}
-    losses = torch.zeros(config.iterations, device=data.device)  # read once, at the end: nothing waits for the device
-    dropouts = [module for module in segmenter.modules() if isinstance(module, SharedDropout2d)]
-    with contextlib.closing(batches):
-        for step, batch in enumerate(progress(batches, "training a segmenter", config.iterations)):
-            segmenter.train()
-            for number, dropout in enumerate(dropouts):
-                dropout.seed, dropout.step = config.seed, step * len(dropouts) + number
-            for group in solver.param_groups:
-                group["lr"] = learning_rate(config, step)
-            losses[step] = _update(segmenter, solver, batch.pixels, batch.labels, config.auxiliary)
-            if step + 1 in judge_at:
-                folder = _folder(data) if step + 1 == config.iterations else None
-                judgements[step + 1] = judge(
-                    segmenter,
-                    data,
-                    len(survey.classes),
-                    config.crops.resize,
-                    config.window,
-                    config.window_stride,
-                    folder,
-                )
+
+
+def _judge(
+    segmenter: Segmenter, data: SegmentationData, survey: Survey, config: SegmentationConfig, folder: Path | None = None
+) -> Judgement:
+    classes = len(survey.classes)
+    return judge(segmenter, data, classes, config.crops.resize, config.window, config.window_stride, folder)
+
+
+def _check_finite(losses: Tensor, config: SegmentationConfig) -> None:
     values = losses.cpu().numpy()
     if not np.isfinite(values).all():
         raise UserError(
             f"the loss was not finite from iteration {int((~np.isfinite(values)).argmax())} on: give a lower lr than "
             f"{config.lr:g}, or a warm-up"
         )
-    parts = np.array_split(values, min(_LOSS_POINTS, len(values)))
-    return [round(float(part.mean()), 6) for part in parts], judgements
 
 
 def _folder(data: SegmentationData) -> Path | None:
@@ -334,19 +366,9 @@ def _update(
     total = losses[0] + sum(auxiliary * loss for loss in losses[1:])
     solver.zero_grad()
     total.backward()
-    _sum_gradients([p for group in solver.param_groups for p in group["params"]])
+    sum_gradients([p for group in solver.param_groups for p in group["params"]])
     solver.step()
     return dist.all_reduce_sum(losses[0].detach())
-
-
-def _sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Every rank's gradients added, in one exchange."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if dist.world_size() == 1 or not gradients:
-        return
-    whole = dist.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def _notes(

@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as torch_dist
 from numpy.typing import NDArray
 
 from tessella import dist
@@ -20,9 +19,8 @@ from tessella.data.masks import IGNORE, MaskedImages
 from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
 from tessella.errors import UserError
 from tessella.protocols.features import progress, rank_rows
+from tessella.protocols.training import from_all_ranks
 from tessella.text import printable
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -115,12 +113,3 @@ def _check_learnable(images: MaskedImages, counts: NDArray[np.int64]) -> None:
     hint = ", and 255 means a pixel that does not count: if it marks the object, store 1 instead" if share else ""
     what = f"only the class {int(present[0])}" if len(present) else "no labelled pixel"
     raise UserError(f"the masks of {images.name} hold {what}{hint}; there is nothing to tell apart")
-
-
-def from_all_ranks(mine: list[T]) -> list[T]:
-    """The ranks' lists of small objects, one behind the other."""
-    if dist.world_size() == 1:
-        return mine
-    parts: list[list[T]] = [[] for _ in range(dist.world_size())]
-    torch_dist.all_gather_object(parts, mine)
-    return [item for part in parts for item in part]

@@ -18,8 +18,9 @@ from tessella.errors import UserError
 from tessella.ops.philox import stream_key, uniforms
 from tessella.protocols.features import gather_rows, progress, rank_rows
 from tessella.protocols.mask_files import prediction_name, write_mask
-from tessella.protocols.segmentation_data import SegmentationData, from_all_ranks
+from tessella.protocols.segmentation_data import SegmentationData
 from tessella.protocols.segmenters import Segmenter
+from tessella.protocols.training import from_all_ranks
 from tessella.text import printable
 
 _DRAWS = 1000  # of test sets, for the interval

@@ -16,11 +16,12 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as torch_dist
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -32,7 +33,10 @@ from tessella.errors import UserError
 from tessella.ops.philox import permutation, stream_key
 from tessella.protocols.features import EvalData
 
+T = TypeVar("T")
+
 _SNAPSHOT_SECONDS = 180.0  # between two snapshots of a training
+_SNAPSHOT_FORMAT = 2
 
 
 class SubsetOrder:
@@ -155,22 +159,31 @@ def initial_head(classes: int, dim: int, seed: int) -> nn.Linear:
     return head
 
 
-class Snapshots:
-    """Where a long training is kept after some epochs, so that a killed evaluation goes on where it was.
+def from_all_ranks(mine: list[T]) -> list[T]:
+    """The ranks' lists of small objects, one behind the other."""
+    if dist.world_size() == 1:
+        return mine
+    parts: list[list[T]] = [[] for _ in range(dist.world_size())]
+    torch_dist.all_gather_object(parts, mine)
+    return [item for part in parts for item in part]
 
-    Randomness is a function of counters, so parameters, buffers and momenta are all there is. Without a folder, nothing
-    is kept.
+
+class Snapshots:
+    """Where a long training is kept every few minutes, so that a killed evaluation goes on where it was.
+
+    Randomness is a function of counters, so parameters, buffers and the optimiser's state are all there is. Without a
+    folder, nothing is kept.
     """
 
-    def __init__(self, cache: Path | None, asked: Any) -> None:
+    def __init__(self, folder: Path | None, asked: Any) -> None:
         """Name the place.
 
         Args:
-            cache: folder of everything that can be made again; None to keep nothing.
+            folder: gets a folder `training` as long as something is kept; None to keep nothing.
             asked: anything that JSON can hold: all that the training depends on.
         """
-        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:40]
-        self._folder = None if cache is None else cache / "training" / key
+        key = hashlib.sha256(json.dumps([_SNAPSHOT_FORMAT, asked], sort_keys=True).encode()).hexdigest()[:40]
+        self._folder = None if folder is None else folder / "training" / key
         self._saved_at = time.monotonic()
 
     def load(self, name: str, model: nn.Module, solver: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
@@ -179,46 +192,65 @@ class Snapshots:
         fits = found is not None and all(
             name in found[0] and found[0][name].shape == value.shape for name, value in model.state_dict().items()
         )
-        epoch = -1.0 if found is None or not fits else float(found[1].get("epochs_done", 0))
-        newest = dist.all_reduce_max(torch.tensor([epoch, -epoch], device=device)).tolist()
-        if found is None or not fits or newest != [epoch, -epoch]:  # not there, or not the same for every rank
+        done = -1.0 if found is None or not fits else float(found[1]["done"])
+        newest = dist.all_reduce_max(torch.tensor([done, -done], device=device)).tolist()
+        if found is None or not fits or newest != [done, -done]:  # not there, or not the same for every rank
             return {}
         tensors, state = found
         model.load_state_dict({name: tensors[name] for name in model.state_dict()})
         for number, parameter in enumerate(_parameters(solver)):
-            if f"momentum {number}" in tensors:
-                solver.state[parameter]["momentum_buffer"] = tensors[f"momentum {number}"].to(parameter.device)
+            prefix = f"solver {number} "
+            for key in (key for key in tensors if key.startswith(prefix)):
+                part = key.removeprefix(prefix)
+                # As torch makes them: in the parameter's layout and place, but for the counter of steps.
+                value = tensors[key] if part == "step" else torch.empty_like(parameter).copy_(tensors[key])
+                solver.state[parameter][part] = value
         return state
+
+    def due(self, *, last: bool) -> bool:
+        """Whether `save` would keep this moment: on rank 0, if it is the last one or the one before is minutes old."""
+        if self._folder is None or dist.rank() != 0:
+            return False
+        return last or time.monotonic() - self._saved_at >= _SNAPSHOT_SECONDS
 
     def save(
         self, name: str, model: nn.Module, solver: torch.optim.Optimizer, state: dict[str, Any], *, last: bool
     ) -> None:
-        """Keep this moment on rank 0, if it is the last one or the one before is some minutes old.
+        """Keep this moment if it is `due`. A disk that refuses costs the snapshot, not the training.
 
-        A disk that refuses costs the snapshot, not the training.
+        Args:
+            name: of the file; an evaluation may have several trainings.
+            model: its parameters and buffers are kept.
+            solver: its tensors are kept.
+            state: what JSON can hold; `done` must be a number that grows.
+            last: nothing is left to train.
         """
-        if self._folder is None or dist.rank() != 0:
-            return
-        if not last and time.monotonic() - self._saved_at < _SNAPSHOT_SECONDS:
+        if self._folder is None or not self.due(last=last):
             return
         tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
         for number, parameter in enumerate(_parameters(solver)):
-            momentum = solver.state[parameter].get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum {number}"] = momentum.cpu().contiguous()
+            for key, value in solver.state[parameter].items():
+                if isinstance(value, Tensor):
+                    tensors[f"solver {number} {key}"] = value.detach().cpu().contiguous()
         path = self._folder / f"{name}.safetensors"
         temporary = path.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError, SafetensorError):
             self._folder.mkdir(parents=True, exist_ok=True)
             safetensors.torch.save_file(tensors, temporary, {"state": json.dumps(state)})
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())  # a name that is there after a power cut must mean the whole file
             temporary.replace(path)
             self._saved_at = time.monotonic()
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
     def drop(self) -> None:
         """The evaluation is complete: nothing of this is needed any more."""
         dist.barrier()  # no rank may still look for it
         if self._folder is not None and dist.rank() == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other trainings may still be kept beside it
+                self._folder.parent.rmdir()
 
 
 def _read_snapshot(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -323,6 +324,54 @@ def test_the_same_seed_gives_the_same_detector_and_another_seed_another():
     assert one == again and one["loss"] != other["loss"]
 
 
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("changes", [{"masks": True}, {"optimizer": "sgd", "lr": 0.02}])
+def test_a_killed_training_goes_on_and_detects_bit_for_bit_the_same(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(sys.modules["tessella.protocols.training"], "_SNAPSHOT_SECONDS", 0.0)
+    module = sys.modules["tessella.protocols.detection"]
+    config = replace(TINY, iterations=6, steps=(4,), **changes)
+    straight = detection(tiny_backbone(), scenes(10, 3, predictions=tmp_path / "straight"), config)
+    update, steps, deaths = module._update, [], [3]
+
+    def dies(*args):
+        steps.append(args[-1])
+        if steps[-1] in deaths:
+            deaths.clear()
+            raise Killed
+        return update(*args)
+
+    monkeypatch.setattr(module, "_update", dies)
+    killed = scenes(10, 3, predictions=tmp_path / "killed")
+    with pytest.raises(Killed):
+        detection(tiny_backbone(), killed, config)
+    steps.clear()
+    detection(tiny_backbone(), killed, replace(config, seed=1))  # another question finds nothing to go on from
+    assert len(steps) == 6
+    steps.clear()
+    torch.manual_seed(99)
+    assert detection(tiny_backbone(), killed, config) == straight
+    assert steps == [3, 4, 5]
+    files = sorted(path.name for path in (tmp_path / "killed").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "straight").iterdir())
+    for name in files:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_training_that_was_killed_in_the_test_is_not_trained_again(tmp_path, monkeypatch):
+    module = sys.modules["tessella.protocols.detection"]
+    detect = module._detect
+    monkeypatch.setattr(module, "_detect", lambda *args: (_ for _ in ()).throw(Killed))
+    data = scenes(6, 2, predictions=tmp_path)
+    with pytest.raises(Killed):
+        detection(tiny_backbone(), data, TINY)
+    monkeypatch.setattr(module, "_detect", detect)
+    monkeypatch.setattr(module, "_update", lambda *args: pytest.fail("trained again"))
+    assert detection(tiny_backbone(), data, TINY)["images"] == 2
+
+
 def figures_of_this_rank():
     scores = detection(tiny_backbone(), scenes(10, 5), replace(TINY, masks=True))
     return scores["loss"] | {"images": scores["images"], "box_ar100": scores["box_ar100"]}
@@ -399,6 +448,29 @@ def test_classes_that_only_one_split_knows_are_told_and_scored_honestly(tmp_path
     }
     found = json.loads((tmp_path / "detections.json").read_text())
     assert found and {entry["category_id"] for entry in found} == {40, 2, 9}
+
+
+def test_objects_that_cannot_be_learned_or_found_are_told():
+    data = scenes(8, 4)
+    table = data.train.table
+    square = data.train.classes.index("square")
+    data.train.table = table._replace(crowd=table.labels == square)  # the class has a name, and nothing to learn from
+    boxes = data.test.table.boxes.copy()
+    boxes[:2, 2] = 0
+    data.test.table = data.test.table._replace(boxes=boxes)
+    notes = detection(tiny_backbone(), data, replace(TINY, iterations=1))["notes"]
+    assert "1 classes of the test images have no training object: square" in notes
+    assert "2 objects of the test images have boxes without an area, which count as missed" in notes
+
+
+def test_a_backbone_for_small_images_is_told_to_be_slow_and_refused_on_large_ones(capsys):
+    backbone = build_backbone(BackboneConfig("resnet10", width=8, stem="small"))
+    scores = detection(backbone, scenes(6, 2), replace(TINY, iterations=1))
+    assert "16 times the usual positions" in scores["notes"][-1] and scores["notes"][-1] in capsys.readouterr().err
+    large = {"train_sizes": (800,), "test_size": 800, "longest": 1333}
+    for neck in ("fpn", "c4"):
+        with pytest.raises(UserError, match=r"too many for images of 800 x 1333 pixels.*--backbone.stem imagenet"):
+            detection(backbone, scenes(6, 2), replace(TINY, neck=neck, **large))
 
 
 def test_a_mask_of_runs_survives_the_way_through_the_truth():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -351,6 +352,41 @@ def test_a_second_run_gives_the_same_figures_whatever_torchs_generator_says(shap
     assert again == scores
 
 
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "changes", [{"evaluations": 3, "auxiliary": 0.4, "dropout": 0.3}, {"head": "linear", "optimizer": "adamw"}]
+)
+def test_a_killed_training_goes_on_and_gives_bit_for_bit_the_same(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(sys.modules["tessella.protocols.training"], "_SNAPSHOT_SECONDS", 0.0)
+    module = sys.modules["tessella.protocols.segmentation"]
+    config = replace(TINY, **changes)
+    straight = segmentation(resnet(), stripes_data(tmp_path / "straight"), config)
+    update, steps = module._update, []
+
+    def dies(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            raise Killed
+        return update(*args)
+
+    monkeypatch.setattr(module, "_update", dies)
+    with pytest.raises(Killed):
+        segmentation(resnet(), stripes_data(tmp_path / "killed"), config)
+    assert len(list((tmp_path / "killed").rglob("*.safetensors"))) == 1
+    steps.clear()
+    assert segmentation(resnet(), stripes_data(tmp_path / "killed"), config) == straight
+    assert len(steps) == 2  # of six
+    files = [{p.relative_to(d): p.read_bytes() for p in d.rglob("*.*")} for d in sorted(tmp_path.iterdir())]
+    assert files[0] == files[1] and not any("training" in str(name) for name in files[0])
+
+
+def stripes_data(folder):
+    return SegmentationData(stripes(), stripes(3, seed=1), workers=1, predictions=folder)
+
+
 def test_the_linear_head_trains_nothing_of_the_backbone():
     net = resnet(width=8)
     before = tensor_digests(net)
@@ -450,6 +486,10 @@ def test_predictions_keep_names_that_are_safe_and_never_leave_their_folder():
         "y" * 300,
         "y" * 301,
         ".",
+        "-x",
+        "%2Dx",
+        "=1+1",
+        " x",
     ]
     names = [prediction_name(key) for key in keys]
     assert len(set(names)) == len(keys)
@@ -457,6 +497,7 @@ def test_predictions_keep_names_that_are_safe_and_never_leave_their_folder():
         path = Path("/out") / name
         assert path.resolve().is_relative_to("/out") and path.parent.resolve() == Path("/out") / Path(name).parent
         assert all(0 < len(part.encode()) < 255 for part in name.split("/"))
+        assert name[0] not in "=+-@' "  # neither an option of a shell nor a formula of a spreadsheet
 
 
 # Ranks
