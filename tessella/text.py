@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import Any
 
 # Control, format, surrogate, private, unassigned; line and paragraph separators.
 _STEERING = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+_YAML_CHARACTERS = 2**20
+_YAML_DEPTH = 100
+_FORMULA = ("=", "+", "-", "@", "'")  # how a cell begins that a spreadsheet takes for a program, or for our mark
 
 
 def printable(text: str) -> str:
@@ -17,3 +23,47 @@ def printable(text: str) -> str:
         c.encode("unicode_escape", "surrogatepass").decode("ascii") if unicodedata.category(c) in _STEERING else c
         for c in text
     )
+
+
+def cell(text: str) -> str:
+    """`text` for a table that a spreadsheet may open: printable, and never a formula.
+
+    Where it begins like one and is no number, an apostrophe stands before it; also where it begins with an apostrophe.
+    """
+    text = printable(text)
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) and not _is_number(text) else text
+
+
+def plain_yaml(text: str, loader: Any = None) -> Any:
+    """Tables, lists, texts and numbers from YAML; nothing in it is run, and nothing stands for more than itself.
+
+    Args:
+        text: of the file.
+        loader: a kind of `yaml.SafeLoader`, which is the default.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or has a tag of some program.
+        ValueError: it is absurdly long or deep, or has aliases, with which a few lines multiply into gigabytes.
+    """
+    import yaml
+
+    loader = loader or yaml.SafeLoader
+    assert issubclass(loader, yaml.SafeLoader)
+    if len(text) > _YAML_CHARACTERS:
+        raise ValueError(f"it has {len(text):,} characters; up to {_YAML_CHARACTERS:,} are read")
+    depth = 0
+    for event in yaml.parse(text, loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _YAML_DEPTH:
+            raise ValueError(f"it is nested more than {_YAML_DEPTH} deep")
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases (*name): write out what they stand for")
+    return yaml.load(text, loader)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

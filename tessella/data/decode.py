@@ -11,8 +11,13 @@ off as a whole one.
 from __future__ import annotations
 
 import io
+import re
+import struct
+import threading
 import warnings
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +34,16 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 178_956_970  # where Pillow, too, stops warning and refuses; 512 MiB of RGB pixels
 MAX_BYTES = 512 * 2**20  # of one encoded image
 
+_SIGNATURES = (  # how a file in one of `FORMATS` begins
+    *(b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"II", b"MM", b"GIF8"),
+    *(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF", b"P0", b"Py"),
+)
+_MAX_HEADER_BYTES = 2**24  # before the size of a JPEG: 256 full segments
+_MAX_TEXT_PIXELS = 2**24  # bytes of a PPM in decimal digits, which Pillow reads in Python
+_MAX_SCANNED_PIXELS = 2**31  # scans x pixels of a JPEG: about 3 s; 12 scans of the largest image
+_LARGE_BYTES = 2**26  # headers that need a whole file of this size are read one after the other, to spare memory
+_large = threading.Lock()
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # within a scan, anything but a stuffed byte or restart
 _HEAD_BYTES = 2**16  # holds the header of nearly every JPEG, and is one read on any file system
 _FAST_COLOURSPACES = ("YCbCr", "RGB", "Gray")  # what simplejpeg turns into RGB exactly as Pillow does
 _JPEG_DAMAGE = ("premature end", "bad huffman code")  # pixels are lost, which Pillow would not say
@@ -57,7 +72,7 @@ class Unreadable(Exception):
         self.reason = reason
 
 
-def decode(encoded: bytes) -> NDArray[np.uint8]:
+def decode(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8]:
     """Pixels of an image: the first frame, upright, without alpha.
 
     16-bit gray is scaled by 1/257 and floats in [0, 1] by 255, both rounded; 16-bit colour keeps its upper
@@ -65,6 +80,8 @@ def decode(encoded: bytes) -> NDArray[np.uint8]:
 
     Args:
         encoded: a whole file in one of `FORMATS`.
+        shrink: 1, 2, 4 or 8; a JPEG may come at 1/shrink of its size, sides rounded up, in half the time. Others, and
+            JPEGs that are to be turned and whose sides are no multiples of it, come whole.
 
     Returns:
         (height, width, 3) uint8 RGB, contiguous and writable.
@@ -74,12 +91,15 @@ def decode(encoded: bytes) -> NDArray[np.uint8]:
     """
     _check_bytes(len(encoded))
     if simplejpeg is not None and encoded.startswith(b"\xff\xd8"):
-        pixels = _decode_jpeg_fast(encoded)
+        pixels = _decode_jpeg_fast(encoded, shrink)
         if pixels is not None:
             return pixels
     try:
         with _open(encoded) as image:
+            _check_before_loading(image, encoded)
             image.load()
+            if image.format == "PNG":
+                _check_png(image, encoded)
             orientation = _orientation(image)
             rgb = _to_rgb(image)
         if orientation in _UPRIGHT:
@@ -133,30 +153,40 @@ def probe_with(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
     """
     _check_bytes(size)
     head = read(min(size, _HEAD_BYTES))
-    if len(head) < size and head.startswith(b"\x89PNG"):
-        return probe(read(size))  # a PNG may name its orientation behind the pixels
-    try:
-        return probe(head)
-    except Unreadable:
-        if len(head) >= size:
-            raise
-    return probe(read(size))
+    if not head.startswith(_SIGNATURES):
+        return probe(head)  # which says what it is not; no more of it need be read
+    if len(head) >= size or not head.startswith(b"\x89PNG"):  # a PNG may name its orientation behind the pixels
+        try:
+            return probe(head)
+        except Unreadable:
+            if len(head) >= size:
+                raise
+    if head.startswith(b"\xff\xd8"):
+        size = min(size, _MAX_HEADER_BYTES)
+    with _large if size > _LARGE_BYTES else nullcontext():
+        return probe(read(size))
 
 
-def _decode_jpeg_fast(encoded: bytes) -> NDArray[np.uint8] | None:
+def _decode_jpeg_fast(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8] | None:
     """Upright pixels by simplejpeg, or None where Pillow has to decide."""
     try:
         height, width, colourspace, _ = simplejpeg.decode_jpeg_header(encoded)
-        if colourspace not in _FAST_COLOURSPACES:
-            return None
         _check_pixels(width, height)
+        _check_scans(encoded, width, height)
+        if colourspace not in _FAST_COLOURSPACES:
+            if colourspace in ("CMYK", "YCCK"):  # Pillow turns it into RGB, but takes half of it for the whole
+                simplejpeg.decode_jpeg(encoded, colorspace="CMYK", strict=True)
+            return None
+        orientation = _jpeg_orientation(encoded)
+        if orientation != 1 and (width % shrink or height % shrink):
+            shrink = 1  # its last blocks are not full; turned, they would come first, and all that follows be shifted
+        least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)} if shrink > 1 else {}
         # strict is the default, but all depends on it: without it, what is missing comes back gray.
-        pixels = simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True)
+        pixels = simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True, **least)
     except ValueError as error:
         if any(sign in str(error).lower() for sign in _JPEG_DAMAGE):
             raise Unreadable(f"damaged or truncated JPEG: {_reason(error)}") from error
         return None
-    orientation = _jpeg_orientation(encoded)
     if orientation in _UPRIGHT:
         return np.array(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
     return pixels
@@ -211,6 +241,79 @@ def _check_pixels(width: int, height: int) -> None:
         raise Unreadable(f"an image of {width} x {height} pixels")
     if width * height > MAX_PIXELS:
         raise Unreadable(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS:,}")
+
+
+def _check_scans(jpeg: bytes, width: int, height: int) -> None:
+    """Refuse a JPEG that goes over its pixels again and again: kilobytes of it can cost hours."""
+    limit = _MAX_SCANNED_PIXELS // (width * height)
+    # The bytes may also stand in a preview or behind the image: looked at closely only where they are many.
+    if jpeg.count(b"\xff\xda") > limit and sum(marker == 0xDA for marker in _jpeg_markers(jpeg)) > limit:
+        raise Unreadable(f"a JPEG of more than {limit:,} scans over {width} x {height} pixels: save it anew")
+
+
+def _jpeg_markers(jpeg: bytes) -> Iterator[int]:
+    """The markers of a JPEG up to its end, without those within its segments."""
+    position = 2
+    while (found := _JPEG_MARKER.search(jpeg, position)) and found[0][1] != 0xD9:
+        yield found[0][1]
+        position = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
+
+
+def _check_before_loading(image: Image.Image, encoded: bytes) -> None:
+    """What Pillow would decode for minutes, or without all of its rows."""
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(encoded, *image.size)
+    if image.format == "PPM" and encoded[:2] in (b"P1", b"P2", b"P3") and len(encoded) > _MAX_TEXT_PIXELS:
+        raise Unreadable(f"a PPM in decimal digits has more than {_MAX_TEXT_PIXELS:,} bytes: save it in binary form")
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        boxes = [box for _, box, *_ in image.tile if box]
+        if sum((right - left) * (low - top) for left, top, right, low in boxes) < image.width * image.height:
+            raise Unreadable("damaged or truncated TIFF: parts of the image are missing")
+
+
+def _check_png(image: Image.Image, encoded: bytes) -> None:
+    """Refuse a decoded PNG whose pixels are damaged or end early: Pillow checks no sums and leaves missing rows black.
+
+    Rows can only be missing where the last one is black, or where rows come in another order.
+    """
+    if encoded[12:16] != b"IHDR":
+        raise Unreadable("damaged PNG: it does not begin with its header")
+    packed, interlaced = list[bytes](), encoded[28] != 0
+    position = 8
+    while position + 12 <= len(encoded):
+        length, kind = struct.unpack_from(">I4s", encoded, position)
+        end = position + 12 + length
+        if kind == b"IDAT":
+            if zlib.crc32(encoded[position + 4 : end - 4]) != int.from_bytes(encoded[end - 4 : end], "big"):
+                raise Unreadable("damaged PNG: the checksum of its pixels is wrong")
+            packed.append(encoded[position + 8 : end - 4])
+        elif packed:
+            break
+        position = end
+    last_row = image.crop((0, image.height - 1, image.width, image.height))
+    if interlaced or not np.asarray(last_row).any():
+        _check_png_rows(image, b"".join(packed), encoded[24:26], interlaced)
+
+
+def _check_png_rows(image: Image.Image, packed: bytes, kind: bytes, interlaced: bool) -> None:
+    """Refuse compressed rows that unpack to less than the image; `kind` is bit depth and colour type."""
+    bits = kind[0] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind[1]]
+    missing = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in _png_passes(*image.size, interlaced))
+    unpacker = zlib.decompressobj()
+    while missing > 0:
+        unpacked = len(unpacker.decompress(packed, min(missing, 2**22)))
+        if not unpacked:
+            raise Unreadable("damaged or truncated PNG: rows of the image are missing")
+        missing, packed = missing - unpacked, unpacker.unconsumed_tail
+
+
+def _png_passes(width: int, height: int, interlaced: bool) -> list[tuple[int, int]]:
+    """Columns and rows of each pass over a PNG."""
+    if not interlaced:
+        return [(width, height)]
+    starts = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    passes = [(len(range(x, width, dx)), len(range(y, height, dy))) for x, y, dx, dy in starts]
+    return [(columns, rows) for columns, rows in passes if columns and rows]
 
 
 def _orientation(image: Image.Image) -> int:

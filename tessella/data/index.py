@@ -79,6 +79,11 @@ class Index:
         start, end = self._columns["key_offsets"][row : row + 2]
         return self._columns["key_bytes"][start:end].tobytes().decode("utf-8", "surrogateescape")
 
+    @property
+    def encoded_keys(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """All names: UTF-8 bytes one behind the other, and (N + 1,) offsets into them."""
+        return self._columns["key_bytes"], self._columns["key_offsets"]
+
     def column(self, name: str) -> NDArray[np.int64]:
         """One of the source's own columns, (N,)."""
         return self._columns[f"source_{name}"]
@@ -107,7 +112,6 @@ class Index:
         nothing = np.full(len(keys), -1, dtype=np.int64)
         columns = columns_of(encoded, sizes, nothing, nothing if labels is None else np.asarray(labels))
         return cls(columns, {"classes": classes, "fingerprint": fingerprint, "unreadable": []})
-
 
     @classmethod
     def of_columns(
@@ -161,10 +165,10 @@ def cached_index(
 
 
 def evidence_of(path: str) -> Evidence | None:
-    """What a path looks like from outside; None if it is gone."""
+    """What a path looks like from outside; None if it is gone, or no path at all."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a zero byte, which a list may hold
         return None
     return path, -1 if stat.S_ISDIR(status.st_mode) else status.st_size, status.st_mtime_ns
 
@@ -397,6 +401,19 @@ def _load(folder: Path, files: Sequence[str]) -> Index | None:
         ):
             return None
         columns = {name: np.load(built / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in meta["columns"]}
-        return Index(columns, meta)
-    except (OSError, ValueError, KeyError, TypeError):
+        return Index(columns, meta) if _fit_together(columns) else None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
+
+
+def _fit_together(columns: dict[str, NDArray[Any]]) -> bool:
+    """Whether columns are of one index: a damaged cache must not be found out when an image is wanted."""
+    rows = len(columns["ids"])
+    keys, offsets = columns["key_bytes"], columns["key_offsets"]
+    others = [column for name, column in columns.items() if name not in ("key_bytes", "key_offsets")]
+    return (
+        all(np.issubdtype(column.dtype, np.integer) for column in columns.values())
+        and all(column.shape == ((rows, 2) if column is columns["sizes"] else (rows,)) for column in others)
+        and (keys.ndim, offsets.shape) == (1, (rows + 1,))
+        and (int(offsets[0]), int(offsets[-1])) == (0, len(keys))
+    )

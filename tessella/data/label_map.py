@@ -29,6 +29,8 @@ def read_label_map(path: Path) -> dict[str, str]:
         return _of_cifar100(path) if path.is_dir() else _of_table(path)
     except OSError as error:
         raise UserError(f"the label map {path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"the label map {path} is no list of classes: {error}") from None
 
 
 def _of_table(path: Path) -> dict[str, str]:

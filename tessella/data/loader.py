@@ -1,12 +1,15 @@
 """From an image set and an order to batches on the device.
 
     order -> rows -> plan (`views.draw`)
-      decoding: threads decode, crop and resize ------------> uint8 views --+
-      resident: crops of a uint8 tensor on the device ------> uint8 views --+--> photometric --> Batch
+      threads decode, crop and resize -----------------------> uint8 views --+
+      resident on a GPU: crops of a uint8 tensor there ------> uint8 views --+--> photometric --> Batch
+      on a CPU: threads decode (unless resident), crop, resize and colour --------------------> Batch
 
-Both executions follow the same plan. Small images of one size become resident; everything else is decoded,
-each image once for all of its views. Decoding uses threads, not processes: the JPEG decoder and the resize
-release the interpreter's lock, threads start at once, share the index, and write straight into the batch.
+All executions follow the same plan. Small images of one size become resident; everything else is decoded,
+each image once for all of its views. Threads, not processes: the JPEG decoder and the compiled kernels
+(`ops.kernels`) release the interpreter's lock, threads start at once, share the index, and write straight into the
+batch. On a CPU a view is coloured while it is still in the cache of the core that cut it. Without the kernels torch
+resizes, and colours whole batches on the CPU too.
 """
 
 from __future__ import annotations
@@ -33,24 +36,30 @@ from tessella.data.sources import ImageSet
 from tessella.data.views import CropGroup, ViewPlan, ViewSpec, draw
 from tessella.errors import UserError
 from tessella.ops.augment import crop_resize, normalise, photometric, to_device
+from tessella.ops.compiled import kernels
 
 _AHEAD = 3  # batches in work beyond the one that the consumer holds
 _IMAGES_PER_TASK = 4  # few: threads finish a batch together; not one: a task costs some 50 us
+_RESIDENT_IMAGES_PER_TASK = 32  # which take as long as a fraction of one decoding
+_LARGE_PIXELS = 2**20  # from here on decoding at a fraction of the size is considered
+_SHRINK = (8, 4, 2)  # JPEG decoders skip work for these; of 3/4 and the like they make more
+_SHRUNK_CROP = 2  # a crop must still have so many times the pixels of its view per side: see `_shrink`
 _RESIDENT_SIDE = 96  # pixels; beyond it a decoded data set is rarely small
 _RESIDENT_BYTES = 2 << 30
 _RESIDENT_SHARE = 0.25  # of the GPU memory that is free at the start
 _LONGEST_STRIP = 16  # longer side / shorter side that an evaluation resizes whole
+_NONE_READABLE = "none of the data set's images can be decoded: check the files, or give another data set"
 
 T = TypeVar("T")
 Task = Callable[[], None]
 
 
 class _Draft(NamedTuple):
-    """A batch in work. Threads fill `pixels`; for an unreadable image they change `rows` and `plan`."""
+    """A batch in work. Threads fill `views`; for an unreadable image they change `rows` and `plan`."""
 
     rows: NDArray[np.int64]  # (B,)
     plan: ViewPlan
-    pixels: list[Tensor]  # per crop group (v, B, s, s, 3) uint8, pinned when the device is a GPU
+    views: list[Tensor]  # per crop group (v, B, 3, s, s): float32 if finished, else uint8, pinned for a GPU
 
 
 class Loader:
@@ -91,7 +100,8 @@ class Loader:
             rank: of this process.
             world_size: number of processes.
             accumulate: micro-batches per step.
-            max_unreadable: largest share of the data set that may turn out unreadable; one image always may.
+            max_unreadable: largest share of the data set's files that may be unreadable, those that were left out of
+                its list and those that fail to decode; one file always may.
 
         Raises:
             UserError: if the batch cannot be shared equally, or too many images are unreadable.
@@ -105,6 +115,11 @@ class Loader:
         self.wait_seconds = 0.0
         self._unreadable: set[int] = set()
         self._lock = threading.Lock()
+        self._check_share()
+        self._kernels = kernels()
+        self._finishes = self._kernels is not None and self.device.type == "cpu"  # threads do all, not only crops
+        self._mean, self._std = (np.asarray(numbers, dtype=np.float32) for numbers in (spec.mean, spec.std))
+        self._sizes = np.repeat([group.size for group in spec.groups], [group.views for group in spec.groups])
         self.resident = _fits_device(images, self.device)
         if self.resident:
             self._pixels = self._read_all()
@@ -122,7 +137,7 @@ class Loader:
         Raises:
             UserError: if more images than allowed could not be decoded.
         """
-        produce = self._from_device if self.resident else self._from_threads
+        produce = self._from_device if self.resident and not self._finishes else self._from_threads
         with closing(produce(epoch, first_step)) as batches:
             for _ in range(first_step, self.order.steps_per_epoch):
                 start = time.perf_counter()
@@ -135,56 +150,105 @@ class Loader:
             for rows in share(self.order.batch(epoch, step), self.rank, self.world_size, self.accumulate):
                 yield step, rows
 
-    # Decoding
+    # By threads
 
     def _from_threads(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
         with closing(run_ahead(self._drafts(epoch, first_step), self.workers)) as drafts:
-            for draft in drafts:
-                pixels = (group.flatten(0, 1).to(self.device, non_blocking=True) for group in draft.pixels)
-                yield self._finish(draft.rows, draft.plan, [group.permute(0, 3, 1, 2) for group in pixels])
+            for rows, plan, views in drafts:
+                if self._finishes:
+                    yield Batch(tuple(views), to_device(rows, self.device))
+                else:
+                    crops = [group.flatten(0, 1).to(self.device, non_blocking=True) for group in views]
+                    yield self._finish(rows, plan, crops)
 
     def _drafts(self, epoch: int, first_step: int) -> Iterator[tuple[_Draft, Sequence[Task]]]:
-        pinned = self.device.type == "cuda"
         for step, rows in self._micro_batches(epoch, first_step):
-            pixels = [
-                torch.empty(g.views, len(rows), g.size, g.size, 3, dtype=torch.uint8, pin_memory=pinned)
-                for g in self.spec.groups
-            ]
-            draft = _Draft(rows.copy(), self._plan(epoch, rows, step), pixels)
-            yield draft, [partial(self._fill, draft, epoch, step, positions) for positions in portions(len(rows))]
+            rows = self._stand_in[rows] if self.resident else rows.copy()
+            draft = _Draft(rows, self._plan(epoch, rows, step), [self._empty(g, len(rows)) for g in self.spec.groups])
+            if self.resident:
+                parts = portions(len(rows), _RESIDENT_IMAGES_PER_TASK)
+                yield draft, [partial(self._fill_from_memory, draft, positions) for positions in parts]
+            else:
+                parts = portions(len(rows))
+                yield draft, [partial(self._fill, draft, epoch, step, positions) for positions in parts]
+
+    def _empty(self, group: CropGroup, n: int) -> Tensor:
+        """Room for the views of a group."""
+        shape = group.views, n, 3, group.size, group.size
+        if self._finishes:
+            return torch.empty(shape)
+        pinned = self.device.type == "cuda"
+        if self._kernels is not None:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        # torch resizes pixels whose channels lie side by side, and leaves them so.
+        shape = group.views, n, group.size, group.size, 3
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).permute(0, 1, 4, 2, 3)
 
     def _fill(self, draft: _Draft, epoch: int, step: int, positions: list[int]) -> None:
         """Decode some images of a batch and cut their views; other threads fill other positions."""
         for position in positions:
-            row, image = self._read(int(draft.rows[position]))
-            if row != draft.rows[position]:
-                draft.rows[position] = row
-                substitute = self._plan(epoch, [row], step)
+            row = int(draft.rows[position])
+            shrink = self._shrink(row, draft.plan.box[position])
+            found, image = self._read(row, shrink)
+            if found != row:
+                draft.rows[position] = found
+                substitute = self._plan(epoch, [found], step)
                 for name in ViewPlan._fields:
                     getattr(draft.plan, name)[position] = getattr(substitute, name)[0]
-            boxes = iter(draft.plan.box[position].tolist())
-            for group, pixels in zip(self.spec.groups, draft.pixels, strict=True):
-                for view in range(group.views):
-                    left, top, width, height = next(boxes)
-                    crop = image[top : top + height, left : left + width]
-                    pixels[view, position] = resize_pixels(crop, group.size, group.size)
+                shrink = self._shrink(found, draft.plan.box[position])
+                image = self._decode(found, shrink)
+            whole = image.shape[1] == self.images.sizes[found][0]
+            self._cut(draft, np.ascontiguousarray(image)[None], position, 1 if whole else shrink)
 
-    def _read(self, row: int) -> tuple[int, NDArray[np.uint8]]:
-        """The first row from `row` on that can be decoded, and its pixels (H, W, 3)."""
+    def _fill_from_memory(self, draft: _Draft, positions: list[int]) -> None:
+        pixels = self._pixels.permute(0, 2, 3, 1).numpy()
+        self._cut(draft, pixels[draft.rows[positions]], positions[0])
+
+    def _cut(self, draft: _Draft, images: NDArray[np.uint8], first: int, shrink: int = 1) -> None:
+        """Make the views of images (n, h, w, 3), the first of which is at position `first` of the batch."""
+        at, begin = slice(first, first + len(images)), 0
+        for group, views in zip(self.spec.groups, draft.views, strict=True):
+            box, *colours = draft.plan.select(at, slice(begin, begin + group.views))
+            begin += group.views
+            if self._kernels is None:
+                _cut_by_torch(images[0], box[0], views[:, first])
+            elif self._finishes:
+                self._kernels.cut_and_colour(
+                    images, box / shrink, *colours, self._mean, self._std, views.numpy(), first
+                )
+            else:
+                self._kernels.cut(images, box / shrink, views.numpy(), first)
+
+    def _shrink(self, row: int, boxes: NDArray[np.int32]) -> int:
+        """At which fraction of its size a large image may be decoded for these crops: one of `_SHRINK`, or 1.
+
+        Averaging blocks of pixels in the decoder and resizing the rest is not quite resizing the whole. Where every
+        crop keeps twice the pixels of its view, views differ by 0.7 to 0.9 levels in the mean, by 4 to 5 in one value
+        of a hundred and by 25 at most; without that margin by 2.4, 15 and 75. This was measured on photos that are
+        sharp in every pixel, which large ones are not. Photos of the size of most of ImageNet's are decoded whole.
+        """
+        if self._kernels is None or self.images.sizes[row].prod() < _LARGE_PIXELS:
+            return 1
+        spare = (boxes[:, 2:].min(axis=1) / self._sizes).min()
+        return next((shrink for shrink in _SHRINK if spare >= _SHRUNK_CROP * shrink), 1)
+
+    def _read(self, row: int, shrink: int) -> tuple[int, NDArray[np.uint8]]:
+        """The first row from `row` on that can be decoded, and its pixels (h, w, 3)."""
         for candidate in range(row, row + len(self.images)):
             candidate %= len(self.images)
             if candidate in self._unreadable:
                 continue
             try:
-                return candidate, self._decode(candidate)
+                return candidate, self._decode(candidate, shrink)
             except Unreadable as error:
                 self._skip(candidate, error.reason)
-        raise UserError("none of the data set's images can be decoded: check the files, or give another data set")
+        raise UserError(_NONE_READABLE)
 
-    def _decode(self, row: int) -> NDArray[np.uint8]:
-        image = self.images.image(row)
-        width, height = self.images.sizes[row]
-        if image.shape != (height, width, 3):
+    def _decode(self, row: int, shrink: int = 1) -> NDArray[np.uint8]:
+        """Pixels of an image, whole or, where its format has a quick way to that, at 1/shrink of its size."""
+        image = self.images.image(row, shrink) if shrink > 1 else self.images.image(row)
+        width, height = self.images.sizes[row].tolist()
+        if image.shape not in ((height, width, 3), (-(-height // shrink), -(-width // shrink), 3)):
             found = f"{image.shape[1]} x {image.shape[0]}"
             raise Unreadable(f"{found} pixels, but {width} x {height} when the data set was indexed")
         return image
@@ -193,13 +257,19 @@ class Loader:
         with self._lock:
             self._unreadable.add(row)
             self.skipped[str(self.images.key(row))] = reason
-            if len(self._unreadable) > max(1, self.max_unreadable * len(self.images)):
-                examples = "; ".join(f"{key}: {why}" for key, why in list(self.skipped.items())[:3])
-                raise UserError(
-                    f"{len(self._unreadable)} of {len(self.images)} images could not be decoded, more than "
-                    f"the allowed {self.max_unreadable:.1%} ({examples}): "
-                    "repair or remove them, or allow a larger share (max_unreadable)"
-                )
+            self._check_share()
+
+    def _check_share(self) -> None:
+        """Stop when more of the data set's files are unreadable than allowed: half a data set is another one."""
+        left_out = self.images.unreadable
+        found, files = len(left_out) + len(self._unreadable), len(left_out) + len(self.images)
+        if found > max(1, self.max_unreadable * files):
+            reasons = [*self.skipped.items(), *left_out[:3]][:3]
+            raise UserError(
+                f"{found:,} of {files:,} images could not be read or decoded, more than the allowed "
+                f"{self.max_unreadable:.1%} ({'; '.join(f'{key}: {why}' for key, why in reasons)}): repair or remove "
+                "them (`tessella scan` lists all), or allow a larger share (--max-unreadable 0.1 for a tenth)"
+            )
 
     # Resident
 
@@ -207,6 +277,8 @@ class Loader:
         """(N, 3, H, W) uint8 on the device; rows that cannot be decoded stay black and are never used."""
         width, height = self.images.sizes[0]
         pixels = np.zeros((len(self.images), 3, height, width), dtype=np.uint8)
+        if self._finishes:  # the kernels want the channels of a pixel side by side
+            pixels = np.zeros((len(self.images), height, width, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
 
         def read(rows: NDArray[np.int64]) -> None:
             for row in rows.tolist():
@@ -221,6 +293,8 @@ class Loader:
             _show_progress(counts, len(pixels), "Reading images")
         # The row that stands for each row: itself, or the next that could be decoded.
         readable = np.setdiff1d(np.arange(len(pixels)), sorted(self._unreadable))
+        if not len(readable):
+            raise UserError(_NONE_READABLE)
         self._stand_in = readable[np.searchsorted(readable, np.arange(len(pixels))) % len(readable)]
         return torch.from_numpy(pixels).to(self.device)
 
@@ -322,9 +396,9 @@ def evaluation_batches(
                 yield normalise(on_device.to(torch.float32).div_(255), mean, std), wanted[readable]
 
 
-def portions(n: int) -> list[list[int]]:
+def portions(n: int, size: int = _IMAGES_PER_TASK) -> list[list[int]]:
     """Positions of a batch in portions for one task each."""
-    return [list(range(start, min(start + _IMAGES_PER_TASK, n))) for start in range(0, n, _IMAGES_PER_TASK)]
+    return [list(range(start, min(start + size, n))) for start in range(0, n, size)]
 
 
 def _fits_device(images: ImageSet, device: torch.device) -> bool:
@@ -336,6 +410,13 @@ def _fits_device(images: ImageSet, device: torch.device) -> bool:
     if device.type == "cuda":
         limit = min(limit, _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
     return len(images) * width * height * 3 <= limit
+
+
+def _cut_by_torch(image: NDArray[np.uint8], boxes: NDArray[np.int32], views: Tensor) -> None:
+    """Views (v, 3, s, s) of one image, as `ops.kernels.cut` makes them."""
+    size = views.shape[-1]
+    for (left, top, width, height), view in zip(boxes.tolist(), views, strict=True):
+        view.copy_(resize_pixels(image[top : top + height, left : left + width], size, size).permute(2, 0, 1))
 
 
 def _colour(crops: Tensor, plan: ViewPlan, group: CropGroup, spec: ViewSpec) -> Tensor:

@@ -141,7 +141,7 @@ def _write_shard(
     """One tar and, when it is whole, its list of members."""
     file, table, unreadable = out / _shard(number), [], []
     temporary = file.with_name(f"temp-{file.name}")
-    one = partial(_encode, images, short_side=asked["short_side"], quality=asked["quality"])
+    one = partial(encode_for_pack, images, short_side=asked["short_side"], quality=asked["quality"])
 
     def work() -> Any:
         for start in range(rows.start, rows.stop, _IMAGES_PER_TASK):
@@ -178,8 +178,12 @@ def _fill(one: Any, rows: list[int], found: list[_One | str]) -> None:
             found[position] = error.reason
 
 
-def _encode(images: ImageSet, row: int, short_side: int, quality: int) -> _One:
-    """One image as it will be stored."""
+def encode_for_pack(images: ImageSet, row: int, short_side: int, quality: int) -> _One:
+    """One image as a pack stores it.
+
+    Raises:
+        Unreadable: it cannot be decoded, or does not fit into a JPEG.
+    """
     stored = images.read(row)
     pixels = decode(stored) if isinstance(stored, bytes) else stored
     height, width, _ = pixels.shape

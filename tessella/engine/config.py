@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,6 +16,7 @@ from tessella.errors import UserError
 from tessella.methods import METHODS, MethodConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
+from tessella.text import plain_yaml
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -42,6 +44,8 @@ class RunConfig:
     nodes: int = 1  # machines, under torchrun or SLURM
     workers: int | None = None  # decoding threads per rank; default: the cores at hand
     max_unreadable: float = 0.01  # share of images that may turn out unreadable before the run stops
+    max_left_out: int = 3  # steps that may be left out because they make NaN or infinite numbers; one more ends the run
+    rank_timeout: float = 40.0  # seconds without a sign of life after which the other ranks give one up; 0: never
     log_every: int = 20  # steps between log lines
     checkpoint_minutes: float = 10.0  # between checkpoints; an epoch's end saves too, unless the last save is fresh
 
@@ -63,8 +67,127 @@ class RunConfig:
             raise UserError(f"max_steps={self.max_steps} must be at least 1, or left out")
 
 
-# What a resumed run may be given anew: how it is executed, not what it computes.
-FREE_FIELDS = ("data", "max_steps", "device", "workers", "log_every", "checkpoint_minutes", "max_unreadable", "nodes")
+_SHOWN_CHARACTERS = 60  # of a value in a message; views take hundreds
+
+# What a resumed run may be given anew. Every field is in one class; `*` stands for the rest of a part.
+#   free: how the run is executed, not what it computes
+#   flag: changes what is computed from now on, so that it has to be allowed by name (`--allow epochs`)
+#   fixed: decides what the saved state means: its tensors, or which images make up a step
+OnResume: TypeAlias = Literal["free", "flag", "fixed"]
+ON_RESUME: dict[str, OnResume] = {
+    "method.*": "fixed",
+    "backbone.name": "fixed",
+    "backbone.width": "fixed",
+    "backbone.stem": "fixed",
+    "backbone.recompute": "flag",
+    "backbone.drop_path": "flag",
+    "backbone.pool": "fixed",
+    "optimizer.name": "fixed",
+    "optimizer.lr": "flag",
+    "optimizer.momentum": "flag",
+    "optimizer.weight_decay": "flag",
+    "optimizer.decay_norm_and_bias": "flag",
+    "optimizer.trust": "flag",
+    "optimizer.idle_epochs": "flag",
+    "optimizer.warmup_epochs": "flag",
+    "optimizer.warmup_lr": "flag",
+    "optimizer.warmup_end": "flag",
+    "optimizer.final_lr": "flag",
+    "optimizer.per_epoch": "flag",
+    "recipe": "fixed",
+    "data": "free",
+    "start_from": "fixed",
+    "freeze_backbone_steps": "flag",
+    "epochs": "flag",
+    "batch_size": "fixed",
+    "seed": "fixed",
+    "image_size": "fixed",
+    "max_steps": "free",
+    "accumulate": "fixed",
+    "device": "free",
+    "precision": "flag",
+    "compile": "flag",
+    "nodes": "free",
+    "workers": "free",
+    "max_unreadable": "free",
+    "max_left_out": "free",
+    "rank_timeout": "free",
+    "log_every": "free",
+    "checkpoint_minutes": "free",
+}
+FREE_FIELDS = tuple(name for name, kind in ON_RESUME.items() if kind == "free")
+
+
+def on_resume(field: str) -> OnResume:
+    """The class of one field.
+
+    Args:
+        field: its dotted name, such as `optimizer.lr`.
+    """
+    kind = ON_RESUME.get(field) or ON_RESUME.get(field.partition(".")[0] + ".*")
+    assert kind is not None, f"{field} has no class in ON_RESUME"
+    return kind
+
+
+def differences(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the fields in which two configurations differ, with both values."""
+    return dict(_differences(to_dict(before), to_dict(after), ""))
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if before.get("name") != after.get("name"):  # of a method, a network, an optimiser: the rest cannot be compared
+        yield f"{prefix}name", (before.get("name"), after.get("name"))
+        return
+    for name, old in before.items():
+        new = after[name]
+        if isinstance(old, dict):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name}", (old, new)
+
+
+def refuse_changes(before: RunConfig, after: RunConfig, allowed: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """What a run that goes on may and may not change; see `ON_RESUME`.
+
+    Args:
+        before: what the run's state was computed with.
+        after: what is to be computed now.
+        allowed: dotted names of fields of the class "flag".
+
+    Returns:
+        The allowed differences that change what is computed; those of free fields are left out.
+
+    Raises:
+        UserError: other differences, all of them listed; or a name that cannot be allowed.
+    """
+    for name in allowed:
+        if ON_RESUME.get(name) != "flag":
+            can = ", ".join(field for field, kind in ON_RESUME.items() if kind == "flag")
+            raise UserError(f"--allow {name}: what can be allowed is {can}")
+    changed = {name: values for name, values in differences(before, after).items() if on_resume(name) != "free"}
+    fixed = {name: values for name, values in changed.items() if on_resume(name) == "fixed"}
+    asked = {name: values for name, values in changed.items() if on_resume(name) == "flag" and name not in allowed}
+    if not (fixed or asked):
+        return changed
+    told = (fixed | asked).items()
+    problems = [f"{name} would change from {_shown(old)} to {_shown(new)}" for name, (old, new) in told]
+    remedy = "put the old values back"
+    if asked:
+        remedy += ", or accept what may change with " + " ".join(f"--allow {name}" for name in asked)
+    if fixed:
+        remedy += f", or start a new run ({', '.join(fixed)} cannot change within one; --start-from takes over weights)"
+    raise UserError(f"the run cannot go on as another one: {'; '.join(problems)}. Either {remedy}")
+
+
+def different_fields(before: RunConfig, after: RunConfig) -> dict[str, Any]:
+    """Fields of `after` that `before` has otherwise, as `dataclasses.replace` takes them."""
+    values = {field.name: getattr(after, field.name) for field in dataclasses.fields(after)}
+    return {name: value for name, value in values.items() if value != getattr(before, name)}
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def to_dict(config: Any) -> Any:
@@ -136,7 +259,7 @@ def load_config(path: Path) -> RunConfig:
         UserError: the file is missing, is not YAML, or does not describe a run.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = plain_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if (path.parent / "import.json").exists():
             raise UserError(
@@ -144,6 +267,6 @@ def load_config(path: Path) -> RunConfig:
                 f"from them with `tessella pretrain RECIPE --data DATA --out RUN --start-from {path.parent}`"
             ) from None
         raise UserError(f"{path.parent} is not a run folder: it has no {path.name}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:300]}") from None
     return from_dict(RunConfig, value, path.name)

@@ -20,6 +20,7 @@ from tessella.engine.launch import cores_at_hand
 from tessella.engine.weights import Loaded, resolve_backbone, weights_sha256
 from tessella.errors import UserError
 from tessella.protocols.features import Features, extract
+from tessella.text import printable
 
 _ROW_GROUP = 16384  # rows of a parquet row group: what a reader must hold at least
 
@@ -41,7 +42,7 @@ def embed(
         backbone: a run folder, a weights file, random:NETWORK, or one already loaded.
         data: the images, or their name.
         out: `NAME.npy` (features (N, d); beside it `NAME.ids.npy` with the images' stable ids and
-            `NAME.keys.txt` with one key per line, control characters and backslashes escaped) or
+            `NAME.keys.txt` with one key per line, backslashes and what is not printable escaped) or
             `NAME.parquet` (columns key, id, label if asked for, feature). Written whole or not at all, and
             never over an existing file.
         labels: read class labels too and write them (parquet only).
@@ -97,7 +98,7 @@ def _files(out: Path, labels: bool) -> list[Path]:
 def _write_npy(files: list[Path], features: Features, images: ImageSet) -> None:
     keys, ids, out = files
     names = [images.key(int(row)) for row in features.rows]
-    escaped = (name.replace("\\", "\\\\").translate(_CONTROL) for name in names)
+    escaped = (printable(name.replace("\\", "\\\\")) for name in names)
     write_text_atomic(keys, "".join(f"{name}\n" for name in escaped))
     for path, array in ((ids, np.asarray(images.ids)[features.rows]), (out, features.x.numpy())):
         with _whole_or_not(path) as temporary, temporary.open("wb") as file:
@@ -166,6 +167,3 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-_CONTROL = {i: f"\\x{i:02x}" for i in (*range(32), 127)}

@@ -37,7 +37,7 @@ from tessella.protocols import (
     protocol_of,
     record_name,
 )
-from tessella.text import printable
+from tessella.text import plain_yaml, printable
 
 DEFAULT = ("knn", "linear", "fewlabels", "clustering")  # without a data file, where nothing is asked for
 _DATA_FIELDS = ("train", "test", "label_map")
@@ -138,11 +138,11 @@ def read_data_file(path: Path) -> DataFile:
         UserError: the file cannot be read, or says what no evaluation knows.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = plain_yaml(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"the data file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"the data file {path} is not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"the data file {path} is not YAML: {' '.join(str(error).split())[:300]}") from None
     name = path.name
     content = _table(content, name, (*KINDS, "protocols"))
     sources = {kind: _source(content[kind], f"{name}: {kind}", kind) for kind in KINDS if kind in content}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import struct
 import warnings
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError  # the name of an error; nothing is unpickled here
 from typing import Any
@@ -12,7 +14,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from tessella.errors import UserError
 
@@ -38,6 +39,8 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, would run code to be read, or holds no named tensors.
     """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: give the path of a checkpoint")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name: save a state_dict()")
@@ -47,11 +50,13 @@ def read_file(path: Path) -> dict[str, Any]:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return dict(safetensors.torch.load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+    except Exception as error:  # a header may claim anything, such as types that torch does not know
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read as safetensors ({type(error).__name__}: {reason})") from None
 
 
 def _read_torch(path: Path) -> Any:
+    _refuse_bomb(path)
     try:
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickle protocols; what it cannot read, it refuses
@@ -68,6 +73,20 @@ def _read_torch(path: Path) -> Any:
         ) from None
     except Exception as error:  # whatever the parser says of damaged or foreign bytes
         raise UserError(_unreadable(path, error)) from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Refuse an archive that unpacks to more than it is: torch.save compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
+        return  # the older format of torch.save, or damaged: torch will say
+    size = path.stat().st_size
+    if claimed > size:
+        raise UserError(
+            f"{path} has {size:,} bytes and unpacks to {claimed:,}, which no file of torch.save does: it is not read"
+        )
 
 
 def _unreadable(path: Path, error: Exception) -> str:

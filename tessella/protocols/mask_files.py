@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from tessella.data.masks import MaskedImages
 from tessella.errors import UserError
-from tessella.text import printable
+from tessella.text import cell, printable
 
 _LONGEST_NAME = 200  # bytes of one part of a file name
+_NOT_FIRST = "=+-@' "  # a name that begins so is an option to a shell and a formula to a spreadsheet
 _FORBIDDEN = '<>:"\\|?*%'  # in file names, on one system or another; % because it marks what was replaced
 
 
@@ -38,9 +39,9 @@ def _safe(part: str) -> str:
         return part.replace(".", "%2E") or "%"
     safe = "".join(
         c
-        if c.isprintable() and c not in _FORBIDDEN
+        if c.isprintable() and c not in _FORBIDDEN and (place or c not in _NOT_FIRST)
         else "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "surrogateescape"))
-        for c in part
+        for place, c in enumerate(part)
     )
     raw = safe.encode()
     if len(raw) <= _LONGEST_NAME:
@@ -83,7 +84,7 @@ def write_tables(
 
 def _csv(rows: list[list[str]]) -> bytes:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([cell(value) for value in row] for row in rows)
     return _encoded(text.getvalue())
 
 

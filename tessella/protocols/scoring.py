@@ -18,6 +18,7 @@ from tessella.data.sources import ImageSet
 from tessella.errors import UserError
 from tessella.ops.metrics import per_class_accuracy, topk_correct, wilson_interval
 from tessella.protocols.features import EvalData
+from tessella.text import cell
 
 _TOP = 5
 
@@ -91,7 +92,8 @@ def save_predictions(
     Args:
         folder: made if need be.
         name: of the file, without ending.
-        images: give the keys; of bytes that are not UTF-8 the backslash escapes are written.
+        images: give the keys; what is not printable in them and in the names of classes becomes a backslash escape,
+            and an apostrophe stands before what a spreadsheet would run.
         rows: (n,) of `images`.
         columns: title -> n values.
 
@@ -108,7 +110,8 @@ def save_predictions(
             writer = csv.writer(file)
             writer.writerow(["key", *columns])
             keys = (images.key(int(row)) for row in rows)
-            writer.writerows(zip(keys, *columns.values(), strict=True))
+            for line in zip(keys, *columns.values(), strict=True):
+                writer.writerow([cell(value) if isinstance(value, str) else value for value in line])
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

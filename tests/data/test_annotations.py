@@ -157,6 +157,7 @@ LIES = {
     "area that is no number": lambda d: d["annotations"][0].update(area="large"),
     "iscrowd that is neither": lambda d: d["annotations"][0].update(iscrowd=2),
     "image id that is there twice": lambda d: d["images"][1].update(id=5),
+    "text where others are numbers": lambda d: d["images"][1].update(id="fifteen"),
     "file_name that is there twice": lambda d: d["images"][1].update(file_name="plain.jpg"),
     "without a file_name": lambda d: d["images"][1].pop("file_name"),
     "category without an id of its own": lambda d: d["categories"][1].update(id=7),

@@ -29,6 +29,8 @@ PLAIN_SPEC = ViewSpec(PLAIN_GROUPS, **RAW)
 class Pictures:
     """What the loader asks of an image set, in memory."""
 
+    unreadable = ()
+
     def __init__(self, sizes, bad=(), seed=0):
         rng = np.random.default_rng(seed)
         self.sizes = np.asarray(sizes, dtype=np.int32)
@@ -215,10 +217,24 @@ def test_an_image_whose_size_is_not_the_indexed_one_counts_as_unreadable():
 
 @pytest.mark.parametrize("images", [mixed, uniform])
 def test_too_many_unreadable_images_stop_the_run_and_name_some(images):
-    with pytest.raises(UserError, match=r"of 40 images could not be decoded.*picture-\d+: cut short.*repair or remove"):
+    with pytest.raises(UserError, match=r"of 40 images could not be .*picture-\d+: cut short.*repair or remove"):
         load(images(bad=range(3)))
     load(images(bad=range(3)), max_unreadable=0.1)
     assert no_threads_left()
+
+
+def test_files_that_were_left_out_of_the_list_count_among_the_unreadable_too():
+    images = mixed()
+    images.unreadable = [("a.jpg", "the file is empty"), ("b.jpg", "the file is empty")]
+    with pytest.raises(UserError, match=r"2 of 42 images.*than the allowed 1\.0%.*a\.jpg: the file is empty.*scan"):
+        load(images)
+    load(images, max_unreadable=0.05)
+
+
+@pytest.mark.parametrize("images", [mixed, uniform])
+def test_a_set_of_which_nothing_can_be_decoded_is_refused(images):
+    with pytest.raises(UserError, match="none of the data set's images can be decoded"):
+        load(images(bad=range(40)), max_unreadable=1.0)
 
 
 def no_threads_left():

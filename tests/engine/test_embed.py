@@ -48,7 +48,7 @@ def test_strange_names_are_written_escaped(tmp_path, monkeypatch):
     images, names = planted_images(3), ["a\nb", "c\\d", "e\udcff"]
     monkeypatch.setattr(images, "key", lambda row: names[row])
     embed(LOADED, images, tmp_path / "x.npy", device="cpu", workers=1)
-    assert (tmp_path / "x.keys.txt").read_text().splitlines() == ["a\\x0ab", "c\\\\d", "e\\udcff"]
+    assert (tmp_path / "x.keys.txt").read_text().splitlines() == ["a\\nb", "c\\\\d", "e\\udcff"]
     embed(LOADED, images, tmp_path / "x.parquet", device="cpu", workers=1)
     assert pq.read_table(tmp_path / "x.parquet")["key"].to_pylist() == ["a\nb", "c\\d", "e\\udcff"]
 

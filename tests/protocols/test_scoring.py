@@ -85,7 +85,7 @@ def test_names_that_could_break_a_table_come_back(tmp_path):
     images = ArrayImages("odd", np.zeros((5, 2, 2, 3), np.uint8), keys=keys)
     save_predictions(tmp_path / "new", "table", images, np.arange(5), {"label": list("vwxyz")})
     rows = read(tmp_path / "new" / "table.csv")
-    assert [row["key"] for row in rows] == ["a,b.png", 'c"d.png', "e\nf.png", "g\\udcffh.png", "ünï.png"]
+    assert [row["key"] for row in rows] == ["a,b.png", 'c"d.png', "e\\nf.png", "g\\udcffh.png", "ünï.png"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["table.csv"]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,16 +80,17 @@ def _parse(encoded: bytes, name: str) -> dict[str, list[Any]]:
 
 
 def _read_categories(entries: list[dict[str, Any]], problems: Problems) -> tuple[list[str], list[int]]:
-    names, numbers = list[str](), list[int]()
+    names, numbers, known = list[str](), list[int](), set[int]()
     for entry in entries:
         number, name = entry.get("id"), entry.get("name")
-        if type(number) is not int or number in numbers:
+        if type(number) is not int or number in known:
             problems.add("a category without an id of its own, a whole number", entry)
         elif not isinstance(name, str):
             problems.add("a category without a name", entry)
         else:
             names.append(name)
             numbers.append(number)
+            known.add(number)
     return unique_names(names, numbers), numbers
 
 
@@ -108,6 +109,9 @@ def _read_images(entries: list[dict[str, Any]], problems: Problems) -> list[dict
         else:
             ids.add(number)
             names.add(name)
+    if len({type(number) for number in ids}) > 1:
+        text = next(number for number in ids if isinstance(number, str))
+        problems.add("an image id that is text where others are numbers, which no scorer can sort", text)
     return entries
 
 
@@ -211,4 +215,5 @@ def _is_box(box: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether it is a finite number that fits into a float; JSON's whole numbers may be of any length."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

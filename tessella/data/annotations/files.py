@@ -10,11 +10,13 @@ from typing import Protocol
 from tessella.data.decode import Unreadable
 from tessella.data.index import cache_folder
 from tessella.data.sources import ImageSet, open_images
+from tessella.data.sources.files import read_file
 from tessella.data.sources.tars import TAR_SUFFIXES, Archives, Member, tar_on_disk, walk_tar
 from tessella.errors import UserError
 from tessella.text import printable
 
 _SUFFIXES = (".json", ".xml", ".txt")
+_MAX_BYTES = 2**31  # of one text file; the largest of COCO has 2**29
 
 
 class TextFiles(Protocol):
@@ -95,10 +97,14 @@ class _Folder:
         return (self.root / folder).is_dir()
 
     def read(self, name: str) -> bytes:
+        if ".." in name.split("/") or name.startswith("/"):  # lists of foreign data sets name files
+            raise UserError(
+                f"{printable(self.data)}: {printable(name)} leads out of the data set: remove it from the list"
+            )
         try:
-            return (self.root / name).read_bytes()
-        except OSError as error:
-            raise UserError(f"{printable(str(self.root / name))} cannot be read: {error.strerror}") from None
+            return read_file(str(self.root / name), limit=_MAX_BYTES)
+        except Unreadable as error:
+            raise UserError(f"{printable(str(self.root / name))}: {error.reason}") from None
 
     def images(self, folder: str) -> ImageSet:
         return open_images(str(self.root / folder))
@@ -149,6 +155,8 @@ class _Archive:
         member = self._members.get(name)
         if member is None:
             raise UserError(f"{printable(self.data)} holds no file {printable(name)}")
+        if member.size > _MAX_BYTES:
+            raise UserError(f"{printable(name)} has {member.size:,} bytes, more than the limit of {_MAX_BYTES:,}")
         try:
             return self._reader.read(0, member.offset, member.size)
         except Unreadable as error:

@@ -16,6 +16,8 @@ from tessella.data.sources import ImageSet
 from tessella.errors import UserError
 from tessella.text import printable
 
+_SHOWN_CHARACTERS = 300  # of an example of what is wrong
+
 
 class Objects(NamedTuple):
     """Objects of one image that a detector can learn from."""
@@ -83,6 +85,12 @@ class AnnotatedImages:
         usable = self._trained_boxes(slice(None), self.images.sizes[self.rows].repeat(counts, axis=0))[1]
         images = np.arange(len(self)).repeat(counts)
         return np.unique(images[usable])
+
+    def classes_present(self) -> set[str]:
+        """Names of the classes that have an object with an area inside its image."""
+        sizes = self.images.sizes[self.rows].repeat(np.diff(self.table.first), axis=0)
+        usable = self._trained_boxes(slice(None), sizes)[1]
+        return {self.classes[label] for label in np.unique(self.table.labels[usable]).tolist()}
 
     def flaws(self) -> list[str]:
         """Sentences about objects that are not trained on, with counts."""
@@ -164,7 +172,7 @@ class Problems:
             example: where.
         """
         self._counts[kind] += 1
-        self._examples.setdefault(kind, printable(str(example)))
+        self._examples.setdefault(kind, printable(str(example))[:_SHOWN_CHARACTERS])
 
     def sentences(self) -> list[str]:
         """One text per kind."""

@@ -104,7 +104,7 @@ def _read_polygon(numbers: Any) -> NDArray[np.float64] | None:
     """A polygon; None if it has no area, because fewer than three corners cannot."""
     try:
         polygon = np.array(numbers, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Broken("a polygon that is no list of numbers") from None
     if polygon.ndim != 1 or len(polygon) % 2:
         raise Broken("a polygon that is no list of x, y, x, y, ...")

@@ -138,7 +138,7 @@ def parse_xml(encoded: bytes) -> Element:
     parser.EntityDeclHandler = refuse
     try:
         parser.Parse(encoded, True)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that nobody knows
         raise ValueError(f"damaged XML: {error}") from None
     return builder.close()
 

@@ -5,6 +5,7 @@ A class is the first folder below the root.
 
 from __future__ import annotations
 
+import heapq
 import os
 import stat
 from functools import partial
@@ -70,8 +71,7 @@ def _walk(root: str) -> tuple[list[str], list[int], list[tuple[str, str]], list[
     folders, links = [""], list[str]()
     while folders or links:
         if not folders:
-            links.sort(reverse=True)
-            folders.append(f"{links.pop()}/")
+            folders.append(f"{heapq.heappop(links)}/")
         prefix = folders.pop()
         path = os.path.join(root, prefix)
         try:
@@ -88,9 +88,9 @@ def _walk(root: str) -> tuple[list[str], list[int], list[tuple[str, str]], list[
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 if entry.is_symlink():
-                    links.append(prefix + entry.name)
+                    heapq.heappush(links, prefix + entry.name)
                 else:
                     folders.append(f"{prefix}{entry.name}/")
             elif entry.name.lower().endswith(IMAGE_SUFFIXES):
@@ -101,6 +101,14 @@ def _walk(root: str) -> tuple[list[str], list[int], list[tuple[str, str]], list[
                     keys.append(prefix + entry.name)
                     sizes.append(found)
     return keys, sizes, unreadable, watched
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one or leads to one. Links that lead in a circle, or where nobody may look, lead nowhere."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _size_of_regular(entry: os.DirEntry[str]) -> int | str:
@@ -114,8 +122,17 @@ def _size_of_regular(entry: os.DirEntry[str]) -> int | str:
 
 def holds_image(folder: str) -> bool:
     """Whether any image lies below a folder; hidden files do not count, links to folders are not followed."""
-    for _, names, files in os.walk(folder):
-        names[:] = [name for name in names if not name.startswith(".")]
-        if any(file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".") for file in files):
-            return True
+    folders = [folder]
+    while folders:  # not os.walk, which calls itself for each level: a thousand of them end in an error
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if _is_folder(entry):
+                        folders += [] if entry.is_symlink() else [entry.path]
+                    elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                        return True
+        except OSError:
+            continue
     return False

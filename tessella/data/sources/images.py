@@ -74,14 +74,18 @@ class ImageSet:
         """
         raise NotImplementedError
 
-    def image(self, row: int) -> NDArray[np.uint8]:
+    def image(self, row: int, shrink: int = 1) -> NDArray[np.uint8]:
         """Upright pixels, (height, width, 3) uint8 RGB.
+
+        Args:
+            row: which image.
+            shrink: 1, 2, 4 or 8; a JPEG may come at 1/shrink of its size, sides rounded up.
 
         Raises:
             Unreadable: the image cannot be read or decoded whole.
         """
         stored = self.read(row)
-        return decode(stored) if isinstance(stored, bytes) else stored
+        return decode(stored, shrink) if isinstance(stored, bytes) else stored
 
 
 class ArrayImages(ImageSet):

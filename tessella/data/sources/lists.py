@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import decimal
 import os
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,10 @@ from tessella.errors import UserError
 LIST_SUFFIXES = (".csv", ".parquet")
 _PATH_COLUMNS = ("path", "file", "image", "filename")
 _LABEL_COLUMNS = ("label", "class")
+_LABELS = (str, bytes, int, float, bool, type(None), datetime.date, decimal.Decimal)
+_MAX_ROWS = 10**9
+_MAX_PATH = 2**15  # characters; no system knows longer ones
+_ROWS_AT_ONCE = 2**16
 
 
 def open_list(data: str, path: str, labels: bool, cache: Path) -> ImageSet:
@@ -29,7 +35,7 @@ def open_list(data: str, path: str, labels: bool, cache: Path) -> ImageSet:
         cache: folder for the index.
 
     Raises:
-        UserError: the list cannot be read, or gives one path two labels.
+        UserError: the list cannot be read, is no list, or gives one path two labels.
     """
     path = os.path.abspath(path)
     root = os.path.dirname(path)
@@ -38,7 +44,10 @@ def open_list(data: str, path: str, labels: bool, cache: Path) -> ImageSet:
 
 
 def _list_of_file(data: str, path: str) -> Listing:
-    paths, values = _read_csv(path) if path.lower().endswith(".csv") else _read_parquet(data, path)
+    paths, values = (_read_csv if path.lower().endswith(".csv") else _read_parquet)(data, path)
+    strange = next((value for value in values if not isinstance(value, _LABELS)), None)
+    if strange is not None:
+        raise UserError(f"{shown(data)}: a label is a {type(strange).__name__}: give numbers or names in that column")
     labels, classes = _number_labels(values)
     _check_one_label_each(data, paths, labels)
     root = os.path.dirname(path)
@@ -54,10 +63,16 @@ def _list_of_file(data: str, path: str) -> Listing:
     )
 
 
-def _read_csv(path: str) -> tuple[list[str], list[Any]]:
+def _read_csv(data: str, path: str) -> tuple[list[str], list[Any]]:
     """Paths and label values (None for none). Without a header line, the first cell ends like an image."""
+    with open(path, "rb") as encoded:
+        if encoded.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise UserError(f"{shown(data)} is in UTF-16: save the list as UTF-8")
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        rows = [row for row in csv.reader(file) if row]
+        try:
+            rows = [row for row in csv.reader(file) if row]
+        except csv.Error as error:
+            raise UserError(f"{shown(data)} cannot be read as csv: {error}") from None
     if not rows:
         return [], []
     header = [name.strip().lower() for name in rows[0]]
@@ -79,16 +94,44 @@ def _read_parquet(data: str, path: str) -> tuple[list[str], list[Any]]:
     import pyarrow.parquet as parquet
 
     try:
-        names = parquet.read_schema(path).names
+        schema = parquet.read_schema(path)
+        names = schema.names
         path_column, label_column = _columns_of_list([name.lower() for name in names])
-        chosen = [names[column] for column in (path_column, label_column) if column >= 0]
-        table = parquet.read_table(path, columns=chosen).to_pydict()
-    except (pyarrow.ArrowException, OSError, IndexError) as error:
-        raise UserError(f"{shown(data)} cannot be read as parquet: {' '.join(str(error).split())}") from error
-    paths = table[names[path_column]]
-    if not all(isinstance(name, str) for name in paths):
-        raise UserError(f"{shown(data)}: column {names[path_column]!r} holds no paths; name the column of paths 'path'")
-    return paths, table[names[label_column]] if label_column >= 0 else [None] * len(paths)
+        columns = [column for column in (path_column, label_column) if column >= 0]
+        chosen = [names[column] for column in columns]
+        # Dictionaries stay what they are: a few bytes can stand for the same long text a billion times.
+        texts = [names[column] for column in columns if _is_text(schema.types[column])]
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+            if file.metadata.num_rows > _MAX_ROWS:
+                raise UserError(f"{shown(data)} claims {file.metadata.num_rows:,} rows; up to {_MAX_ROWS:,} are read")
+            paths, values = list[Any](), list[Any]()
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=chosen):
+                listed = batch.column(chosen[0])
+                paths += _unpacked(listed, data, chosen[0])
+                values += batch.column(chosen[-1]).to_pylist() if len(chosen) > 1 else [None] * len(listed)
+    except (pyarrow.ArrowException, OSError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{shown(data)} cannot be read as parquet: {shown(reason)}") from error
+    return paths, values
+
+
+def _unpacked(column: Any, data: str, name: str) -> list[str]:
+    """The paths of a piece of a column, equal ones once in memory."""
+    import pyarrow.types as kinds
+
+    words = column.dictionary if kinds.is_dictionary(column.type) else column
+    distinct: list[Any] = words.to_pylist() if _is_text(words.type) else [None]
+    if not all(isinstance(word, str) and len(word) <= _MAX_PATH for word in distinct) or column.null_count:
+        raise UserError(f"{shown(data)}: column {shown(name)!r} holds no paths; name the column of paths 'path'")
+    if words is column:
+        return distinct
+    return [distinct[number] for number in column.indices.to_pylist()]
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as kinds
+
+    return kinds.is_string(kind) or kinds.is_large_string(kind)
 
 
 def _columns_of_list(header: list[str]) -> tuple[int, int]:

@@ -30,6 +30,8 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _MAX_OPEN = 256  # archives held open; a process may have 1024 files by default
 _MAX_HEADER = 2**20  # bytes; longest extended header that is believed
 _COPY_CHUNK = 2**22  # bytes
+_MAX_RATIO = 100  # decompressed / compressed bytes; photos stay below 2, drawings below 50
+_ALWAYS_ALLOWED = 2**26  # decompressed bytes, whatever the ratio
 
 
 class Member(NamedTuple):
@@ -96,9 +98,12 @@ def walk_tar(path: str, suffixes: tuple[str, ...]) -> tuple[list[Member], list[t
             _HeaderReader(path) as file,
             tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar,
         ):
-            end_of_file = os.fstat(file.fileno()).st_size
+            end_of_file, before = os.fstat(file.fileno()).st_size, -1
             while (entry := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep a kilobyte per member
+                if tar.offset <= before:  # a negative size leads back, and round and round
+                    raise tarfile.ReadError(f"the header at byte {entry.offset} claims {entry.size} bytes")
+                before = tar.offset
                 name = entry.name.removeprefix("./").lstrip("/")
                 if _is_hidden(name) or not name.lower().endswith(suffixes) or entry.isdir():
                     continue
@@ -152,9 +157,14 @@ def _decompress(path: str, copy: Path, compressed_bytes: int) -> None:
             open(temporary, "wb") as target,
             progress_bar(f"decompressing {shown} once", compressed_bytes, "bytes") as advance,
         ):
-            position = 0
+            position, most = 0, max(_ALWAYS_ALLOWED, _MAX_RATIO * compressed_bytes)
             while chunk := unpacked.read(_COPY_CHUNK):
                 target.write(chunk)
+                if target.tell() > most:
+                    raise UserError(
+                        f"{path} unpacks to more than {most:,} bytes, {_MAX_RATIO} times its size, which images do "
+                        "not: if you trust it, decompress it yourself and name the .tar"
+                    )
                 advance(packed.tell() - position)
                 position = packed.tell()
             target.flush()
@@ -200,6 +210,8 @@ def _refusal(entry: tarfile.TarInfo, end_of_file: int) -> str:
         return "a sparse member of an archive: pack it again without --sparse"
     if not entry.isreg():
         return "a link or special file in an archive: pack it again with --dereference"
+    if ".." in entry.name.split("/"):
+        return "a name that leads out of the archive: pack it again without .."
     if entry.size < 0 or entry.offset_data + entry.size > end_of_file:
         return "the archive ends before the image does"
     return ""

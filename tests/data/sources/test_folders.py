@@ -75,6 +75,14 @@ def test_damaged_files_are_listed_with_a_reason_and_the_rest_is_used(folder, mon
     assert reasons["cat/pipe.jpg"] == reasons["socket.jpg"] == "not a regular file"
 
 
+def test_of_several_links_to_a_folder_the_first_by_name_counts(tmp_path):
+    write_image(tmp_path / "elsewhere/x.jpg")
+    (tmp_path / "images").mkdir()
+    for name in ("c", "a", "d", "b"):
+        (tmp_path / "images" / name).symlink_to(tmp_path / "elsewhere")
+    assert keys(open_images(str(tmp_path / "images"))) == ["a/x.jpg"]
+
+
 def test_links_to_folders_are_followed_once_and_loops_end(folder, tmp_path):
     elsewhere = write_image(tmp_path / "elsewhere/bird/x.jpg").parent.parent
     for link, target in {
