@@ -45,6 +45,15 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order. For small Python objects at start-up, never per step."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
 @torch.no_grad()
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum of `x` over all ranks, no gradient. The input is not changed."""
@@ -81,6 +90,25 @@ def gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(world_size())]
     torch_dist.all_gather(parts, x)
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def exchange(x: Tensor, to: list[int], of: list[int]) -> Tensor:
+    """Rows that the other ranks have for this one, no gradient. Each row travels once, to the rank that wants it.
+
+    Args:
+        x: (n, ...) rows for all ranks, those for rank 0 first; to rank r go `to[r]` rows.
+        to: a number of rows for each rank.
+        of: the number of rows that each rank has for this one.
+
+    Returns:
+        (sum of `of`, ...), those of rank 0 first.
+    """
+    if world_size() == 1:
+        return x
+    result = x.new_empty(sum(of), *x.shape[1:])
+    torch_dist.all_to_all_single(result, x.contiguous(), of, to)
+    return result
 
 
 def gather_with_grad(x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from tessella.modules.centres import OnlineCentres
 from tessella.modules.heads import mlp
 from tessella.modules.memory import InstanceTable, keep_from_broadcast
 from tessella.ops.assignment import average_labels, averaged_targets
-from tessella.ops.losses import label_cross_entropy, view_cross_entropy
+from tessella.ops.losses import crop_prediction, label_cross_entropy
 
 SINGLE_VIEW = ViewSpec((CropGroup(1, 224, (0.08, 1.0)),))
 
@@ -150,15 +150,13 @@ class Coke(Method):
 
     def _loss(self, embeddings: Tensor, centres: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """One clustering's loss. Centres (K, D), labels and weights (B, S); no duals: they belong to the assignment."""
-        config, views = self.config, embeddings.shape[1]
-        log_p = F.log_softmax(embeddings @ centres.T / config.temperature, dim=-1)  # (2, V, B, K)
-        to_label = label_cross_entropy(log_p, labels, weights)  # (2, V)
-        if views == 1:
-            return (1 - config.prediction_weight) * to_label[0, 0] + config.prediction_weight * to_label[1, 0]
-        to_views = view_cross_entropy(log_p, log_p[0, :2].detach().exp())  # the projector gives the targets of both
-        per_view = (config.label_weight * to_label + (1 - config.label_weight) * to_views).mean(dim=0)  # (V,)
-        large = per_view[:2].mean()
-        return large if views == 2 else config.large_weight * large + (1 - config.large_weight) * per_view[2:].mean()
+        config = self.config
+        if not self.single_view:
+            shares = config.label_weight, config.large_weight
+            return crop_prediction(embeddings @ centres.T, labels, weights, config.temperature, *shares)
+        log_p = F.log_softmax((embeddings[:, 0] / config.temperature) @ centres.T, dim=-1)  # divided where it is small
+        projected, predicted = label_cross_entropy(log_p, labels, weights)
+        return (1 - config.prediction_weight) * projected + config.prediction_weight * predicted
 
     @torch.no_grad()
     def _figures(self, fresh: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from tessella.methods.method import Method, Progress, Setting, Step
 from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector
 from tessella.ops.losses import OFFICIAL_BASE_TEMPERATURE, supervised_contrastive
-from tessella.ops.montage import gather_cells, pool_cells, shuffled_montages, tile_order
+from tessella.ops.montage import gather_cells, montage_positions, pool_cells, shuffled_montages, tile_order
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,24 @@ class Jigclu(Method):
         return at_chance + self.config.location_weight * math.log(tiles)
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """Loss of the whole batch of all ranks, equal on every rank; each rank pushes its montages through."""
+        """Loss of this rank: tiles of all ranks are contrasted, those in its own montages are asked for their place.
+
+        The heads see this rank's cells alone, so that narrow embeddings travel and no head works for other ranks.
+        """
         m, tiles = self.config.tiles, batch.views[0]  # (m * m, B, 3, s, s)
         n = tiles.shape[1] * dist.world_size()
-        order = tile_order(self.setting.seed, progress.step, m * m * n).to(tiles.device, non_blocking=True)
+        order = tile_order(self.setting.seed, progress.step, m * m * n)
 
         montages = shuffled_montages(tiles, order, m)  # (B, 3, m s, m s)
-        cells = pool_cells(self.backbone.feature_map(montages), m)  # (m * m, B, d)
-        vectors = gather_cells(cells)  # (m * m * n, d)
+        cells = pool_cells(self.backbone.feature_map(montages), m).flatten(0, 1)  # (m * m * B, d)
+        embeddings = gather_cells(self.cluster_head(cells).unflatten(0, (m * m, -1)))  # (m * m * n, D)
+        logits = self.location_head(cells).float()
 
         # Tile p = q * n + i was cut from image i at place q; position k of the permuted list shows tile order[k].
-        image, place = order % n, order // n
-        embeddings = self.cluster_head(vectors)
-        logits = self.location_head(vectors).float()
-        with torch.autocast(vectors.device.type, enabled=False):  # bf16 similarities would blur the contrast
+        image = (order % n).to(tiles.device, non_blocking=True)
+        here = order[montage_positions(n, m, dist.rank(), dist.world_size())].flatten()
+        place = (here // n).to(tiles.device, non_blocking=True)
+        with torch.autocast(cells.device.type, enabled=False):  # bf16 similarities would blur the contrast
             cluster_loss = supervised_contrastive(embeddings, image, self.config.temperature)
         location_loss = F.cross_entropy(logits, place)
         return Step(

@@ -137,19 +137,18 @@ class Mejigclu(Method):
         """Loss of this rank: tiles of all ranks are contrasted, those in its own montages are given a category."""
         m, tiles = self.config.tiles, batch.views[0]  # (m * m, B, 3, s, s)
         n = tiles.shape[1] * dist.world_size()
-        order = tile_order(self.setting.seed, progress.step, m * m * n).to(tiles.device, non_blocking=True)
+        order = tile_order(self.setting.seed, progress.step, m * m * n)
 
         montages = shuffled_montages(tiles, order, m)  # (B, 3, m s, m s)
-        cells = pool_cells(self.backbone.feature_map(montages), m)  # (m * m, B, d)
-        vectors = gather_cells(cells)  # (m * m * n, d)
+        cells = pool_cells(self.backbone.feature_map(montages), m).flatten(0, 1)  # (m * m * B, d)
+        embeddings = gather_cells(self.cluster_head(cells).unflatten(0, (m * m, -1)))  # (m * m * n, D)
+        logits = self.category_head(cells).float()
 
         # Tile p = q * n + i was cut from the image in slot i; position k of the permuted list shows tile order[k].
-        slot = order % n
-        here = slot[montage_positions(n, m, dist.rank(), dist.world_size()).to(slot.device)]  # (m * m, B)
-        category = self._categories(batch.instances)[here].flatten()
-        embeddings = self.cluster_head(vectors)
-        logits = self.category_head(cells.flatten(0, 1)).float()
-        with torch.autocast(vectors.device.type, enabled=False):  # bf16 similarities would blur the contrast
+        slot = (order % n).to(tiles.device, non_blocking=True)
+        here = slot[montage_positions(n, m, dist.rank(), dist.world_size()).to(slot.device)].flatten()  # (m * m * B,)
+        category = self._categories(batch.instances)[here]
+        with torch.autocast(cells.device.type, enabled=False):  # bf16 similarities would blur the contrast
             cluster_loss = supervised_contrastive(embeddings, slot, self.config.temperature)
         category_loss = F.cross_entropy(logits, category)
         return Step(

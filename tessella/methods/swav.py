@@ -144,12 +144,9 @@ class Swav(Method):
             head: the prototypes that they are scores of.
             past: (n, D) for each of the A crops, past embeddings that share the prototypes with the batch; or nothing.
         """
-        codes = []
-        for view in self.code_views:
-            shared = torch.cat([head(past[view]), scores[view]]) if past else scores[view]
-            balanced = sinkhorn(shared, self.config.epsilon, self.config.sinkhorn_iterations)
-            codes.append(balanced[-scores.shape[1] :])
-        soft = torch.stack(codes)
+        with_code = scores[: len(self.code_views)]
+        past_scores = head(torch.stack(past)) if past else None
+        soft = sinkhorn(with_code, self.config.epsilon, self.config.sinkhorn_iterations, past_scores)
         return harden(soft) if self.config.codes == "hard" else soft
 
     def _past(self, progress: Progress) -> list[Tensor]:

@@ -70,6 +70,11 @@ class TimmBackbone(nn.Module):
             return y.permute(0, 3, 1, 2)  # Swin and its kin keep the channels last
         return getattr(getattr(self.net, "head", None), "norm", nn.Identity())(y)  # ConvNeXt's
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile `forward` and `feature_map`; a method calls the one or the other. Options as of torch.compile."""
+        super().compile(*args, **kwargs)
+        self.feature_map = torch.compile(self.feature_map, *args, **kwargs)  # type: ignore[method-assign]
+
     def stage_maps(self, x: Tensor) -> list[Tensor]:
         """Four maps, fine to coarse: of the four last stages; of a plain transformer, all of one size, at each quarter.
 

@@ -128,6 +128,11 @@ class ResNet(nn.Module):
             last = stage_map
         return last
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile `forward` and `feature_map`; a method calls the one or the other. Options as of torch.compile."""
+        super().compile(*args, **kwargs)
+        self.feature_map = torch.compile(self.feature_map, *args, **kwargs)  # type: ignore[method-assign]
+
     def stage_maps(self, x: Tensor, stages: int = 4) -> list[Tensor]:
         """The maps of the first `stages` stages, fine to coarse: detectors and segmenters build on them.
 

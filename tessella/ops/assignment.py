@@ -8,25 +8,28 @@ from torch import Tensor
 from tessella import dist
 from tessella.errors import UserError
 
-# Below this, exp((score - highest score) / epsilon) of two cosines can leave float32's range: exp(-2 / 0.025) = 2e-35.
+# Below this, exp((score - 1) / epsilon) of a cosine can leave float32's range: exp(-2 / 0.025) = 2e-35.
 _FLOAT32_EPSILON = 0.025
 
 
 @torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int, past: Tensor | None = None) -> Tensor:
     """Codes that share the batch of all ranks equally among the prototypes. SwAV, section 3.1.
 
     Sinkhorn-Knopp scales rows and columns of one fixed matrix exp(scores / epsilon), prototypes first and samples
     last, so only two vectors of scales change: an iteration is two matrix-vector products. A sample lives on one
-    rank; a prototype's mass is summed over all of them.
+    rank; a prototype's mass is summed over all of them, for all views at once.
 
     Args:
-        scores: (n, K) cosine similarities of this rank's samples, n equal on all ranks.
+        scores: (n, K) cosine similarities of this rank's samples, n equal on all ranks; or (A, n, K) of A views, each
+            balanced by itself.
         epsilon: > 0, smaller is sharper (SwAV: 0.05).
         iterations: at least 1 (SwAV: 3).
+        past: (m, K) or (A, m, K) cosine similarities of samples that share the prototypes with these and get no code;
+            overwritten, because copies of it would be the largest tensors of a step.
 
     Returns:
-        (n, K), rows sum to 1; float32, or float64 for float64 scores.
+        Like scores; rows sum to 1; float32, or float64 for float64 scores.
 
     Raises:
         UserError: epsilon or iterations is out of range.
@@ -37,16 +40,33 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
             "iterations at least 1 (SwAV: 3)"
         )
     result = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    scores = scores.to(torch.float64 if epsilon < _FLOAT32_EPSILON else result)
-    # A constant shift of all scores cancels in the scaling and keeps exp finite.
-    mass = ((scores - dist.all_reduce_max(scores.max())) / epsilon).exp_()
-    smallest = torch.finfo(mass.dtype).tiny  # a prototype whose mass underflowed stays at 0 instead of 0 / 0
-    share = len(mass) * dist.world_size() / mass.shape[1]  # samples per prototype
-    sample_scale = mass.new_ones(len(mass))
-    for _ in range(iterations):
-        prototype_scale = share / dist.all_reduce_sum(sample_scale @ mass).clamp_min(smallest)
-        sample_scale = 1 / (mass @ prototype_scale).clamp_min(smallest)
-    return mass.mul_(prototype_scale).mul_(sample_scale[:, None]).to(result)
+    wide = torch.float64 if epsilon < _FLOAT32_EPSILON else result
+    mass = _mass(scores.to(wide, copy=True), epsilon)
+    blocks = [mass] if past is None else [mass, _mass(past.to(wide), epsilon)]
+    views = list(zip(*[block.view(-1, *block.shape[-2:]) for block in blocks], strict=True))  # A tuples of blocks
+    share = sum(block.shape[-2] for block in blocks) * dist.world_size() / scores.shape[-1]  # samples per prototype
+    smallest = torch.finfo(wide).tiny  # a prototype whose mass underflowed stays at 0 instead of 0 / 0
+
+    def prototype_scales_of(sample_scales: list[list[Tensor]]) -> Tensor:
+        masses = [
+            torch.stack([scale @ block for scale, block in zip(*both, strict=True)]).sum(dim=0)
+            for both in zip(sample_scales, views, strict=True)
+        ]
+        return share / dist.all_reduce_sum(torch.stack(masses)).clamp_min(smallest)  # (A, K)
+
+    prototype_scales = prototype_scales_of([[block.new_ones(len(block)) for block in view] for view in views])
+    for _ in range(iterations - 1):
+        both = zip(views, prototype_scales, strict=True)
+        sample_scales = [[1 / (block @ scale).clamp_min(smallest) for block in view] for view, scale in both]
+        prototype_scales = prototype_scales_of(sample_scales)
+    codes = mass.mul_(prototype_scales.view(*scores.shape[:-2], 1, -1))
+    return codes.div_(codes.sum(dim=-1, keepdim=True).clamp_min(smallest)).to(result)
+
+
+def _mass(scores: Tensor, epsilon: float) -> Tensor:
+    """exp((scores - 1) / epsilon), in place: a constant cancels in the scaling, and no cosine is above 1."""
+    one = torch.full((), -1 / epsilon, dtype=scores.dtype, device=scores.device)
+    return torch.add(one, scores, alpha=1 / epsilon, out=scores).exp_()
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def group_loss(predictions: Tensor, groups: Tensor, labels: Tensor, temperature:
     Returns:
         Scalar mean over the V * A pairs and the batch; ln K for equal scores.
     """
-    log_p = F.log_softmax(predictions @ groups.T / temperature, dim=-1)
+    log_p = F.log_softmax((predictions / temperature) @ groups.T, dim=-1)  # divided where it is small
     return -log_p.gather(-1, labels.T.expand(len(predictions), -1, -1)).mean()
 
 

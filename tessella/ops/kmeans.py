@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tessella.errors import UserError
 
-_BLOCK = 4_000_000  # distances held at a time
+_BLOCK = 4_000_000  # numbers held at a time
 
 
 class KMeans(NamedTuple):
@@ -89,7 +89,7 @@ def nearest_centre(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (n,) int64 and (n,) float32, at least 0.
     """
-    rows = max(1, _BLOCK // centres.shape[0])
+    rows = max(1, _BLOCK // max(centres.shape))
     half_norms = centres.square().sum(dim=1) / 2
     nearest, distance = [], []
     for part in x.split(rows):
@@ -158,7 +158,7 @@ def _plus_plus(x: Tensor, k: int, random: np.random.Generator) -> Tensor:
     n, draws = x.shape[0], 2 + int(math.log(k))
     chosen = torch.empty(k, dtype=torch.int64, device=x.device)
     chosen[0] = int(random.integers(n))
-    lengths = x.square().sum(dim=1)
+    lengths = torch.cat([part.square().sum(dim=1) for part in x.split(max(1, _BLOCK // x.shape[1]))])
     distance = _squared_distances(x, lengths, chosen[:1])[0]
     for i in range(1, k):
         cumulated = distance.double().cumsum(dim=0)

@@ -100,28 +100,41 @@ def stitch(tiles: Tensor, m: int) -> Tensor:
 
 @torch.no_grad()
 def shuffled_montages(tiles: Tensor, order: Tensor, m: int) -> Tensor:
-    """This rank's montages, made of the tiles of all ranks. On all ranks together.
+    """This rank's montages, made of the tiles of all ranks, of which it gets its own share only. On all ranks together.
 
     Args:
         tiles: (m * m, b, 3, s, s) of this rank's images; tile q * n + i was cut at place q from image i of the n
             images of all ranks.
-        order: (m * m * n,) from `tile_order`, on the tiles' device.
+        order: (m * m * n,) from `tile_order`, on the CPU.
         m: tiles per side.
 
     Returns:
         (b, 3, m * s, m * s).
     """
-    everyone = dist.gather(tiles.transpose(0, 1)).transpose(0, 1)  # (m * m, n, 3, s, s)
-    n = everyone.shape[1]
-    shown = order[montage_positions(n, m, dist.rank(), dist.world_size()).to(order.device)]  # (m * m, b) tile numbers
-    return stitch(everyone[shown // n, shown % n], m)
+    b, ranks, rank = tiles.shape[1], dist.world_size(), dist.rank()
+    n = b * ranks
+    place, image = np.divmod(order.numpy(), n)  # (m * m * n,) each, by position
+    has, shows = image // b, np.arange(len(image)) % n // b  # the rank that has a position's tile, that shows it
+
+    mine = np.flatnonzero(has == rank)
+    mine = mine[np.argsort(shows[mine], kind="stable")]  # by the rank that shows them, then by position
+    wanted = np.flatnonzero(shows == rank)  # (m * m * b,), slot by slot
+    arrival = np.argsort(np.argsort(has[wanted], kind="stable"))  # they come by the rank that has them
+
+    def on_device(indices: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(indices).to(tiles.device, non_blocking=True)
+
+    sent = tiles[on_device(place[mine]), on_device(image[mine] - rank * b)]
+    counts = (np.bincount(who, minlength=ranks).tolist() for who in (shows[mine], has[wanted]))
+    received = dist.exchange(sent, *counts)
+    return stitch(received[on_device(arrival)].unflatten(0, (m * m, b)), m)
 
 
 def gather_cells(cells: Tensor) -> Tensor:
     """The way back of `shuffled_montages`: one vector per position of the permuted tile list. On all ranks together.
 
     Args:
-        cells: (m * m, b, d) vectors of the cells of this rank's montages, from `pool_cells`.
+        cells: (m * m, b, d) vectors of the cells of this rank's montages, in the order of `pool_cells`.
 
     Returns:
         (m * m * n, d) of all ranks, differentiable: row k shows tile order[k].

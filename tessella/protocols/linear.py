@@ -38,6 +38,8 @@ _C_VALUES = tuple(10.0**power for power in range(-6, 3))
 _LR_VALUES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _GRID_BATCH, _GRID_EPOCHS = 256, 10
 _ROWS = 8192  # features that are standardised and judged at a time
+_BLOCK = 2**18  # numbers of a part of the features that a core's cache holds; on a GPU what keeps it busy:
+_GPU_BLOCK = 2**27
 
 
 class Recipe(NamedTuple):
@@ -226,7 +228,6 @@ def fit_logistic(
     """
     weight = torch.zeros(classes, x.shape[1], device=x.device) if start is None else start.weight.clone()
     bias = torch.zeros(classes, device=x.device) if start is None else start.bias.clone()
-    weight.requires_grad_(), bias.requires_grad_()
     solver = torch.optim.LBFGS(
         [weight, bias],
         max_iter=iterations,
@@ -236,15 +237,33 @@ def fit_logistic(
         line_search_fn="strong_wolfe",
     )
 
+    @torch.no_grad()
     def closure() -> Tensor:
-        solver.zero_grad()
         # Divided by C n: the mean keeps the gradient's size, and so the tolerances, independent of n and C.
-        loss = F.cross_entropy(F.linear(x, weight, bias), labels) + weight.square().sum() / (2 * c * len(x))
-        loss.backward()
-        return loss
+        decay = 1 / (c * len(x))
+        loss, weight.grad, bias.grad = _mean_cross_entropy(x, labels, LinearHead(weight, bias))
+        weight.grad.add_(weight, alpha=decay)
+        return loss + weight.square().sum() * (decay / 2)
 
     solver.step(closure)  # type: ignore[arg-type]
-    return LinearHead(weight.detach(), bias.detach())
+    return LinearHead(weight, bias)
+
+
+def _mean_cross_entropy(x: Tensor, labels: Tensor, head: LinearHead) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean cross-entropy of all rows and its gradient with respect to weight and bias.
+
+    The gradient is written out and taken part by part, so that a CPU reads each part of `x` from memory once and no
+    scores of all rows are ever held.
+    """
+    rows = max(1, (_BLOCK if x.device.type == "cpu" else _GPU_BLOCK) // max(x.shape[1], len(head.bias)))
+    loss, to_weight, to_bias = torch.zeros_like(head.bias[:1]), *map(torch.zeros_like, head)
+    for part, wanted in zip(x.split(rows), labels[:, None].split(rows), strict=True):
+        log_p = F.linear(part, *head).log_softmax(dim=1)
+        loss -= log_p.gather(1, wanted).sum()
+        error = log_p.exp_().scatter_add_(1, wanted, torch.full_like(log_p[:, :1], -1))
+        to_weight.addmm_(error.T, part)
+        to_bias += error.sum(dim=0)
+    return loss[0] / len(x), to_weight.div_(len(x)), to_bias.div_(len(x))
 
 
 def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:

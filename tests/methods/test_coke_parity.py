@@ -100,5 +100,7 @@ def test_a_run_equals_the_official_epochs_of_two_ranks(
 
 
 def test_float32_losses_of_a_run_are_those_of_float64(tmp_path: Path):
-    config = tiny(MULTI, 2)
-    replay(config, record(config, tmp_path / "run", double=False), ranks=1, loss_rtol=1e-5)
+    # With this seed no image lies so close between two centres that rounding decides; with others one does, and the
+    # runs, equal to 1e-7 until then, part by up to 1e-3 in the next steps.
+    config = dataclasses.replace(tiny(MULTI, 2), seed=4)
+    replay(config, record(config, tmp_path / "run", double=False), ranks=1, loss_rtol=1e-6)

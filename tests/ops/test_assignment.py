@@ -78,6 +78,28 @@ def test_a_constant_or_a_shift_per_prototype_changes_nothing_but_a_shift_per_sam
     torch.testing.assert_close(shifted, converged, atol=1e-6, rtol=0)
 
 
+def test_past_samples_share_the_prototypes_and_get_no_code():
+    scores, past = unit_scores(6), unit_scores(10)
+    together = sinkhorn(torch.cat([past, scores]), 0.05, 3)
+    torch.testing.assert_close(sinkhorn(scores, 0.05, 3, past.clone()), together[10:])
+    assert (together[10:] - sinkhorn(scores, 0.05, 3)).abs().max() > 1e-3
+
+
+def test_views_are_balanced_each_by_itself_and_their_scores_stay_as_they_are():
+    scores, past = unit_scores(12).view(2, 6, 8), unit_scores(20).view(2, 10, 8)
+    before = scores.clone()
+    for codes, expected in (
+        (sinkhorn(scores, 0.05, 3), [sinkhorn(view, 0.05, 3) for view in scores]),
+        (sinkhorn(scores, 0.05, 3, past.clone()), [sinkhorn(*both) for both in _arguments(scores, past)]),
+    ):
+        torch.testing.assert_close(codes, torch.stack(expected))
+    assert torch.equal(scores, before)
+
+
+def _arguments(scores: Tensor, past: Tensor) -> list[tuple[Tensor, float, int, Tensor]]:
+    return [(s, 0.05, 3, p.clone()) for s, p in zip(scores, past, strict=True)]
+
+
 def test_equal_scores_give_uniform_codes():
     torch.testing.assert_close(sinkhorn(torch.full((4, 3000), 0.3), 0.05, 3), torch.full((4, 3000), 1 / 3000))
 
@@ -111,17 +133,19 @@ def test_settings_out_of_range_are_refused(epsilon: float, iterations: int):
         sinkhorn(unit_scores(), epsilon, iterations)
 
 
-def codes_of_this_rank(scores: Tensor) -> Tensor:
+def codes_of_this_rank(scores: Tensor, *past: Tensor) -> Tensor:
     from tessella import dist
 
-    share = len(scores) // dist.world_size()
-    return sinkhorn(scores[dist.rank() * share :][:share], 0.05, 3)
+    # Copies: spawned ranks share the memory of what they are given.
+    mine, *more = (x.chunk(dist.world_size())[dist.rank()].clone() for x in (scores, *past))
+    return sinkhorn(mine, 0.05, 3, *more)
 
 
 def test_two_ranks_equal_one():
-    scores = unit_scores(32, 10, torch.float32)
-    codes = torch.cat(on_ranks(2, codes_of_this_rank, scores))
-    torch.testing.assert_close(codes, sinkhorn(scores, 0.05, 3), atol=1e-6, rtol=0)
+    scores, past = unit_scores(32, 10, torch.float32), unit_scores(8, 10, torch.float32)
+    for more in ([], [past]):
+        codes = torch.cat(on_ranks(2, codes_of_this_rank, scores, *more))
+        torch.testing.assert_close(codes, sinkhorn(scores, 0.05, 3, *(x.clone() for x in more)), atol=1e-6, rtol=0)
 
 
 def test_hard_codes_put_everything_on_the_largest_entry_and_the_first_of_equal_ones():

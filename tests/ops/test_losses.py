@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tessella.ops.assignment import sinkhorn
 from tessella.ops.losses import (
+    crop_prediction,
     label_cross_entropy,
     supervised_contrastive,
     swapped_prediction,
-    view_cross_entropy,
 )
 
 
@@ -107,11 +108,58 @@ def test_label_cross_entropy_equals_a_loop_over_slots_and_adds_up_repeated_clust
     torch.testing.assert_close(label_cross_entropy(log_p, labels, weights), expected)
 
 
-def test_view_cross_entropy_swaps_the_first_two_views_and_gives_the_others_their_mean():
-    log_p, p = torch.log_softmax(torch.randn(2, 4, 5, 6), dim=-1), torch.softmax(torch.randn(2, 5, 6), dim=-1)
-    losses = view_cross_entropy(log_p, p)
-    for branch in range(2):
-        for view, target in enumerate((p[1], p[0], (p[0] + p[1]) / 2, (p[0] + p[1]) / 2)):
-            expected = -(target * log_p[branch, view]).sum(dim=1).mean()
-            torch.testing.assert_close(losses[branch, view], expected)
-    assert view_cross_entropy(log_p[:, :2], p).shape == (2, 2)
+def naive_crop_prediction(
+    scores: Tensor, labels: Tensor, weights: Tensor, temperature: float, label_weight: float, large_weight: float
+) -> Tensor:
+    heads, views, batch, _ = scores.shape
+    log_p = torch.log_softmax(scores / temperature, dim=-1)
+    p = log_p[0, :2].detach().exp()
+    losses = torch.zeros(heads, views)
+    for h in range(heads):
+        for v in range(views):
+            for i in range(batch):
+                to_label = -sum(weights[i, s] * log_p[h, v, i, labels[i, s]] for s in range(labels.shape[1]))
+                target = p[1 - v, i] if v < 2 else (p[0, i] + p[1, i]) / 2
+                to_views = -(target * log_p[h, v, i]).sum()
+                losses[h, v] += (label_weight * to_label + (1 - label_weight) * to_views) / batch
+    large, small = losses[:, :2].mean(), losses[:, 2:].mean()
+    return large if views == 2 else large_weight * large + (1 - large_weight) * small
+
+
+@pytest.mark.parametrize("views", [2, 5])
+def test_crops_predict_the_label_and_the_other_large_crops_as_in_a_loop_and_so_does_the_gradient(views: int):
+    scores = F.normalize(torch.randn(2, views, 4, 6), dim=-1).requires_grad_()
+    labels = torch.tensor([[0, 5], [1, 1], [2, 0], [3, 4]])
+    weights = torch.tensor([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0], [0.1, 0.9]])
+    settings = labels, weights, 0.05, 0.2, 0.7
+    fast, slow = crop_prediction(scores, *settings), naive_crop_prediction(scores, *settings)
+    torch.testing.assert_close(fast, slow)
+    (of_fast,), (of_slow,) = torch.autograd.grad(3 * fast, scores), torch.autograd.grad(3 * slow, scores)
+    torch.testing.assert_close(of_fast, of_slow)
+
+
+def test_large_scores_do_not_overflow():
+    scores = 1000 * torch.randn(2, 3, 4, 6)
+    labels, weights = torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1)
+    codes = torch.softmax(torch.randn(2, 4, 6), dim=-1)
+    assert crop_prediction(scores, labels, weights, 0.05, 0.2, 0.5).isfinite()
+    assert swapped_prediction(scores[0], codes, [0, 1], 0.1).isfinite()
+
+
+def test_one_tensor_of_the_scores_size_is_kept_for_the_backward_pass():
+    scores = torch.randn(2, 8, 16, 300, requires_grad=True)
+    labels, weights = torch.zeros(16, 1, dtype=torch.long), torch.ones(16, 1)
+    codes = torch.softmax(torch.randn(2, 16, 300), dim=-1)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        crop_prediction(scores, labels, weights, 0.05, 0.2, 0.5)
+        swapped_prediction(scores[0], codes, [0, 1], 0.1)
+    assert sum(kept) < 1.01 * (scores.numel() + scores[0].numel())
+
+
+def test_a_second_backward_pass_is_refused_instead_of_wrong():
+    scores, codes = torch.randn(3, 4, 6, requires_grad=True), torch.softmax(torch.randn(2, 4, 6), dim=-1)
+    loss = swapped_prediction(scores, codes, [0, 1], 0.1)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()

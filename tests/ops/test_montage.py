@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from tessella import dist
 from tessella.errors import UserError
-from tessella.ops.montage import montage_positions, pool_cells, stitch, tile_boxes, unstitch
+from tessella.ops.montage import (
+    montage_positions,
+    pool_cells,
+    shuffled_montages,
+    stitch,
+    tile_boxes,
+    tile_order,
+    unstitch,
+)
+from tests.ranks import on_ranks
 
 
 def test_tiles_have_the_worked_boxes_column_by_column():
@@ -124,3 +137,19 @@ def test_a_divisible_map_is_averaged_block_by_block():
     maps = torch.randn(2, 3, 4, 4)
     blocks = F.avg_pool2d(maps, 2).flatten(2).permute(2, 0, 1)
     torch.testing.assert_close(pool_cells(maps, 2), blocks)
+
+
+def montages_of_this_rank(tiles: Tensor, order: Tensor) -> tuple[Tensor, int]:
+    share = tiles.shape[1] // dist.world_size()
+    sent: list[int] = []
+    exchange = dist.exchange
+    with mock.patch.object(dist, "exchange", lambda x, *counts: sent.append(len(x)) or exchange(x, *counts)):
+        return shuffled_montages(tiles[:, dist.rank() * share :][:, :share], order, 2), sent[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_make_the_montages_of_one_process_from_the_tiles_of_all_ranks_and_send_each_tile_once(ranks: int):
+    tiles, order = torch.randn(4, 6, 3, 2, 2), tile_order(0, 3, 24)
+    found = on_ranks(ranks, montages_of_this_rank, tiles, order)
+    assert torch.equal(torch.cat([montages for montages, _ in found]), shuffled_montages(tiles, order, 2))
+    assert [sent for _, sent in found] == [24 // ranks] * ranks
