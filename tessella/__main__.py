@@ -1,8 +1,6 @@
 """`python -m tessella` is `tessella`."""
 
-import sys
-
-from tessella.cli import main
+from tessella.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

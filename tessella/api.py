@@ -20,7 +20,7 @@ Images are given as on the command line (a folder, a list, archives, a data set'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,7 +32,7 @@ from tessella.data.sources import ArrayImages, ImageSet, open_images
 from tessella.engine import embed as _embed
 from tessella.engine import evaluate as _evaluate
 from tessella.engine import pretrain as _pretrain
-from tessella.engine.config import RunConfig, from_dict, to_dict
+from tessella.engine.config import RunConfig, different_fields, from_dict, load_config, to_dict
 from tessella.engine.weights import resolve_backbone
 from tessella.errors import UserError
 from tessella.modules.backbone import Backbone
@@ -65,13 +65,15 @@ def pretrain(data: Images, recipe: str, out: str | Path, **settings: Any) -> Pat
     return _pretrain.pretrain(config, Path(out), images)
 
 
-def resume(run: str | Path, data: Images | None = None, **changes: Any) -> Path:
+def resume(run: str | Path, data: Images | None = None, *, allow: Collection[str] = (), **changes: Any) -> Path:
     """Go on exactly where a run stopped.
 
     Args:
         run: its folder.
         data: the images, if they were an array or lie elsewhere now; they must be the same ones.
-        **changes: how the run is executed, for example `workers=4`; see `tessella.engine.config.FREE_FIELDS`.
+        allow: settings that may have another value from now on although that changes the result: `allow=["epochs"]`.
+        **changes: settings, in the notation of `pretrain`; how the run is executed (`workers=4`), or what
+            `allow` names. `tessella.engine.config.ON_RESUME` has the class of each.
 
     Returns:
         `run`.
@@ -83,7 +85,8 @@ def resume(run: str | Path, data: Images | None = None, **changes: Any) -> Path:
     images = None if data is None else _opened(data)
     if images is not None:
         changes["data"] = images.name
-    return _pretrain.resume(Path(run), changes, images)
+    saved = load_config(Path(run) / "config.yaml")
+    return _pretrain.resume(Path(run), different_fields(saved, with_settings(saved, changes)), images, allow=allow)
 
 
 def load_backbone(source: str | Path) -> Backbone:

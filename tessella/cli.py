@@ -1,7 +1,8 @@
 """The command line: words -> typed settings -> one engine call.
 
-Exit codes: 0 done; 2 a user error, told in one line; 75 interrupted and saved (`tessella resume` goes on);
-130 Ctrl-C where nothing was to be saved; 1 an internal error, with its traceback.
+Exit codes: 0 done; 2 a user error, told in one line; 75 interrupted by Ctrl-C or SIGTERM, and `tessella resume` goes
+on; 69 another rank was lost, and `tessella resume` goes on; 130 stopped where nothing was to be saved; 1 an internal
+error, with its traceback.
 
 `tessella --help` answers at once: torch, tyro and all that needs them are imported within the commands.
 """
@@ -21,9 +22,10 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeAlias
 
-from tessella.errors import UserError
+from tessella.engine.interrupt import EXIT_INTERRUPTED, EXIT_STOPPED, Interrupted, stoppable
+from tessella.errors import EXIT_RANK_LOST, RankLost, UserError
 from tessella.text import printable
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from tessella.engine.config import RunConfig
 
 EXIT_USER_ERROR = 2
-EXIT_CTRL_C = 130
 
 _HELP = ("-h", "--help")
 _SHOWN_UNREADABLE = 20  # files that `scan` lists with their reason
@@ -58,20 +59,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code; see the module.
     """
     try:
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        return code
+        with stoppable():
+            code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+            sys.stdout.flush()
+            return code
     except UserError as error:
         _say(str(error))
         return EXIT_USER_ERROR
-    except SystemExit as stop:  # after a command's help, and at a second Ctrl-C
+    except RankLost:  # each rank has said it
+        return EXIT_RANK_LOST
+    except SystemExit as stop:  # after a command's help
         return stop.code if isinstance(stop.code, int) else 0
-    except KeyboardInterrupt:
-        _say("stopped by Ctrl-C")
-        return EXIT_CTRL_C
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "stopped by Ctrl-C")
+        return EXIT_STOPPED
     except BrokenPipeError:  # `tessella recipes | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def program() -> NoReturn:
+    """`main` as the program that people start.
+
+    One that was stopped ends without the interpreter's own clean-up, in which libraries that were half loaded have been
+    seen to crash, and which may wait for a rank that is lost.
+    """
+    code = main()
+    if code in (EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_RANK_LOST):
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -175,28 +192,54 @@ def resume(words: list[str]) -> int:
         print(_resume_help())
         return 0
     name, rest = _first_word("resume", "RUN", words)
-    from tessella.engine.config import load_config
+    return _until_done(Path(name), lambda: _go_on(Path(name), rest))
+
+
+def _go_on(run: Path, words: list[str]) -> None:
+    from tessella.engine.lock import refuse_second_writer
+
+    refuse_second_writer(run)  # at once, before torch is imported
+    from tessella.engine.config import different_fields, load_config
     from tessella.engine.pretrain import resume as go_on
 
-    run = Path(name)
     saved = load_config(run / "config.yaml")
-    images_changed = "--images-changed" in rest  # about this resume alone, so no field of the run
-    given = _parse("resume", type(saved), [word for word in rest if word != "--images-changed"], default=saved)
-    new = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-    changes = {field: value for field, value in new.items() if value != getattr(saved, field)}
-    return _until_done(run, lambda: go_on(run, changes, images_changed=images_changed))
+    # About this resume alone, so no fields of the run.
+    images_changed, words = "--images-changed" in words, [word for word in words if word != "--images-changed"]
+    allow, words = _taken_out("--allow", words)
+    given = _parse("resume", type(saved), words, default=saved)
+    allow = [name.replace("-", "_") for name in allow]
+    go_on(run, different_fields(saved, given), images_changed=images_changed, allow=allow)
+
+
+def _taken_out(flag: str, words: list[str]) -> tuple[list[str], list[str]]:
+    """The values of a flag that may be given several times, and the words without them."""
+    values, rest, left = [], [], iter(words)
+    for word in left:
+        if word.startswith(f"{flag}="):
+            values.append(word.partition("=")[2])
+        elif word == flag:
+            values.append(next(left, ""))
+        else:
+            rest.append(word)
+    return values, rest
 
 
 def _resume_help() -> str:
-    from tessella.engine.config import FREE_FIELDS
+    from tessella.engine.config import ON_RESUME
 
-    flags = " ".join(f"--{name.replace('_', '-')}" for name in FREE_FIELDS)
+    free, flag = (
+        " ".join(f"--{name.replace('_', '-')}" for name, kind in ON_RESUME.items() if kind == wanted)
+        for wanted in ("free", "flag")
+    )
     return f"""\
 usage: tessella resume {COMMANDS["resume"].usage}
 
-Go on exactly where the run stopped, from its newest valid checkpoint. What decides the result stays as it
-was; how the run is executed may change:
-{flags}
+Go on exactly where the run stopped, from its newest valid checkpoint. How the run is executed may change:
+{free}
+
+What changes the result has to be allowed by name as well, as in `--epochs 300 --allow epochs`, on the command line as
+in config.yaml. All else stays as it was:
+{flag}
 
 Images that were added, removed or re-encoded since are noticed. With --images-changed the run goes on with them
 from the start of the epoch that was under way; what the method keeps of each image goes with the image.
@@ -205,14 +248,22 @@ A run that --max-steps cut short goes on to its end with --max-steps None."""
 
 
 def _until_done(run: Path, train: Callable[[], object]) -> int:
-    """Train, and say what to do next."""
-    from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted
+    """Train, and say what to do next.
 
+    Args:
+        run: the run folder.
+        train: may also be stopped before or after its loop, where there is nothing to save.
+    """
     name = shlex.quote(str(run))
     try:
         train()
     except Interrupted as stop:
         _say(f"{stop}; `tessella resume {name}` goes on")
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        if not (run / "config.yaml").exists():  # nothing was begun that could be gone on with
+            raise
+        _say(f"{str(stop) or 'stopped by Ctrl-C'}; `tessella resume {name}` goes on from what was saved last")
         return EXIT_INTERRUPTED
     if _rank() == 0:
         print(f"Judge it:   tessella evaluate {name} --train LABELLED --test LABELLED --baseline --out {name}")
@@ -228,7 +279,6 @@ def demo(*, out: Path = Path("tessella-demo"), seeds: int = 3, device: Device = 
         seeds: number of runs; the table shows their mean and spread.
         device: where to run.
     """
-    from tessella.engine.interrupt import Interrupted
     from tessella.recipes.demo import demo as run_demo
 
     try:
@@ -427,15 +477,58 @@ def recipes(name: str | None = None, /) -> int:
     return 0
 
 
-def scan(data: str, /) -> int:
+def scan(data: str, /, *, headers_only: bool = False, workers: int | None = None) -> int:
     """Look at images before training: how many, how large, what cannot be read, which recipe fits.
+
+    Every image is decoded once, in processes of their own: one that crashes or hangs the decoder is listed as well.
+    Into a file or pipe the list is complete.
 
     Args:
         data: the images.
+        headers_only: decode nothing; quick, but files that end in the middle are not found.
+        workers: decoding processes; default: the cores at hand.
     """
+    from tessella.data.isolated import undecodable
     from tessella.data.sources import open_images
 
-    print("\n".join(map(printable, _scan_lines(open_images(data)))))
+    images = open_images(data)
+    failed = images.unreadable if headers_only else images.unreadable + undecodable(images, workers)
+    print("\n".join(map(printable, _scan_lines(images, sorted(failed)))))
+    return 0
+
+
+def bench(
+    recipe_: str | None = None,
+    /,
+    *,
+    data: str,
+    device: Device = "auto",
+    workers: int | None = None,
+    batch_size: int | None = None,
+    seconds: float = 60.0,
+) -> int:
+    """Measure what limits training on this machine: reading, decoding, views, or the step.
+
+    Args:
+        recipe_: of the run that is planned; default: the one that `tessella scan` names.
+        data: the images.
+        device: where to run.
+        workers: decoding threads; default: the cores at hand.
+        batch_size: images per update; default: the recipe's.
+        seconds: about how long it may take.
+    """
+    from tessella.data.sources import open_images
+    from tessella.engine.bench import bench as measure
+    from tessella.recipes import recipe
+    from tessella.report.bench import bench_lines
+
+    images = open_images(data)
+    config = recipe(recipe_ or suggested_recipes(_short_side(images))[0][0])
+    config = dataclasses.replace(
+        config, data=data, device=device, workers=workers, batch_size=batch_size or config.batch_size
+    )
+    rates = measure(config, images, seconds=seconds)
+    print("\n".join(bench_lines(rates, config.recipe, config.backbone.name)))
     return 0
 
 
@@ -478,11 +571,11 @@ def _with_labels_if_any(data: str) -> ImageSet:
         return open_images(data)
 
 
-def _scan_lines(images: ImageSet) -> list[str]:
+def _scan_lines(images: ImageSet, failed: list[tuple[str, str]]) -> list[str]:
     import numpy as np
 
     widths, heights = np.asarray(images.sizes).T
-    short = int(np.median(np.minimum(widths, heights)))
+    short = _short_side(images)
     if images.uniform_size:
         sizes = f"all {widths[0]} x {heights[0]} pixels"
     else:
@@ -490,16 +583,23 @@ def _scan_lines(images: ImageSet) -> list[str]:
             f"{widths.min()} to {widths.max()} pixels wide, {heights.min()} to {heights.max()} high; "
             f"the shorter side has {short} in the median"
         )
-    failed = images.unreadable
+    shown = _SHOWN_UNREADABLE if sys.stdout.isatty() else len(failed)
     names, reason = suggested_recipes(short)
     return [
-        f"images      {len(images):,}",
+        f"images      {len(images) - (len(failed) - len(images.unreadable)):,}",
         f"sizes       {sizes}",
         f"unreadable  {len(failed):,}",
-        *(f"            {key}: {why}" for key, why in failed[:_SHOWN_UNREADABLE]),
-        *([f"            and {len(failed) - _SHOWN_UNREADABLE:,} more"] if len(failed) > _SHOWN_UNREADABLE else []),
+        *(f"            {key}: {why}" for key, why in failed[:shown]),
+        *([f"            and {len(failed) - shown:,} more: tessella scan DATA > FILE"] if len(failed) > shown else []),
         f"recipe      {' or '.join(names)}: {reason}",
     ]
+
+
+def _short_side(images: ImageSet) -> int:
+    """Of an image in the median, in pixels."""
+    import numpy as np
+
+    return int(np.median(np.min(images.sizes, axis=1)))
 
 
 def suggested_recipes(short_side: int) -> tuple[tuple[str, ...], str]:
@@ -630,7 +730,7 @@ COMMANDS: dict[str, Command] = {
         _typed(demo),
     ),
     "scan": Command(
-        "DATA",
+        "DATA [--headers-only]",
         "what is in a data set, what cannot be read, which recipe fits",
         _typed(scan),
     ),
@@ -638,6 +738,11 @@ COMMANDS: dict[str, Command] = {
         "DATA --out PACK [--short-side 320] [--quality 90]",
         "encode images anew, smaller, once: epochs decode several times faster",
         _typed(pack),
+    ),
+    "bench": Command(
+        "[RECIPE] --data DATA [--seconds 60]",
+        "what limits training here: decoding, views or the step; what a pack brings",
+        _typed(bench),
     ),
     "recipes": Command(
         "[NAME]",

@@ -279,7 +279,7 @@ def test_from_images_to_a_backbone_its_figures_its_features_and_its_page(tmp_pat
     assert settings["method"]["temperature"] == 0.2 and settings["method"]["views"]["groups"][0]["size"] == 24
 
     assert run(f"resume {quoted} --epochs 3") == 2
-    assert "epochs would change what the run computes" in capsys.readouterr().err
+    assert "epochs would change from 60 to 3" in capsys.readouterr().err
     assert run(f"resume {quoted} --max-steps 3") == 0
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1] == 3
@@ -306,7 +306,7 @@ def test_max_steps_none_lets_a_run_go_to_its_end(tmp_path, monkeypatch):
     saved = dataclasses.replace(recipe("swav_cpu"), max_steps=5)
     (tmp_path / "config.yaml").write_text(to_yaml(saved))
     assert run(f"resume {shlex.quote(str(tmp_path))} --max-steps None --workers 3") == 0
-    assert given == {"max_steps": None, "workers": 3, "images_changed": False}
+    assert given == {"max_steps": None, "workers": 3, "images_changed": False, "allow": []}
     assert run(f"resume {shlex.quote(str(tmp_path))} --images-changed") == 0
     assert given["images_changed"]
 

@@ -41,7 +41,7 @@ _SUFFIX = ".safetensors"
 _TEMPORARY = ".saving-"
 _DISCARDED = ".discarded-"
 _REPLACED = ".replaced"
-_CHECKPOINT = re.compile(r"step-(\d{8,18})(\.replaced)?")
+_CHECKPOINT = re.compile(r"step-\d{8,18}(\.replaced)?")
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # a plain file name on every system, no path
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota, limit on a file's size
 _MANIFEST_LIMIT = 64 << 20  # bytes; a hundred times the manifest of a network with thousands of tensors
@@ -65,14 +65,16 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         `folder/step-NNNNNNNN`.
 
     Raises:
-        UserError: the disk or the quota is full; the earlier checkpoints are untouched.
+        UserError: the disk or the quota is full, or the folder cannot be written; the earlier checkpoints are
+            untouched.
     """
     target = folder / f"step-{step:08d}"
     temporary = folder / (_TEMPORARY + target.name)
     needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-    with explain_full_disk(folder, needed):
+    with explain_write_error(folder, needed):
         _make_folder(folder)
         _remove_leftovers(folder)
+        refuse_full_disk(folder, needed)
         try:
             _fill(temporary, step, tensors, state)
             _publish(temporary, target)
@@ -104,6 +106,26 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         else:
             groups[name.removesuffix(_SUFFIX)] = _parse_tensors(path, name, data, manifest)
     return groups, state
+
+
+def load_newest(
+    folder: Path, on_damage: Callable[[str], object] = warnings.warn
+) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """Read the checkpoint with the highest step that is undamaged.
+
+    Args:
+        folder: where checkpoints lie; it may be missing.
+        on_damage: told about each newer checkpoint that was passed over, and why.
+
+    Returns:
+        Its folder, and what `load` gives; None if there is no valid checkpoint.
+    """
+    for path in _checkpoints(folder):
+        try:
+            return path, *load(path)
+        except Damaged as damage:
+            on_damage(str(damage))
+    return None
 
 
 def newest(folder: Path, on_damage: Callable[[str], object] = warnings.warn) -> Path | None:
@@ -141,6 +163,18 @@ def prune(folder: Path, keep: int = 2) -> None:
             _discard(path)
         elif _damage(path) is None:
             valid += 1
+
+
+def drop_later(folder: Path, step: int) -> None:
+    """Remove checkpoints of later steps: of a run that has begun an epoch anew, they would count as its newest.
+
+    Args:
+        folder: where checkpoints lie.
+        step: of the newest one that counts.
+    """
+    for path in _checkpoints(folder):
+        if _step_of(path) > step:
+            _discard(path)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -185,26 +219,62 @@ def write_tensors_atomic(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def explain_full_disk(folder: Path, needed: int) -> Iterator[None]:
-    """Turn "no space left" into an error that says how much is needed and how much is free.
+def explain_write_error(folder: Path, needed: int) -> Iterator[None]:
+    """Turn an error of the file system into one that says what to mend; for a full disk, how much is needed and free.
 
     Args:
         folder: where the body writes.
         needed: bytes that it writes.
 
     Raises:
-        UserError: instead of the OSError of a full disk, an exhausted quota or a limit on file sizes.
+        UserError: instead of any OSError: a full disk, a read-only or vanished folder, a stale mount, ...
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL_DISK:
-            raise
-        cause = os.strerror(error.errno)
+        cause = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in _FULL_DISK:
+            raise _full_disk(folder, needed, cause) from error
         raise UserError(
-            f"cannot write {needed:,} bytes in {str(folder)!r}: {cause}; {_free_bytes(folder)} bytes "
-            "are free. What was saved before is untouched: make room or raise the quota, then resume"
+            f"cannot write in {str(folder)!r}: {cause}. What was saved before is untouched: mend this, then resume"
         ) from error
+
+
+def refuse_full_disk(folder: Path, needed: int) -> None:
+    """Find out before anything is written.
+
+    Args:
+        folder: where `needed` bytes are to be written.
+        needed: bytes.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    try:
+        disk = shutil.disk_usage(folder)
+    except OSError:
+        return  # then writing tells
+    if disk.total and needed > disk.free:  # some network file systems know neither
+        raise _full_disk(folder, needed, os.strerror(errno.ENOSPC))
+
+
+def _full_disk(folder: Path, needed: int, cause: str) -> UserError:
+    return UserError(
+        f"cannot write {needed:,} bytes in {str(folder)!r}: {cause}; {_free_bytes(folder)} bytes "
+        "are free. What was saved before is untouched: make room or raise the quota, then resume"
+    )
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a name is that of a file or folder in the making."""
+    return path.name.startswith(_TEMPORARY)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Clear files that killed writers have left in a folder; only for who alone writes there."""
+    for path in folder.iterdir():
+        if is_unfinished(path) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -245,7 +315,7 @@ def _publish(temporary: Path, target: Path) -> None:
 
 def _write_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(_TEMPORARY + path.name)
-    with explain_full_disk(path.parent, len(data)):
+    with explain_write_error(path.parent, len(data)):
         try:
             _write_file(temporary, data)
             temporary.replace(path)
@@ -321,12 +391,12 @@ def _checkpoints(folder: Path) -> list[Path]:
     """Folders named as checkpoints, newest first; of one step, the one being replaced last."""
     if not folder.is_dir():
         return []
-    found = []
-    for path in folder.iterdir():
-        match = _CHECKPOINT.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), match[2] is None, path))
-    return [path for _, _, path in sorted(found, reverse=True)]
+    found = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (_step_of(path), not path.name.endswith(_REPLACED)), reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removesuffix(_REPLACED).removeprefix("step-"))
 
 
 def _damage(path: Path) -> str | None:
@@ -351,6 +421,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     if data != _resealed(manifest):
         raise Damaged(f"{path.name}/{_MANIFEST} has changed since it was written")
+    if manifest.get("step") != _step_of(path):
+        raise Damaged(f"{path.name}/{_MANIFEST} is of step {manifest.get('step')}: the folder was renamed or copied")
     files, tensors = manifest.get("files"), manifest.get("tensors")
     if not (isinstance(files, dict) and isinstance(tensors, dict) and _STATE in files):
         raise Damaged(f"{path.name}/{_MANIFEST} does not list the files of a checkpoint")

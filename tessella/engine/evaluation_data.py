@@ -90,7 +90,7 @@ def _tell_unreadable(images: Any) -> None:
 def described(data: Data, split: str) -> dict[str, Any]:
     """What a record says about the images of "train" or "test"."""
     images = data.train if split == "train" else data.test
-    left_out = dict(getattr(images, "unreadable", ()))  # found when the files were listed; then those that did not decode
+    left_out = dict(getattr(images, "unreadable", ()))  # when they were listed; below, those that did not decode
     if isinstance(data, EvalData):
         classes = len(data.labels(split).unique())
     elif isinstance(data, SegmentationData):

@@ -34,6 +34,7 @@ def launch(config: RunConfig) -> Fabric:
     if SLURMEnvironment.detect():
         ranks_here = int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
     devices = ranks_here or (torch.cuda.device_count() if device == "cuda" else 1)
+    _meet_anew("nccl" if device == "cuda" else "gloo")
     several = DDPStrategy() if device == "cuda" else RepeatableDDP()
     precision = config.precision
     if precision == "auto":
@@ -49,6 +50,20 @@ def launch(config: RunConfig) -> Fabric:
         )
         fabric.launch()
     return fabric
+
+
+def _meet_anew(backend: str) -> None:
+    """Let ranks that torchrun has started again find each other, and not the dead.
+
+    torchrun keeps its store, in which the addresses of the processes before still stand under the names that the new
+    ones look up; so these meet under names of their own.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0" and "MASTER_PORT" in os.environ and not dist.is_launched():
+        store, rank, world_size = next(torch_dist.rendezvous("env://"))
+        torch_dist.init_process_group(
+            backend, store=torch_dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world_size
+        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tessella.engine.checkpoint_files import explain_full_disk, write_text_atomic
+from tessella.engine.checkpoint_files import explain_write_error, write_text_atomic
 from tessella.engine.monitor import Alarm
 from tessella.methods.method import Progress
 from tessella.text import printable
@@ -68,12 +68,28 @@ class RunLog:
         self._epoch: int | None = None
         self._started = self._last_time = time.monotonic()
         self._last_step, self._waited = resume_step, 0.0
-        path = folder / "metrics.jsonl"
+        self._open(resume_step)
+        self._display = _display(console, total_steps, resume_step)
+
+    def _open(self, resume_step: int) -> None:
+        path = self._folder / "metrics.jsonl"
         _drop_lines_after(path, resume_step)
         # Closed by `close`; line-buffered, so that a killed process has lost no line.
         self._file: TextIO = open(path, "a", encoding="ascii", buffering=1)  # noqa: SIM115
-        self._tensorboard = _open_tensorboard(folder / "tensorboard", resume_step)
-        self._display = _display(console, total_steps, resume_step)
+        self._tensorboard = _open_tensorboard(self._folder / "tensorboard", resume_step)
+
+    def go_back(self, progress: Progress) -> None:
+        """Drop the lines of later steps, which the run makes again.
+
+        Args:
+            progress: the clock that the run has gone back to.
+        """
+        if not self.enabled:
+            return
+        self._close_files()
+        self._open(progress.step)
+        self._step = self._last_step = progress.step
+        self._epoch = progress.epoch
 
     def step(self, progress: Progress, metrics: dict[str, float], wait_seconds: float = 0.0) -> None:
         """Log one step's figures.
@@ -110,16 +126,17 @@ class RunLog:
         self._write("epoch", progress, metrics)
         self._write_tensorboard(progress.step, metrics, prefix="epoch/")
 
-    def alarm(self, progress: Progress, alarm: Alarm) -> None:
+    def alarm(self, progress: Progress, alarm: Alarm, **fields: Any) -> None:
         """Log a warning and show it at once.
 
         Args:
             progress: the clock.
-            alarm: from the monitor.
+            alarm: what to say.
+            fields: JSON values for programs.
         """
         if not self.enabled:
             return
-        self._write("alarm", progress, {"name": alarm.name, "text": alarm.text})
+        self._write("alarm", progress, {"name": alarm.name, "text": alarm.text, **fields})
         self._display.say(printable(f"warning at step {progress.step}: {alarm.text}"))
 
     def event(self, text: str, **fields: Any) -> None:
@@ -140,9 +157,13 @@ class RunLog:
             return
         self.enabled = False
         self._display.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
         self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with explain_write_error(self._folder, 0):
+                self._tensorboard.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -162,14 +183,15 @@ class RunLog:
         if nonfinite:
             line["nonfinite"] = nonfinite
         text = json.dumps(line, allow_nan=False)
-        with explain_full_disk(self._folder, len(text)):
+        with explain_write_error(self._folder, len(text)):
             self._file.write(text + "\n")
 
     def _write_tensorboard(self, step: int, values: dict[str, float], prefix: str = "") -> None:
         if self._tensorboard is not None:
-            for name, value in values.items():
-                if math.isfinite(value):
-                    self._tensorboard.add_scalar(prefix + name, value, step)
+            finite = {prefix + name: value for name, value in values.items() if math.isfinite(value)}
+            with explain_write_error(self._folder, 64 * len(finite)):  # its thread's errors come up here
+                for name, value in finite.items():
+                    self._tensorboard.add_scalar(name, value, step)
 
 
 def _without_nonfinite(value: Any, names: list[str], name: str = "") -> Any:

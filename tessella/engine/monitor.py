@@ -19,9 +19,9 @@ from tessella.methods.method import Progress, Step
 from tessella.ops.metrics import effective_rank
 
 # A run starts where a collapsed one ends: loss near ln K, embeddings in a narrow cone, few clusters in use.
-# So nothing but a non-finite loss is said before the warm-up is over, and only what has lasted is said at
-# all: long enough at any distance between reports, and seen often enough. At a report every 20 steps both
-# are over by step 100, at one every 50 by step 150.
+# So nothing is said before the warm-up is over, and only what has lasted is said at all: long enough at any
+# distance between reports, and seen often enough. At a report every 20 steps both are over by step 100, at
+# one every 50 by step 150.
 WARMUP_STEPS = 100
 LASTING_STEPS = 80
 LASTING_REPORTS = 3
@@ -29,8 +29,14 @@ LASTING_REPORTS = 3
 # The std of a unit vector's D components over the batch, times sqrt(D), is sqrt(1 - |mean|^2): 0.05 means a
 # mean cosine of 0.9975 between images. A random network shows 0.1 and more, a trained one about 1.
 COLLAPSED_STD = 0.05
-# Embeddings on one line give 1, on a plane at most 2. A random network shows tens.
+# Embeddings on one line give 1, on a plane at most 2. In 128 dimensions a random network shows 50 and more; 46 sound
+# runs of the small recipes stayed above 7, those with a learning rate 100 times too high fell below 6.
 COLLAPSED_RANK = 2.0
+COLLAPSED_RANK_OF_MANY = 6.0  # from about 100 dimensions on
+# Views whose pixels are all alike. Crops of digits on black show some; a data set of blank images, or one that is
+# decoded to black, nothing else.
+MOST_BLANK = 0.9
+_BLANK = 0.01  # range of a blank view's pixels, normalised
 # Collapsed runs that users reported rested within 1e-4 of ln K. A healthy loss crosses ln K too, early on:
 # SwAV on small images stayed this close for some 20 steps.
 COLLAPSED_LOSS = 3e-4
@@ -62,17 +68,19 @@ class Monitor(nn.Module):
     """Figures and alarms of one run. All state is in buffers: a resumed run reports what a straight one does.
 
     Call `observe` after every forward, `epoch_start` between epochs, and on all ranks together `report` every
-    some steps and `merge` before the state is saved (one process alone need not).
+    some steps and `merge` before the state is saved (one process alone need not). What becomes of numbers that are
+    not finite is the business of `engine.numbers`; the monitor takes note of them, and keeps what it decided.
     """
 
     assigned: Tensor
-    nonfinite: Tensor
     assigned_here: Tensor
     nonfinite_here: Tensor
+    left_out: Tensor
+    close_until: Tensor
     streaks: Tensor
     since: Tensor
     raised: Tensor
-    ALARMS = ("nonfinite_loss", "collapsed_embeddings", "loss_at_collapse", "few_clusters")
+    ALARMS = ("collapsed_embeddings", "loss_at_collapse", "few_clusters", "blank_images")
 
     def __init__(self, collapse_loss: float | None, clusters: int | None, embedding_dim: int) -> None:
         """Start with nothing seen.
@@ -86,12 +94,15 @@ class Monitor(nn.Module):
         self.collapse_loss = collapse_loss
         self.clusters = clusters
         self.embedding_dim = embedding_dim
-        # Of all ranks: images per cluster since the epoch's start, non-finite losses since the run's start.
+        # Images per cluster since the epoch's start, of all ranks.
         self._count("assigned", clusters or 0)
-        self._count("nonfinite")
-        # This rank's part of them since the last merge. Ranks differ in it, so it is not saved.
+        # This rank's part of them since the last merge, and its losses that were NaN or infinite since the last
+        # look. Ranks differ in them, so they are not saved.
         self._count("assigned_here", clusters or 0, persistent=False)
         self._count("nonfinite_here", persistent=False)
+        # Steps that were left out, and the step up to which every single one is looked at.
+        self._count("left_out")
+        self._count("close_until")
         # Per alarm: consecutive reports in which its condition held, the step of the first of them, whether
         # the alarm was raised and has not cleared.
         self._count("streaks", len(self.ALARMS))
@@ -100,6 +111,7 @@ class Monitor(nn.Module):
         self.register_state_dict_pre_hook(_merge_if_alone)
         self._loss: Tensor | None = None
         self._embeddings: Tensor | None = None
+        self._views: Tensor | None = None
 
     def _count(self, name: str, *shape: int, persistent: bool = True) -> None:
         self.register_buffer(name, torch.zeros(shape, dtype=torch.long), persistent=persistent)
@@ -111,14 +123,25 @@ class Monitor(nn.Module):
         self.assigned_here.zero_()
 
     @torch.no_grad()
-    def observe(self, step: Step) -> None:
+    def forget_unmerged(self) -> None:
+        """Forget what was observed and not merged: the run goes back to a state from before."""
+        self.assigned_here.zero_()
+        self.nonfinite_here.zero_()
+
+    @torch.no_grad()
+    def observe(self, step: Step, views: Tensor | None = None, left_out: bool = False) -> None:
         """Take note of one forward pass of this rank. Nothing waits for the device.
 
         Args:
             step: what the method returned; embeddings (n, D), assignments (n,) in [0, K).
+            views: (B, 3, s, s) of the images that it saw, one of each.
+            left_out: whether it was undone: then it is shown, but does not count.
         """
         self._loss = step.loss.detach()
         self._embeddings = step.embeddings.detach()
+        self._views = views
+        if left_out:
+            return
         self.nonfinite_here += ~torch.isfinite(self._loss)
         if self.clusters and step.assignments is not None:
             self.assigned_here.index_add_(0, step.assignments, torch.ones_like(step.assignments))
@@ -127,18 +150,7 @@ class Monitor(nn.Module):
     def merge(self) -> None:
         """Add up the ranks' counts: then every rank's saved buffers are the whole. On all ranks together."""
         self.assigned += dist.all_reduce_sum(self.assigned_here)
-        self.nonfinite += dist.all_reduce_sum(self.nonfinite_here)
         self.assigned_here.zero_()
-        self.nonfinite_here.zero_()
-
-    @torch.no_grad()
-    def is_finite(self) -> bool:
-        """Whether every loss of the run was finite on all ranks: ask before weights are saved.
-
-        On all ranks together; waits for the device.
-        """
-        self.merge()
-        return not self.nonfinite.item()
 
     @torch.no_grad()
     def report(self, progress: Progress) -> dict[str, float]:
@@ -156,16 +168,20 @@ class Monitor(nn.Module):
             `assignment_entropy`: perplexity of the epoch's assignments / K, in (0, 1].
             `dead_clusters`: share of clusters without an image since the epoch's start; only once ten images
                 per cluster were seen.
-            `nonfinite_loss`: forward passes of the run with a NaN or infinite loss.
+            `blank_images`: share of the step's images whose view is of one colour.
         """
         assert self._loss is not None and self._embeddings is not None, "report before the first observe"
         self.merge()
-        figures = {"nonfinite_loss": float(self.nonfinite.item())}
+        figures: dict[str, float] = {}
         if self.collapse_loss:
             loss = dist.all_reduce_sum(self._loss.float()).item() / dist.world_size()
             figures["loss_to_collapse"] = 1.0 - loss / self.collapse_loss
         figures |= self._embedding_figures(self._embeddings)
         figures |= self._cluster_figures()
+        if self._views is not None:
+            pixels = self._views.flatten(2)  # (B, 3, s * s)
+            blank = ((pixels.amax(dim=2) - pixels.amin(dim=2)) < _BLANK).all(dim=1).float().mean()
+            figures["blank_images"] = dist.all_reduce_sum(blank).item() / dist.world_size()
         return figures
 
     def _embedding_figures(self, embeddings: Tensor) -> dict[str, float]:
@@ -195,8 +211,8 @@ class Monitor(nn.Module):
             progress: the clock.
 
         Returns:
-            New alarms; usually none. A non-finite loss is said at once, everything else when it has lasted
-            for three reports and 80 steps and the first 100 steps are over.
+            New alarms; usually none. They are said of what has lasted for three reports and 80 steps, once the first
+            100 steps are over.
         """
         streaks, since, raised = self.streaks.tolist(), self.since.tolist(), self.raised.tolist()
         new = []
@@ -210,7 +226,7 @@ class Monitor(nn.Module):
             streaks[i] += 1
             due = max(WARMUP_STEPS, since[i] + LASTING_STEPS)
             lasting = streaks[i] >= LASTING_REPORTS and progress.step >= due
-            if not raised[i] and (lasting or name == "nonfinite_loss"):
+            if lasting and not raised[i]:
                 raised[i] = 1
                 new.append(Alarm(name, seen))
         for buffer, values in ((self.streaks, streaks), (self.since, since), (self.raised, raised)):
@@ -227,32 +243,22 @@ def _merge_if_alone(monitor: Monitor, prefix: str, keep_vars: bool) -> None:
 def _findings(report: dict[str, float], dim: int) -> dict[str, str | None]:
     """What is wrong, per alarm in the order of `Monitor.ALARMS`: text, "" for all well, None for unknown."""
     return {
-        "nonfinite_loss": _nonfinite(report),
         "collapsed_embeddings": _collapsed_embeddings(report, dim),
         "loss_at_collapse": _loss_at_collapse(report),
         "few_clusters": _few_clusters(report),
+        "blank_images": _blank_images(report),
     }
-
-
-def _nonfinite(report: dict[str, float]) -> str:
-    if not report["nonfinite_loss"]:
-        return ""
-    return (
-        f"the loss was NaN or infinite in {report['nonfinite_loss']:.0f} forward passes, where it "
-        "should be finite in all: start again with a lower learning rate or a longer warm-up, and "
-        "without 16-bit floats if they are in use"
-    )
 
 
 def _collapsed_embeddings(report: dict[str, float], dim: int) -> str | None:
     std, rank = report["embedding_std"], report["effective_rank"]
     if math.isnan(std) or math.isnan(rank):
-        return None  # the alarm about the loss says it
-    if std >= COLLAPSED_STD and rank >= COLLAPSED_RANK:
+        return None  # such a step is left out, and said to be
+    if std >= COLLAPSED_STD and rank >= max(COLLAPSED_RANK, min(COLLAPSED_RANK_OF_MANY, dim / 16)):
         return ""
     return (
-        f"the embeddings of different images are nearly equal: std {std:.3f}, effective rank {rank:.1f} of "
-        f"{dim}, where a healthy run shows a std near 1 and a rank of ten and more: {_REMEDY}; "
+        f"the embeddings of different images have little to tell them apart: std {std:.3f}, effective rank {rank:.1f} "
+        f"of {dim}, where a healthy run shows a std near 1 and a rank of ten and more: {_REMEDY}; "
         f"{_CLUSTER_REMEDY}"
     )
 
@@ -279,4 +285,17 @@ def _few_clusters(report: dict[str, float]) -> str | None:
     return (
         f"nearly all images fall into a few clusters: they spread as over {used:.1%} of the clusters and "
         f"{dead:.1%} are empty, where a healthy run uses most: {_CLUSTER_REMEDY}, fewer clusters; {_REMEDY}"
+    )
+
+
+def _blank_images(report: dict[str, float]) -> str | None:
+    blank = report.get("blank_images")
+    if blank is None:
+        return None
+    if blank <= MOST_BLANK:
+        return ""
+    return (
+        f"{blank:.0%} of the images that the network sees are of one colour, where a healthy run has few of them: look "
+        "at the files (`tessella scan`), and at the views on the run's page (`tessella report`); if only the views are "
+        "blank, make the crops larger"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ from tessella.data.batch import Batch
 from tessella.data.loader import Loader
 from tessella.data.sampler import Order
 from tessella.data.sources import ImageSet, open_images
-from tessella.engine.config import FREE_FIELDS, RunConfig
+from tessella.engine.agree import goes_on, require_agreement
+from tessella.engine.config import RunConfig
 from tessella.engine.interrupt import Interrupted, StopRequest
 from tessella.engine.launch import cores_at_hand, launch, repeatable
 from tessella.engine.log import RunLog
+from tessella.engine.memory import explain_out_of_memory
 from tessella.engine.monitor import Monitor
+from tessella.engine.numbers import LOOK_EVERY, Guard
 from tessella.engine.run_folder import RunFolder, State
 from tessella.engine.start import start_from
-from tessella.errors import UserError
+from tessella.engine.watch import Watch
 from tessella.methods import build_method, views_of
 from tessella.methods.method import Method, Progress, Setting, Step
 from tessella.modules.backbone import build_backbone, try_backbone
@@ -46,17 +49,22 @@ def pretrain(config: RunConfig, out: Path, images: ImageSet | None = None) -> Pa
     Raises:
         UserError: the input cannot be used; the text says what to change.
         Interrupted: Ctrl-C or SIGTERM; the run is saved and `resume` goes on.
+        RankLost: another rank has died, hangs or has failed.
     """
     _try_network(config)
-    fabric = launch(config)
+    fabric, run = launch(config), RunFolder(out)
+    if goes_on(config, out):
+        return resume(out, images=images)
+    if fabric.is_global_zero:
+        run.refuse_taken()
     images = images or open_images(config.data)
     state = _build(config, images, fabric.device)
     start = start_from(config.start_from, state.method)
-    if fabric.is_global_zero:
-        RunFolder.create(out, config)
-        start.write(out)
-    fabric.barrier()
-    return _train(fabric, config, RunFolder(out), images, state, step=0)
+    with Watch(config.rank_timeout) as watch, run.only_writer(fabric.is_global_zero):
+        if fabric.is_global_zero:
+            run.begin(config, start)
+        fabric.barrier()
+        return _train(fabric, config, run, images, state, 0, watch)
 
 
 def resume(
@@ -64,38 +72,39 @@ def resume(
     changes: dict[str, Any] | None = None,
     images: ImageSet | None = None,
     images_changed: bool = False,
+    allow: Collection[str] = (),
 ) -> Path:
     """Go on exactly where a run stopped, from its newest valid checkpoint; from the start if there is none.
 
     Args:
         out: the run folder.
-        changes: new values of `FREE_FIELDS`, which change how a run is executed but not what it computes.
+        changes: new values of fields that change how a run is executed but not what it computes; and of those in
+            `allow`. `engine.config.ON_RESUME` has them all.
         images: as in `pretrain`.
         images_changed: go on although images were added, removed or re-encoded, from the start of the epoch that was
             under way. What the method keeps of each image goes with the image.
+        allow: dotted names of fields that may have another value from now on, in `changes` or in config.yaml.
 
     Returns:
         `out`.
 
     Raises:
-        UserError, Interrupted: as `pretrain`.
+        UserError, Interrupted, RankLost: as `pretrain`.
     """
-    run, config = RunFolder.open(out)
-    refused = sorted(set(changes or {}) - set(FREE_FIELDS))
-    if refused:
-        raise UserError(
-            f"{', '.join(refused)} would change what the run computes; "
-            f"a resumed run may change {', '.join(FREE_FIELDS)}"
-        )
-    config = dataclasses.replace(config, **(changes or {}))
+    run, saved = RunFolder.open(out)
+    config = dataclasses.replace(saved, **(changes or {}))
     fabric = launch(config)
-    images = images or open_images(config.data)
-    state = _build(config, images, fabric.device)
-    steps_per_epoch = _order(config, images, state.method).steps_per_epoch
-    step = run.restore(config, images, state, steps_per_epoch, images_changed)
-    if step == 0:
-        start_from(config.start_from, state.method)
-    return _train(fabric, config, run, images, state, step)
+    with Watch(config.rank_timeout) as watch, run.only_writer(fabric.is_global_zero):
+        run.go_on_as(saved, config, allow)
+        images = images or open_images(config.data)
+        state = _build(config, images, fabric.device)
+        steps_per_epoch = _order(config, images, state.method).steps_per_epoch
+        step = run.restore(config, images, state, steps_per_epoch, images_changed)
+        if step == 0:
+            start = start_from(config.start_from, state.method)
+            if fabric.is_global_zero:
+                start.write(out)
+        return _train(fabric, config, run, images, state, step, watch)
 
 
 def _try_network(config: RunConfig) -> None:
@@ -119,49 +128,63 @@ def _build(config: RunConfig, images: ImageSet, device: torch.device) -> State:
     return State(method, build_optimizer(method, config.optimizer), monitor)
 
 
-def _train(fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, state: State, step: int) -> Path:
+def _train(
+    fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, state: State, step: int, watch: Watch
+) -> Path:
     method, optimizer, monitor = state
     order = _order(config, images, method)
+    require_agreement(config, images, order, step)
     progress = Progress(step, order.steps_per_epoch, config.epochs)
     last_step = min(progress.total_steps, config.max_steps or progress.total_steps)
     ddp, fabric_optimizer = fabric.setup(method, optimizer)
     loader = _loader(fabric, config, images, method, order)
+    if fabric.is_global_zero:
+        run.prepare(images, state)
     log = RunLog(run.path, last_step, config.batch_size, progress.step, enabled=fabric.is_global_zero)
 
-    with StopRequest() as stop, log, repeatable(fabric.device):
-        if progress.step == 0:
-            with fabric.autocast():
-                method.prepare(_first_look(loader, config.epochs, stop, fabric.device))
-        for batches in _batches(loader, progress, last_step):
-            if progress.step_in_epoch == 0:
-                method.epoch_start(progress)
-            rate = _set_learning_rate(optimizer, config, progress)
-            result = _forward_backward(fabric, ddp, batches, progress, config.seed)
-            if progress.step < config.freeze_backbone_steps:
-                method.backbone.zero_grad()  # to None, not zero: momentum and weight decay would still move it
-            method.before_update(progress)
-            fabric_optimizer.step()
-            fabric_optimizer.zero_grad()
-            method.after_update(progress)
-            monitor.observe(result)
+    memory = explain_out_of_memory(config, method, fabric.world_size)
+    with StopRequest() as stop, log, repeatable(fabric.device), memory:
+        guard = Guard(config, state, images, log)
+        while progress.step < last_step:  # once, unless numbers go wrong and the run goes back to its last checkpoint
+            if progress.step == 0:
+                with fabric.autocast():
+                    method.prepare(_first_look(loader, config.epochs, stop, fabric.device))
+            for batches in watch.steps(_batches(loader, progress, last_step), progress.step):
+                if progress.step_in_epoch == 0:
+                    method.epoch_start(progress)
+                rate = _set_learning_rate(optimizer, config, progress)
+                guard.before_step(progress)
+                result = _forward_backward(fabric, ddp, batches, progress, config.seed)
+                if progress.step < config.freeze_backbone_steps:
+                    method.backbone.zero_grad()  # to None, not zero: momentum and weight decay would still move it
+                method.before_update(progress)
+                fabric_optimizer.step()
+                fabric_optimizer.zero_grad()
+                method.after_update(progress)
+                left_out = guard.leaves_out(result, batches, progress)
+                monitor.observe(result, batches[-1].views[0][0], left_out)
 
-            progress = progress.next()
-            epoch_is_over = progress.step_in_epoch == 0
-            if epoch_is_over:
-                method.epoch_end(progress)
-            logged = progress.step % config.log_every == 0 or progress.step == last_step
-            if logged:
-                _log(log, monitor, loader, result, progress, rate)
-            if epoch_is_over:
-                monitor.epoch_start()
-
-            stopped = stop.seen_by_any_rank(progress.step, fabric.device)
-            if stopped or logged or epoch_is_over:
-                _refuse_nonfinite(monitor, run, progress)
-                if fabric.is_global_zero and (stopped or run.save_is_due(config.checkpoint_minutes, epoch_is_over)):
+                progress = progress.next()
+                epoch_is_over = progress.step_in_epoch == 0
+                if epoch_is_over:
+                    method.epoch_end(progress)
+                stopped = stop.seen_by_any_rank(progress.step, fabric.device)
+                logged = progress.step % config.log_every == 0 or progress.step == last_step
+                if not (stopped or logged or epoch_is_over or progress.step % LOOK_EVERY == 0):
+                    continue
+                if not guard.all_is_well(progress):
+                    found, progress = progress, progress._replace(step=_go_back(config, run, images, state, order))
+                    guard.go_back(found, progress)
+                    break
+                if logged:
+                    _log(log, monitor, loader, result, progress, rate)
+                if epoch_is_over:
+                    monitor.epoch_start()
+                due = stopped or run.save_is_due(config.checkpoint_minutes, epoch_is_over)
+                if fabric.is_global_zero and due:
                     run.save(progress, config, images, state, loader.skipped)
-            if stopped:
-                raise Interrupted(f"stopped and saved at step {progress.step} of {last_step}")
+                if stopped:
+                    raise Interrupted(f"stopped and saved at step {progress.step} of {last_step}")
 
     if fabric.is_global_zero:
         run.save(progress, config, images, state, loader.skipped)
@@ -221,14 +244,17 @@ def _log(log: RunLog, monitor: Monitor, loader: Loader, step: Step, progress: Pr
         log.alarm(progress, alarm)
 
 
-def _refuse_nonfinite(monitor: Monitor, run: RunFolder, progress: Progress) -> None:
-    """Stop before weights that a NaN has spoilt replace good ones; merges the monitor's counts of all ranks."""
-    if not monitor.is_finite():
-        raise UserError(
-            f"the loss became NaN or infinite by step {progress.step}. The checkpoints in {run.checkpoints} are from "
-            "before. Start a new run with a lower learning rate (--optimizer.lr) or a longer warm-up "
-            "(--optimizer.warmup-epochs), and with --precision 32 if it ran in bf16"
-        )
+def _go_back(config: RunConfig, run: RunFolder, images: ImageSet, state: State, order: Order) -> int:
+    """Into the parts of a run what they were at the newest checkpoint, or at the start; the number of steps done."""
+    state.optimizer.zero_grad()
+    state.optimizer.state.clear()
+    step = run.restore(config, images, state, order.steps_per_epoch, images_changed=True)  # as accepted at the start
+    if step == 0:
+        fresh = _build(config, images, torch.device("cpu"))
+        state.method.load_state_dict(fresh.method.state_dict())
+        state.monitor.load_state_dict(fresh.monitor.state_dict())
+        start_from(config.start_from, state.method)
+    return step
 
 
 def _order(config: RunConfig, images: ImageSet, method: Method) -> Order:

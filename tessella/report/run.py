@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from tessella.data.sources import ImageSet
 from tessella.data.views import ViewSpec
+from tessella.engine.lock import owner_of
 from tessella.errors import UserError
 from tessella.report.charts import Chart, bar_chart, line_chart
 from tessella.report.page import render, write_text
@@ -32,7 +33,7 @@ from tessella.report.scores import score_tables
 
 _METHODS = {"swav": "SwAV", "jigclu": "JigClu", "mejigclu": "MEJigClu", "smog": "SMoG", "coke": "CoKe"}
 _CLUSTER_FIELDS = ("prototypes", "groups", "centres")  # what methods call the number of their clusters
-_SHOWN_UNREADABLE = 20
+_SHOWN_UNREADABLE = 500
 _MOST_SETTINGS = 500
 _DEEPEST_SETTING = 12
 _MOST_CURVES = 24
@@ -91,6 +92,7 @@ _CURVES = (
 class _Status(NamedTuple):
     complete: bool
     text: str
+    running: bool = False
 
 
 class _Clusters(NamedTuple):
@@ -279,14 +281,18 @@ def _text(values: dict[str, Any], name: str) -> str:
 
 
 def _status(run: _Run, images: ImageSet | None) -> _Status:
-    """A run is complete when its backbone is there."""
+    """A run is complete when its backbone is there, and running while a process holds its lock."""
     planned = run.number("max_steps", 0)
     if images is not None:
         whole = len(images) // max(run.number("batch_size", 1), 1) * run.number("epochs", 1)
         planned = min(planned or whole, whole)
+    steps = f"step {run.step:,}" + (f" of {planned:,}" if planned else "")
+    owner = owner_of(run.path)
+    if owner:
+        return _Status(False, f"running, at {steps} ({owner})", running=True)
     if (run.path / "backbone.safetensors").exists():
         return _Status(True, f"complete after {run.step:,} steps" if run.step else "complete")
-    return _Status(False, f"stopped at step {run.step:,}" + (f" of {planned:,}" if planned else ""))
+    return _Status(False, f"stopped at {steps}")
 
 
 def _facts(run: _Run, images: ImageSet | None) -> list[tuple[str, str]]:
@@ -407,7 +413,8 @@ def _commands(run: _Run, status: _Status) -> list[tuple[str, str]]:
     """What to do next, and the command for it."""
     folder = shlex.quote(str(run.path))
     evaluate = f"tessella evaluate {folder} --train LABELLED --test LABELLED --baseline --out {folder}"
-    commands = [] if status.complete else [("Go on exactly where it stopped", f"tessella resume {folder}")]
+    go_on = ("Go on exactly where it stopped", f"tessella resume {folder}")
+    commands = [] if status.complete or status.running else [go_on]
     return [
         *commands,
         ("Judge the backbone beside an untrained one", evaluate),

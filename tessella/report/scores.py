@@ -164,9 +164,12 @@ def _figures(protocol: str, scores: dict[str, Any]) -> Iterator[tuple[Column, _F
             if (name == score or few) and _is_number(value):
                 number = int(few[1]) if few else 0
                 std = scores.get(f"std_{number}") if few else stds.get(name) if isinstance(stds, dict) else None
-                several = [other for other in _MEASURES if other[0] == kind]
-                text = str(number) if few else f"{variant} {label}" if variant and len(several) > 1 else variant or label
-                yield Column(rank, number, heading, text), _Figure(value, std if _is_number(std) else None)
+                several = len([other for other in _MEASURES if other[0] == kind]) > 1
+                text = f"{variant} {label}" if variant and several else variant or label
+                yield (
+                    Column(rank, number, heading, str(number) if few else text),
+                    _Figure(value, std if _is_number(std) else None),
+                )
 
 
 def _mean(seeds: list[_Figure]) -> _Figure:

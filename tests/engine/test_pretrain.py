@@ -20,6 +20,7 @@ from tessella.data.sources import open_images
 from tessella.engine.config import to_yaml
 from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted, StopRequest
 from tessella.engine.pretrain import _build, pretrain, resume
+from tessella.engine.run_folder import RunFolder
 from tessella.engine.weights import resolve_backbone
 from tessella.errors import UserError
 from tessella.methods.method import Progress
@@ -123,10 +124,10 @@ def test_resume_refuses_what_would_change_the_result_and_other_images(tmp_path: 
 
 def test_resume_refuses_another_number_of_categories(tmp_path: Path):
     run = pretrain(tiny_run("mejigclu", max_steps=1), tmp_path / "run")
-    text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("batch_size: 64", "batch_size: 32"))
+    fewer = tiny_run("mejigclu", batch_size=32)
+    state = _build(fewer, open_images(fewer.data), torch.device("cpu"))
     with pytest.raises(UserError, match=r"into 64 parts .* into 32 .*go on with the same images"):
-        resume(run)
+        RunFolder(run).restore(fewer, open_images(fewer.data), state, steps_per_epoch=11)
 
 
 def test_an_evaluation_reads_a_run_with_a_partition(tmp_path: Path):

@@ -176,9 +176,9 @@ def test_a_damaged_evaluation_is_left_out_and_said(tmp_path: Path) -> None:
 
 def test_unreadable_images_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
-    (run / "unreadable.txt").write_text("".join(f"{i:02d}.jpg\tempty file\n" for i in range(25)))
+    (run / "unreadable.txt").write_text("".join(f"{i:03d}.jpg\tempty file\n" for i in range(510)))
     text = Elements(page_of(run)).text
-    assert "25 files were left out" in text and "19.jpg empty file" in text and "20.jpg" not in text
+    assert "510 files were left out" in text and "499.jpg empty file" in text and "500.jpg" not in text
 
 
 def test_settings_carry_the_names_of_their_options(tmp_path: Path) -> None:
