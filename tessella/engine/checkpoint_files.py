@@ -147,7 +147,7 @@ def newest(folder: Path, on_damage: Callable[[str], object] = warnings.warn) -> 
 
 
 def prune(folder: Path, keep: int = 2) -> None:
-    """Remove what is older than the `keep` newest valid checkpoints.
+    """Remove what is older than the `keep` newest valid checkpoints, and what killed saves and removals have left.
 
     Damaged ones do not count: a run that had to go back behind damaged checkpoints must not lose its new ones
     to them. A damaged one that is newer stays until the run reaches its step and replaces it.
@@ -157,6 +157,8 @@ def prune(folder: Path, keep: int = 2) -> None:
         keep: at least 1.
     """
     assert keep >= 1, keep
+    if folder.is_dir():
+        _remove_leftovers(folder)
     valid = 0
     for path in _checkpoints(folder):
         if valid >= keep:

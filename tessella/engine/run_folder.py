@@ -223,8 +223,9 @@ class RunFolder:
             checkpoint_files.save(self.checkpoints, step, tensors, facts)
             if self._images_changed:
                 checkpoint_files.drop_later(self.checkpoints, step)
-            checkpoint_files.prune(self.checkpoints, keep=_KEPT)
-            images_seen.remember(self.path, images)
+        # Also for a process that was killed before it came to this:
+        checkpoint_files.prune(self.checkpoints, keep=_KEPT)
+        images_seen.remember(self.path, images)
         self._saved_step, self._saved_at = step, time.monotonic()
         self._config_changed = self._images_changed = False
 

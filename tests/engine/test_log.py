@@ -302,3 +302,15 @@ def test_without_tensorboard_nothing_is_said(tmp_path: Path, monkeypatch: pytest
     console = plain_console()
     a_log(tmp_path, console=console).close()
     assert shown(console) == "" and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_log_that_goes_back_drops_the_lines_that_the_run_makes_again(tmp_path: Path):
+    with a_log(tmp_path) as log:
+        for step in (2, 4, 6):
+            log.step(Progress(step, 5, 4), {"loss": float(step)})
+        log.go_back(Progress(4, 5, 4))
+        log.event("back")
+        log.step(Progress(6, 5, 4), {"loss": 6.5})
+    assert [(line["kind"], line["step"]) for line in lines(tmp_path)] == [
+        ("step", 2), ("step", 4), ("event", 4), ("step", 6)
+    ]  # fmt: skip

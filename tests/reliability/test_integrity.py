@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tessella.cli import main
-from tessella.engine.checkpoint_files import Damaged, load, load_newest
+from tessella.engine.checkpoint_files import Damaged, load, load_newest, save
 from tests.reliability.program import METHODS, assert_same_runs, pretrain_words, run
 
 LAST, BEFORE = "step-00000010", "step-00000009"
@@ -127,6 +127,15 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_before_and_ends_the_same(
     said = capsys.readouterr().err
     assert f"warning: {LAST}/method.safetensors has changed since it was written: tensor" in said
     assert "an earlier checkpoint is used" in said
+    assert_same_runs(finished, other)
+
+
+def test_a_run_killed_between_its_last_save_and_its_last_removal_is_tidied(finished: Path, tmp_path: Path):
+    other = Path(shutil.copytree(finished, tmp_path / "run"))
+    save(other / "checkpoints", 8, *load(other / "checkpoints" / LAST))
+    for name in (".discarded-step-00000007", ".saving-step-00000010"):
+        shutil.copytree(other / "checkpoints" / BEFORE, other / "checkpoints" / name)
+    assert main(["resume", str(other)]) == 0
     assert_same_runs(finished, other)
 
 
