@@ -320,7 +320,9 @@ def test_healthy_embeddings_and_assignments_raise_no_alarm():
         assert said == []
 
 
-@pytest.mark.parametrize(("dim", "rank", "alarmed"), [(128, 5.5, True), (128, 7.0, False), (16, 5.5, False)])
+@pytest.mark.parametrize(
+    ("dim", "rank", "alarmed"), [(128, 7.5, True), (2048, 7.5, True), (128, 8.5, False), (16, 5.5, False)]
+)
 def test_how_few_directions_are_too_few_depends_on_how_many_there_are(dim: int, rank: float, alarmed: bool):
     monitor, said = a_monitor(dim=dim), []
     for step in range(LOG_EVERY, 300, LOG_EVERY):

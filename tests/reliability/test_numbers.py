@@ -142,7 +142,7 @@ def test_the_result_does_not_depend_on_when_it_was_saved_or_looked_at(
     assert_same(final_state(expected), final_state(run))
 
 
-@pytest.mark.parametrize("method", ["swav", "smog"])
+@pytest.mark.parametrize("method", ["smog", *(pytest.param(m, marks=pytest.mark.slow) for m in FIVE if m != "smog")])
 def test_numbers_that_are_fine_the_second_time_change_nothing(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -223,7 +223,7 @@ def test_an_image_that_spoils_every_epoch_ends_the_run_with_its_name(tmp_path: P
     assert int(final_state(more)["monitor.left_out"]) >= 4
 
 
-@pytest.mark.parametrize("method", FIVE)
+@pytest.mark.parametrize("method", ["swav", *(pytest.param(m, marks=pytest.mark.slow) for m in FIVE[1:])])
 def test_a_run_that_diverges_ends_with_advice_and_has_saved_no_broken_weight(method: str, tmp_path: Path):
     wild = OptimizerConfig("sgd", lr=1e30, warmup_epochs=0)
     with pytest.raises(UserError, match=r"lower learning rate .*now 1e\+30") as stop:
