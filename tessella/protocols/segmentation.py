@@ -138,15 +138,18 @@ RECIPES = {
         window=512,
         window_stride=341,
     ),
-    # CPU minutes, images of about 100 to 250 pixels, a narrow ResNet.
+    # Ours, for images of about 100 to 250 pixels and a narrow ResNet: minutes on two cores. Objects are found early, but
+    # told apart late, and later still with AdamW, a lower learning rate or dropout.
     "small": SegmentationConfig(
         channels=64,
         convs=1,
         concatenate=False,
         auxiliary=0.0,
+        dropout=0.0,
         crops=CropSpec(size=112, resize=None, scale=(0.75, 1.5), distort=False),
-        lr=0.05,
-        iterations=300,
+        lr=0.3,
+        warmup_iterations=50,
+        iterations=2000,
         batch_size=8,
     ),
 }

@@ -530,9 +530,8 @@ def test_two_ranks_give_the_figures_and_masks_of_one_and_hear_of_each_others_pro
 
 @pytest.mark.slow
 def test_drawn_shapes_are_segmented_well_within_minutes():
-    config = replace(RECIPES["small"], crops=replace(RECIPES["small"].crops, size=96))
     data = SegmentationData(open_masks("shapes"), open_masks("shapes", "test"), workers=1)
-    scores = segmentation(resnet("resnet18", 16), data, config)
+    scores = segmentation(resnet("resnet18", 16), data, RECIPES["small"])
     assert scores["miou"] >= 0.6 and scores["loss"][-1] < 0.3 * scores["loss"][0]
 
 
