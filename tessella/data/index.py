@@ -360,11 +360,7 @@ def _save(folder: Path, columns: dict[str, NDArray[Any]], meta: dict[str, Any]) 
     )
     try:
         temporary.mkdir()
-        for name, column in columns.items():
-            with open(temporary / f"{name}.npy", "wb") as file:
-                np.save(file, column, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
+        write_columns(temporary, columns)
         (temporary / "meta.json").write_text(json.dumps(meta | {"columns": list(columns)}))
         temporary.rename(final)
         pointer.write_text(final.name)
@@ -375,6 +371,15 @@ def _save(folder: Path, columns: dict[str, NDArray[Any]], meta: dict[str, Any]) 
         pointer.unlink(missing_ok=True)
         raise
     _sweep(folder, keep=final.name)
+
+
+def write_columns(folder: Path, columns: dict[str, NDArray[Any]]) -> None:
+    """Write each column as NAME.npy, down to the disk."""
+    for name, column in columns.items():
+        with open(folder / f"{name}.npy", "wb") as file:
+            np.save(file, column, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _sweep(folder: Path, keep: str) -> None:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tessella.data.decode import Unreadable, decode
-from tessella.data.index import columns_of, fingerprint_of, progress_bar
+from tessella.data.index import columns_of, fingerprint_of, progress_bar, write_columns
 from tessella.data.loader import resize_pixels, run_ahead
 from tessella.data.sources.images import ImageSet
 from tessella.data.sources.packs import COLUMNS, DESCRIPTION, FORMAT, PACKING, read_description
@@ -267,11 +267,7 @@ def _finish(images: ImageSet, out: Path, asked: dict[str, Any], shards: int) -> 
 def _write_index(out: Path, columns: dict[str, NDArray[Any]]) -> None:
     folder, temporary = out / COLUMNS, out / f"temp-{COLUMNS}"
     temporary.mkdir()
-    for name, column in columns.items():
-        with open(temporary / f"{name}.npy", "wb") as file:
-            np.save(file, column, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
+    write_columns(temporary, columns)
     if folder.exists():  # from a run that was killed between this line and the description
         shutil.rmtree(folder)
     temporary.rename(folder)
