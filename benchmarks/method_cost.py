@@ -30,6 +30,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from side_by_side import processor
 from torch import Tensor
 
 from tessella.data.batch import Batch
@@ -254,7 +255,7 @@ def measure(options: Options) -> dict[str, Any]:
         )
     return {
         "command": shlex.join(["python", "benchmarks/method_cost.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "clock": clock,
         "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
@@ -264,14 +265,6 @@ def measure(options: Options) -> dict[str, Any]:
         "versions": versions() | {"python": platform.python_version()},
         "cases": rows,
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -736,7 +736,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "pack": Command(
         "DATA --out PACK [--short-side 320] [--quality 90]",
-        "encode images anew, smaller, once: epochs decode several times faster",
+        "encode images anew, smaller, once: epochs read and decode less",
         _typed(pack),
     ),
     "bench": Command(

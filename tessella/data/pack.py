@@ -2,7 +2,7 @@
 
     source -> decode -> shorter side to at most `short_side` -> JPEG -> shard by shard into tar files -> verified
 
-Bytes are what decoding costs, so a pack of photos is read several times faster. It changes the pixels: the settings
+Bytes are what decoding costs, so a pack of large photos is read faster. It changes the pixels: the settings
 and the measured loss stand in `pack.json`. A file that would not become smaller is taken over as it is. A shard is
 written under a temporary name and renamed when it is whole, so that a killed run goes on with the first shard that is
 missing, and a pack that was made in two runs equals one that was made in one.

@@ -1,6 +1,7 @@
 """The loader's executions of one plan: compiled kernels and torch, whole images and large ones at a fraction."""
 
 import io
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -10,10 +11,9 @@ from PIL import Image
 from tessella.data import loader as loader_module
 from tessella.data.decode import decode
 from tessella.data.views import CropGroup, Photometry, ViewSpec
-from tessella.ops import compiled
 from tests.data.test_loader import RAW, SPEC, Pictures, load, mixed, uniform
 
-pytestmark = pytest.mark.skipif(compiled.kernels() is None, reason="numba is not here")
+pytestmark = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
 
 
 @pytest.fixture
