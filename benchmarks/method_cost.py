@@ -35,10 +35,7 @@ from torch import Tensor
 
 from tessella.data.batch import Batch
 from tessella.data.views import CropGroup
-from tessella.engine.checkpoint_files import write_json_atomic
-from tessella.engine.config import RunConfig
 from tessella.engine.launch import pick_device, repeatable
-from tessella.engine.run_folder import versions
 from tessella.methods import build_method, views_of
 from tessella.methods.coke import CokeConfig
 from tessella.methods.jigclu import JigcluConfig
@@ -49,6 +46,9 @@ from tessella.optim import build_optimizer
 from tessella.recipes import recipe
 from tessella.recipes.cost import forwards, passes
 from tessella.recipes.describe import TITLES, views_in_words
+from tessella.run.checkpoints import write_json_atomic
+from tessella.run.config import RunConfig
+from tessella.run.folder import versions
 
 _CIFAR10 = ("jigclu_cifar10", "mejigclu_cifar10", "coke_cifar10", "swav_cifar10", "smog_cifar10")
 

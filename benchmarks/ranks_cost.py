@@ -26,9 +26,9 @@ import tyro
 from rich.table import Table
 from side_by_side import report
 
-from tessella.engine.checkpoint_files import write_json_atomic
 from tessella.modules.backbone import BackboneConfig
 from tessella.modules.norm import synchronise_batch_norm
+from tessella.run.checkpoints import write_json_atomic
 
 _COLLECTIVES = ("all_reduce", "all_gather", "all_to_all_single")
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import tyro
 
-from tessella.engine.checkpoint_files import write_json_atomic
+from tessella.run.checkpoints import write_json_atomic
 
 _SHOWN = (("knn", "top1", "kNN"), ("linear-fast", "top1", "linear"), ("clustering", "accuracy", "k-means ACC"))
 

@@ -29,16 +29,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from tessella import dist
 from tessella.data.sources import ArrayImages, ImageSet, open_images
-from tessella.engine import embed as _embed
-from tessella.engine import evaluate as _evaluate
 from tessella.engine import pretrain as _pretrain
-from tessella.engine.config import RunConfig, different_fields, from_dict, load_config, to_dict
-from tessella.engine.weights import resolve_backbone
 from tessella.errors import UserError
+from tessella.evaluation import embed as _embed
+from tessella.evaluation import evaluate as _evaluate
 from tessella.modules.backbone import Backbone
 from tessella.protocols.features import Features
 from tessella.recipes import recipe as _recipe
 from tessella.report.evaluation import print_scores, write_pages
+from tessella.run.config import RunConfig, different_fields, from_dict, load_config, to_dict
+from tessella.weights.resolve import resolve_backbone
 
 Images: TypeAlias = str | Path | ImageSet | NDArray[np.uint8] | tuple[NDArray[np.uint8], ArrayLike]
 
@@ -73,7 +73,7 @@ def resume(run: str | Path, data: Images | None = None, *, allow: Collection[str
         data: the images, if they were an array or lie elsewhere now; they must be the same ones.
         allow: settings that may have another value from now on although that changes the result: `allow=["epochs"]`.
         **changes: settings, in the notation of `pretrain`; how the run is executed (`workers=4`), or what
-            `allow` names. `tessella.engine.config.ON_RESUME` has the class of each.
+            `allow` names. `tessella.run.config.ON_RESUME` has the class of each.
 
     Returns:
         `run`.

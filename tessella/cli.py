@@ -30,7 +30,7 @@ from tessella.text import printable
 
 if TYPE_CHECKING:
     from tessella.data.sources import ImageSet
-    from tessella.engine.config import RunConfig
+    from tessella.run.config import RunConfig
 
 EXIT_USER_ERROR = 2
 
@@ -196,11 +196,11 @@ def resume(words: list[str]) -> int:
 
 
 def _go_on(run: Path, words: list[str]) -> None:
-    from tessella.engine.lock import refuse_second_writer
+    from tessella.run.lock import refuse_second_writer
 
     refuse_second_writer(run)  # at once, before torch is imported
-    from tessella.engine.config import different_fields, load_config
     from tessella.engine.pretrain import resume as go_on
+    from tessella.run.config import different_fields, load_config
 
     saved = load_config(run / "config.yaml")
     # About this resume alone, so no fields of the run.
@@ -225,7 +225,7 @@ def _taken_out(flag: str, words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _resume_help() -> str:
-    from tessella.engine.config import ON_RESUME
+    from tessella.run.config import ON_RESUME
 
     free, flag = (
         " ".join(f"--{name.replace('_', '-')}" for name, kind in ON_RESUME.items() if kind == wanted)
@@ -337,8 +337,8 @@ def evaluate(
         image_size: pixels of the evaluated crop; default: the run's.
         batch_size: images per forward pass; changes the speed, not the result.
     """
-    from tessella.engine.evaluate import evaluate as score
-    from tessella.engine.evaluate import leave_ranks
+    from tessella.evaluation.evaluate import evaluate as score
+    from tessella.evaluation.evaluate import leave_ranks
     from tessella.report.evaluation import print_scores, write_pages
 
     records = score(
@@ -391,7 +391,7 @@ def embed(
         image_size: pixels of the evaluated crop; default: the run's.
         batch_size: images per forward pass; changes the speed, not the result.
     """
-    from tessella.engine.embed import embed as write_features
+    from tessella.evaluation.embed import embed as write_features
 
     features = write_features(
         backbone,
@@ -448,8 +448,8 @@ def import_weights(file: Path, /, *, out: Path, from_: Origin = "auto") -> int:
         out: folder for the weights; missing or empty.
         from_: accept only this project's layout.
     """
-    from tessella.engine.imported import import_weights as convert
-    from tessella.engine.imported import report_lines
+    from tessella.weights.imported import import_weights as convert
+    from tessella.weights.imported import report_lines
 
     official = convert(file, out, from_)
     print("\n".join(map(printable, report_lines(official))))

@@ -12,8 +12,8 @@ import tessella
 from tessella import UserError
 from tessella.api import with_settings
 from tessella.data.sources import ArrayImages
-from tessella.engine.config import load_config
 from tessella.recipes import recipe
+from tessella.run.config import load_config
 
 TINY = {
     "backbone": {"name": "resnet10", "width": 4},

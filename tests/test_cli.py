@@ -14,10 +14,10 @@ from PIL import Image
 
 from tessella import cli
 from tessella.cli import COMMANDS, main, suggested_recipes
-from tessella.engine.config import to_yaml
 from tessella.engine.interrupt import Interrupted
 from tessella.methods import METHODS
 from tessella.recipes import RECIPES, recipe
+from tessella.run.config import to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--backbone.name resnet10 --backbone.width 4 --batch-size 16 --device cpu --workers 1 --log-every 1"

@@ -12,9 +12,9 @@ from typing import Any
 from tessella import dist
 from tessella.data.sampler import Order
 from tessella.data.sources import ImageSet
-from tessella.engine.config import FREE_FIELDS, RunConfig, load_config, to_dict
-from tessella.engine.run_folder import versions
 from tessella.errors import UserError
+from tessella.run.config import FREE_FIELDS, RunConfig, load_config, to_dict
+from tessella.run.folder import versions
 
 _SHOWN = 5  # differences
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")

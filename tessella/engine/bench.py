@@ -27,7 +27,6 @@ from tessella.data.loader import Loader
 from tessella.data.pack import encode_for_pack
 from tessella.data.sampler import EpochOrder
 from tessella.data.sources import ImageSet
-from tessella.engine.config import RunConfig
 from tessella.engine.launch import cores_at_hand, pick_device, repeatable
 from tessella.errors import UserError
 from tessella.methods import build_method, views_of
@@ -35,6 +34,7 @@ from tessella.methods.method import Progress, Setting
 from tessella.modules.backbone import build_backbone
 from tessella.ops.layout import image_layout
 from tessella.optim import build_optimizer
+from tessella.run.config import RunConfig
 
 PACKED_SIDE, PACKED_QUALITY = 320, 90  # of the pack that is tried: the command's defaults
 

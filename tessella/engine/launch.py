@@ -17,8 +17,8 @@ from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from tessella import dist
-from tessella.engine.config import RunConfig
 from tessella.errors import UserError
+from tessella.run.config import RunConfig
 
 
 def launch(config: RunConfig) -> Fabric:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tessella.engine.config import RunConfig
 from tessella.errors import UserError
 from tessella.methods import views_of
 from tessella.methods.method import Method
 from tessella.modules.momentum import MomentumEncoder
+from tessella.run.config import RunConfig
 
 _GIB = 1 << 30
 _USABLE = 0.9  # of a GPU's memory: the rest goes to the driver, to kernels' workspace and to gaps between tensors

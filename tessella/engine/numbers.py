@@ -25,13 +25,13 @@ from torch import Tensor
 from tessella import dist
 from tessella.data.batch import Batch
 from tessella.data.sources import ImageSet
-from tessella.engine.config import RunConfig
-from tessella.engine.log import RunLog
-from tessella.engine.monitor import Alarm
-from tessella.engine.run_folder import State
 from tessella.errors import UserError
 from tessella.methods import views_of
 from tessella.methods.method import Method, Progress, Step
+from tessella.run.config import RunConfig
+from tessella.run.folder import State
+from tessella.run.log import RunLog
+from tessella.run.monitor import Alarm
 
 LOOK_EVERY = 10  # steps; the work that can be lost to numbers that nobody has looked at yet
 _SHOWN, _LISTED = 5, 100  # images in the text of an alarm, and in its line of the log

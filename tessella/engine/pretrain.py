@@ -16,15 +16,10 @@ from tessella.data.loader import Loader
 from tessella.data.sampler import Order
 from tessella.data.sources import ImageSet, open_images
 from tessella.engine.agree import goes_on, require_agreement
-from tessella.engine.config import RunConfig
 from tessella.engine.interrupt import Interrupted, StopRequest
 from tessella.engine.launch import cores_at_hand, launch, repeatable
-from tessella.engine.log import RunLog
 from tessella.engine.memory import explain_out_of_memory
-from tessella.engine.monitor import Monitor
 from tessella.engine.numbers import LOOK_EVERY, Guard
-from tessella.engine.run_folder import RunFolder, State
-from tessella.engine.start import start_from
 from tessella.engine.watch import Watch
 from tessella.methods import build_method, views_of
 from tessella.methods.method import Method, Progress, Setting, Step
@@ -33,6 +28,11 @@ from tessella.modules.drop_path import seed_noise
 from tessella.modules.norm import synchronise_batch_norm
 from tessella.ops.layout import image_layout
 from tessella.optim import build_optimizer, learning_rate
+from tessella.run.config import RunConfig
+from tessella.run.folder import RunFolder, State
+from tessella.run.log import RunLog
+from tessella.run.monitor import Monitor
+from tessella.weights.start import start_from
 
 
 def pretrain(config: RunConfig, out: Path, images: ImageSet | None = None) -> Path:
@@ -79,7 +79,7 @@ def resume(
     Args:
         out: the run folder.
         changes: new values of fields that change how a run is executed but not what it computes; and of those in
-            `allow`. `engine.config.ON_RESUME` has them all.
+            `allow`. `run.config.ON_RESUME` has them all.
         images: as in `pretrain`.
         images_changed: go on although images were added, removed or re-encoded, from the start of the epoch that was
             under way. What the method keeps of each image goes with the image.

@@ -13,19 +13,19 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from tessella.errors import UserError
-from tessella.protocols import detection as detecting
 from tessella.protocols import finetune as finetuning
 from tessella.protocols import linear as probes
-from tessella.protocols import segmentation as segmenting
 from tessella.protocols.clustering import ClusteringConfig, clustering
-from tessella.protocols.detection import DetectionConfig, DetectionData, detection
+from tessella.protocols.detection import protocol as detecting
+from tessella.protocols.detection.protocol import DetectionConfig, DetectionData, detection
 from tessella.protocols.duplicates import DuplicatesConfig, duplicates
 from tessella.protocols.features import EvalData, EvalTransform
 from tessella.protocols.finetune import FinetuneConfig, finetune, finetune_name
 from tessella.protocols.knn import KnnConfig, knn
 from tessella.protocols.linear import FewLabelsConfig, LinearConfig, few_labels, linear
 from tessella.protocols.lowshot import LowShotConfig, MultiLabelData, SvmConfig, lowshot, svm
-from tessella.protocols.segmentation import SegmentationConfig, SegmentationData, segmentation
+from tessella.protocols.segmentation import protocol as segmenting
+from tessella.protocols.segmentation.protocol import SegmentationConfig, SegmentationData, segmentation
 
 __all__ = [
     "ALL",

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tessella import dist
-from tessella.data.annotations import AnnotatedImages
+from tessella.data.boxes.layouts import AnnotatedImages
 from tessella.data.index import Index
 from tessella.data.sources import ImageSet
 from tessella.errors import UserError
@@ -55,7 +55,7 @@ class MultiLabelData(ImageData):
         """Image-level labels from boxes.
 
         Args:
-            train: images with objects, as `data.annotations.open_annotations` gives them.
+            train: images with objects, as `data.boxes.layouts.open_annotations` gives them.
             test: the same.
             transform: of the features; both sides of an image are squashed to its size.
             options: device, workers, batch_size, predictions, cache.

@@ -6,9 +6,9 @@ import difflib
 import inspect
 from collections.abc import Callable
 
-from tessella.engine.config import RunConfig
 from tessella.errors import UserError
 from tessella.recipes import imagenet, small
+from tessella.run.config import RunConfig
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     name: function

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tessella.engine.config import RunConfig, to_dict
 from tessella.methods import MethodConfig
 from tessella.methods.coke import CokeConfig
 from tessella.methods.mejigclu import MejigcluConfig
 from tessella.methods.smog import SmogConfig
 from tessella.methods.swav import SwavConfig
 from tessella.recipes.imagenet import swav_imagenet_200ep, swav_imagenet_200ep_bs256
+from tessella.run.config import RunConfig, to_dict
 
 _QUEUE_BELOW = 1000  # images per forward: fewer make poor codes by themselves
 _REGROUP_STEPS = 300  # SMoG's paper; an epoch of the released runs, which are at batch 4096

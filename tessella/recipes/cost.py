@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tessella.engine.config import RunConfig
 from tessella.methods import views_of
 from tessella.methods.smog import SmogConfig
 from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.modules.resnet import LAYERS
+from tessella.run.config import RunConfig
 
 IMAGENET_IMAGES = 1_281_167
 _IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "digits::train": 1437}

@@ -16,19 +16,19 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tessella.data.sources import open_images
-from tessella.engine.checkpoint_files import write_json_atomic
-from tessella.engine.config import Device
-from tessella.engine.evaluate import Record, score
 from tessella.engine.launch import cores_at_hand, pick_device
 from tessella.engine.pretrain import pretrain
-from tessella.engine.weights import Loaded, random_twin, resolve_backbone
 from tessella.errors import UserError
+from tessella.evaluation.evaluate import Record, score
 from tessella.protocols.clustering import ClusteringConfig
 from tessella.protocols.features import EvalData
 from tessella.protocols.knn import KnnConfig
 from tessella.protocols.linear import FewLabelsConfig, LinearConfig
 from tessella.recipes import recipe
 from tessella.report.of_run import report
+from tessella.run.checkpoints import write_json_atomic
+from tessella.run.config import Device
+from tessella.weights.resolve import Loaded, random_twin, resolve_backbone
 
 _PROTOCOLS = (KnnConfig(), FewLabelsConfig(labels_per_class=(1,), draws=20), LinearConfig(), ClusteringConfig())
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import textwrap
 
-from tessella.engine.config import RunConfig, to_yaml
 from tessella.methods import views_of
 from tessella.methods.smog import SmogConfig
 from tessella.recipes import RECIPES, recipe
 from tessella.recipes.batch import WHY, at_batch_size, flags
 from tessella.recipes.cost import GPU, Pass, forwards, gpu_hours, images_of, passes, tflops, training_flops
 from tessella.report.published import PUBLISHED, Score
+from tessella.run.config import RunConfig, to_yaml
 
 TITLES = {"swav": "SwAV", "jigclu": "JigClu", "mejigclu": "MEJigClu", "smog": "SMoG", "coke": "CoKe"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from tessella.data.views import IMAGENET_MEAN, CropGroup, Photometry, ViewSpec
-from tessella.engine.config import RunConfig
 from tessella.methods.coke import CokeConfig
 from tessella.methods.jigclu import JigcluConfig
 from tessella.methods.mejigclu import MejigcluConfig
@@ -13,6 +12,7 @@ from tessella.methods.smog import SmogConfig
 from tessella.methods.swav import OFFICIAL_STD, SwavConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
+from tessella.run.config import RunConfig
 
 _SWAV_LARGE_BATCH = OptimizerConfig(
     name="larc", lr=4.8, weight_decay=1e-6, warmup_epochs=10, warmup_lr=0.3, final_lr=0.0048

@@ -14,7 +14,6 @@ from tessella.data.views import (
     Photometry,
     ViewSpec,
 )
-from tessella.engine.config import RunConfig
 from tessella.methods import MethodConfig
 from tessella.methods.coke import CokeConfig
 from tessella.methods.jigclu import JigcluConfig
@@ -23,6 +22,7 @@ from tessella.methods.smog import SmogConfig, two_pipelines
 from tessella.methods.swav import SwavConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
+from tessella.run.config import RunConfig
 
 # Milder colours than on ImageNet, and no blur on so few pixels: what users of SwAV on CIFAR found decisive.
 _MILD = Photometry(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=0.0)

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tessella.engine.records import NAME, read_records
 from tessella.errors import UserError
+from tessella.evaluation.records import NAME, read_records
 from tessella.report.evaluation import (
     Record,
     cells,

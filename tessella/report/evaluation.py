@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tessella.engine.records import PARTS, read_records
+from tessella.evaluation.records import PARTS, read_records
 from tessella.report.figures import Value, chance, columns, label, values_over_seeds
 from tessella.report.page import literal, render, short, write_text
 from tessella.report.published import METHODS, Reported, reported

@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessella.data.sources import ImageSet, open_images
-from tessella.engine.config import load_config
-from tessella.engine.evaluate import assign
 from tessella.engine.launch import cores_at_hand, pick_device
-from tessella.engine.weights import resolve_backbone
 from tessella.errors import UserError
+from tessella.evaluation.evaluate import assign
 from tessella.methods import views_of
 from tessella.protocols.features import extract
 from tessella.report.run import write_report
+from tessella.run.config import load_config
 from tessella.text import printable
+from tessella.weights.resolve import resolve_backbone
 
 _CLUSTERED_IMAGES = 20_000  # enough to see the clusters; a page should not take an epoch
 

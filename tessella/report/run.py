@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 
 from tessella.data.sources import ImageSet
 from tessella.data.views import ViewSpec
-from tessella.engine.lock import owner_of
 from tessella.errors import UserError
 from tessella.report.charts import Chart, bar_chart, line_chart
 from tessella.report.page import render, write_text
 from tessella.report.pictures import Album, Cluster, Example, Picture, show_clusters, show_views
 from tessella.report.scores import score_tables
+from tessella.run.lock import owner_of
 
 _METHODS = {"swav": "SwAV", "jigclu": "JigClu", "mejigclu": "MEJigClu", "smog": "SMoG", "coke": "CoKe"}
 _CLUSTER_FIELDS = ("prototypes", "groups", "centres")  # what methods call the number of their clusters

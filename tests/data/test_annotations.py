@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tessella.data.annotations import open_annotations
-from tessella.data.annotations.outlines import Broken, fold, paint, read_outline, unfold
-from tessella.data.annotations.voc import parse_xml
+from tessella.data.boxes.layouts import open_annotations
+from tessella.data.boxes.outlines import Broken, fold, paint, read_outline, unfold
+from tessella.data.boxes.voc import parse_xml
 from tessella.data.sources.scenes import draw_scenes
 from tessella.errors import UserError
 from tests.data.pictures import write_image

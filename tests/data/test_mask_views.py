@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tessella.data.mask_views import (
+from tessella.data.masks.layouts import IGNORE, ArrayMasks
+from tessella.data.masks.views import (
     CropSpec,
     crop_with_mask,
     distort,
@@ -17,7 +18,6 @@ from tessella.data.mask_views import (
     training_batches,
     whole_images,
 )
-from tessella.data.masks import IGNORE, ArrayMasks
 from tessella.data.sampler import EpochOrder
 from tessella.errors import UserError
 

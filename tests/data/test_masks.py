@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from tessella.data.decode import Unreadable
-from tessella.data.masked_images import decode_mask
-from tessella.data.masks import CITYSCAPES_CLASSES, IGNORE, VOC_CLASSES, ArrayMasks, MaskedImages, open_masks
+from tessella.data.masks.images import decode_mask
+from tessella.data.masks.layouts import CITYSCAPES_CLASSES, IGNORE, VOC_CLASSES, ArrayMasks, MaskedImages, open_masks
 from tessella.errors import UserError
 from tests.data.pictures import pack, write_image
 

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tessella.data.views import CropGroup, Photometry, ViewSpec
-from tessella.engine.checkpoint_files import load, newest
-from tessella.engine.config import RunConfig
 from tessella.methods.jigclu import JigcluConfig
 from tessella.methods.mejigclu import MejigcluConfig
 from tessella.methods.smog import SmogConfig, two_pipelines
 from tessella.methods.swav import SwavConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
+from tessella.run.checkpoints import load, newest
+from tessella.run.config import RunConfig
 
 _PHOTOMETRY = Photometry(blur=0.3)
 _CROPS = ViewSpec((CropGroup(2, 16, (0.3, 1.0), photometry=_PHOTOMETRY), CropGroup(1, 8, (0.1, 0.3))))

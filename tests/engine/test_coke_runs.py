@@ -11,13 +11,13 @@ import torch
 
 from tessella.data.sources import ArrayImages
 from tessella.data.views import CropGroup, ViewSpec
-from tessella.engine.config import RunConfig, from_dict, to_dict
 from tessella.engine.pretrain import _build, pretrain, resume
-from tessella.engine.run_folder import RunFolder
-from tessella.engine.weights import resolve_backbone
 from tessella.errors import UserError
 from tessella.methods.coke import CokeConfig
 from tessella.recipes import RECIPES, recipe
+from tessella.run.config import RunConfig, from_dict, to_dict
+from tessella.run.folder import RunFolder
+from tessella.weights.resolve import resolve_backbone
 from tests.engine.runs import assert_same, final_state, tiny_run
 
 ONE = ViewSpec((CropGroup(1, 16, (0.3, 1.0)),))

@@ -17,14 +17,14 @@ import torch
 from tessella.data.loader import Loader
 from tessella.data.sampler import EpochOrder
 from tessella.data.sources import open_images
-from tessella.engine.config import to_yaml
 from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted, StopRequest
 from tessella.engine.pretrain import _build, pretrain, resume
-from tessella.engine.run_folder import RunFolder
-from tessella.engine.weights import resolve_backbone
 from tessella.errors import UserError
 from tessella.methods.method import Progress
 from tessella.optim import OptimizerConfig
+from tessella.run.config import to_yaml
+from tessella.run.folder import RunFolder
+from tessella.weights.resolve import resolve_backbone
 from tests.engine.runs import assert_same, final_state, tiny_run
 
 METHODS = ["swav", "jigclu", "mejigclu", "smog"]
@@ -162,7 +162,7 @@ SCRIPT = """
 import os, sys, torch
 from pathlib import Path
 torch.set_num_threads(2 // int(os.environ.get("WORLD_SIZE", 1)))
-from tessella.engine.config import load_config
+from tessella.run.config import load_config
 from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted
 from tessella.engine.pretrain import _build, pretrain, resume
 out = Path(sys.argv[2])

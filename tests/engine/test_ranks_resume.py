@@ -21,8 +21,8 @@ from torch import Tensor
 from tessella import dist
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.engine import pretrain as engine
-from tessella.engine.config import RunConfig
 from tessella.methods.coke import CokeConfig
+from tessella.run.config import RunConfig
 from tests.engine.runs import assert_same, final_state, tiny_run
 from tests.ranks import on_ranks
 

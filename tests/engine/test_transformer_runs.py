@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tessella.data.views import CropGroup, ViewSpec
-from tessella.engine.config import RunConfig
 from tessella.engine.pretrain import pretrain, resume
-from tessella.engine.weights import resolve_backbone
 from tessella.errors import UserError
 from tessella.methods.smog import two_pipelines
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
+from tessella.run.config import RunConfig
+from tessella.weights.resolve import resolve_backbone
 from tests.engine.runs import assert_same, final_state, tiny_run
 
 ADAMW = OptimizerConfig("adamw", lr=1e-3, weight_decay=0.05, decay_norm_and_bias=False)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tessella.engine import run_folder
-from tessella.engine.run_folder import RunFolder, environment
 from tessella.ops import compiled
+from tessella.run import folder as run_folder
+from tessella.run.folder import RunFolder, environment
 
 
 def test_the_record_of_a_run_says_who_makes_its_views():

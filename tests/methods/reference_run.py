@@ -20,8 +20,8 @@ from torch import Tensor
 from tessella.data.batch import Batch
 from tessella.data.loader import Loader
 from tessella.engine import pretrain as engine
-from tessella.engine.config import RunConfig
-from tessella.engine.run_folder import optimizer_tensors
+from tessella.run.config import RunConfig
+from tessella.run.folder import optimizer_tensors
 
 State = dict[str, Tensor]
 

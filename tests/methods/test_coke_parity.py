@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tessella.data.views import CropGroup, ViewSpec
-from tessella.engine.config import RunConfig
 from tessella.methods.coke import CokeConfig
+from tessella.run.config import RunConfig
 from tests.engine.runs import tiny_run
 from tests.methods.reference_coke import Clustering, ReferenceCoke, schedule
 from tests.methods.reference_run import Recording, State, assert_equal, record

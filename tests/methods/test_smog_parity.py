@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tessella.engine.config import RunConfig
 from tessella.ops.philox import permutation, stream_key
+from tessella.run.config import RunConfig
 from tests.engine.runs import tiny_run
 from tests.methods.reference_run import Recording, State, assert_equal, record
 from tests.methods.reference_smog import ReferenceSmog

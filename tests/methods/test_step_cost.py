@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tessella.data.batch import Batch
-from tessella.engine.monitor import Monitor
 from tessella.methods.method import Method, Progress
 from tessella.optim import OptimizerConfig, build_optimizer
+from tessella.run.monitor import Monitor
 from tests.methods.test_coke import MULTI, ONE, TWO, coke
 from tests.methods.tiny import BATCH, jigclu, mejigclu, random_batch, smog, swav
 

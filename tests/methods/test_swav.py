@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tessella import dist
 from tessella.data.views import CropGroup, ViewSpec
-from tessella.engine.config import from_dict
 from tessella.errors import UserError
 from tessella.methods.method import Progress, Setting
 from tessella.methods.swav import Swav, SwavConfig
 from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.ops.assignment import sinkhorn
+from tessella.run.config import from_dict
 from tests.methods.tiny import BATCH, averaged_gradients, on_this_rank, random_batch, swav, this_ranks_share
 from tests.ranks import on_ranks
 

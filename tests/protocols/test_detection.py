@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from tessella.data.annotations.generated import annotated_scenes
-from tessella.data.annotations.outlines import fold, unfold
+from tessella.data.boxes.generated import annotated_scenes
+from tessella.data.boxes.outlines import fold, unfold
 from tessella.data.decode import Unreadable
 from tessella.errors import UserError
 from tessella.modules.backbone import BackboneConfig, build_backbone
-from tessella.protocols.average_precision import average_precision
-from tessella.protocols.detection import (
+from tessella.protocols.detection.batches import DetectionBatch, Stream, batches, resized, training_plans
+from tessella.protocols.detection.networks import RoiAlign, SeededSampler, Widths, build_detector
+from tessella.protocols.detection.protocol import (
     RECIPES,
     DetectionConfig,
     DetectionData,
@@ -30,8 +31,7 @@ from tessella.protocols.detection import (
     paste,
     renew_statistics,
 )
-from tessella.protocols.detection_batches import DetectionBatch, Stream, batches, resized, training_plans
-from tessella.protocols.detectors import RoiAlign, SeededSampler, Widths, build_detector
+from tessella.protocols.detection.scores import average_precision
 from tessella.protocols.features import tensor_digests
 from tests.ranks import on_ranks
 
@@ -331,7 +331,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("changes", [{"masks": True}, {"optimizer": "sgd", "lr": 0.02}])
 def test_a_killed_training_goes_on_and_detects_bit_for_bit_the_same(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(sys.modules["tessella.protocols.training"], "_SNAPSHOT_SECONDS", 0.0)
-    module = sys.modules["tessella.protocols.detection"]
+    module = sys.modules["tessella.protocols.detection.protocol"]
     config = replace(TINY, iterations=6, steps=(4,), **changes)
     straight = detection(tiny_backbone(), scenes(10, 3, predictions=tmp_path / "straight"), config)
     update, steps, deaths = module._update, [], [3]
@@ -361,7 +361,7 @@ def test_a_killed_training_goes_on_and_detects_bit_for_bit_the_same(tmp_path, mo
 
 
 def test_a_training_that_was_killed_in_the_test_is_not_trained_again(tmp_path, monkeypatch):
-    module = sys.modules["tessella.protocols.detection"]
+    module = sys.modules["tessella.protocols.detection.protocol"]
     detect = module._detect
     monkeypatch.setattr(module, "_detect", lambda *args: (_ for _ in ()).throw(Killed))
     data = scenes(6, 2, predictions=tmp_path)

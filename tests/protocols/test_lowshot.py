@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 from sklearn.svm import LinearSVC
 
-from tessella.data.annotations import open_annotations
+from tessella.data.boxes.layouts import open_annotations
 from tessella.data.sources import ArrayImages
 from tessella.errors import UserError
 from tessella.protocols.features import EvalTransform

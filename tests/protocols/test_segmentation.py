@@ -15,13 +15,14 @@ from PIL import Image
 from torch import nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from tessella.data.mask_views import CropSpec, WholeImage
-from tessella.data.masks import IGNORE, ArrayMasks, open_masks
+from tessella.data.masks.layouts import IGNORE, ArrayMasks, open_masks
+from tessella.data.masks.views import CropSpec, WholeImage
 from tessella.errors import UserError
 from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.protocols.features import tensor_digests
-from tessella.protocols.mask_files import prediction_name
-from tessella.protocols.segmentation import (
+from tessella.protocols.segmentation.files import prediction_name
+from tessella.protocols.segmentation.networks import Segmenter, SharedDropout2d, dilate
+from tessella.protocols.segmentation.protocol import (
     RECIPES,
     SegmentationConfig,
     SegmentationData,
@@ -31,8 +32,7 @@ from tessella.protocols.segmentation import (
     recipe_name,
     segmentation,
 )
-from tessella.protocols.segmentation_scores import figures, intersection_over_union, interval, judge, predict
-from tessella.protocols.segmenters import Segmenter, SharedDropout2d, dilate
+from tessella.protocols.segmentation.scores import figures, intersection_over_union, interval, judge, predict
 from tests.ranks import on_ranks
 
 TINY = SegmentationConfig(
@@ -361,7 +361,7 @@ class Killed(Exception):
 )
 def test_a_killed_training_goes_on_and_gives_bit_for_bit_the_same(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(sys.modules["tessella.protocols.training"], "_SNAPSHOT_SECONDS", 0.0)
-    module = sys.modules["tessella.protocols.segmentation"]
+    module = sys.modules["tessella.protocols.segmentation.protocol"]
     config = replace(TINY, **changes)
     straight = segmentation(resnet(), stripes_data(tmp_path / "straight"), config)
     update, steps = module._update, []

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tessella.cli import main
-from tessella.engine.config import RunConfig, to_dict
 from tessella.methods import METHODS
 from tessella.recipes import RECIPES, recipe
 from tessella.recipes.batch import WHY, at_batch_size, flags
+from tessella.run.config import RunConfig, to_dict
 
 
 def applied(config: RunConfig, words: dict[str, str], batch_size: int) -> RunConfig:

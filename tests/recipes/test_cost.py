@@ -11,13 +11,13 @@ from torch import nn
 
 from tessella.data.batch import Batch
 from tessella.data.views import CropGroup
-from tessella.engine.config import RunConfig
 from tessella.methods import METHODS, build_method, views_of
 from tessella.methods.method import Progress, Setting
 from tessella.methods.smog import two_pipelines
 from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.recipes import recipe
 from tessella.recipes.cost import Pass, forward_flops, forwards, gpu_hours, images_of, passes, training_flops
+from tessella.run.config import RunConfig
 
 # Below 16 channels torch (2.11 and 2.15, CPU) crashes in the gradient of strided 1x1 convolutions of large maps.
 TINY = BackboneConfig("resnet10", 16)

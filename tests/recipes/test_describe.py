@@ -7,10 +7,10 @@ import re
 import pytest
 import yaml
 
-from tessella.engine.config import to_dict
 from tessella.recipes import RECIPES, recipe
 from tessella.recipes.describe import TITLES, listing, page
 from tessella.report.published import PUBLISHED
+from tessella.run.config import to_dict
 
 # --- the list -----------------------------------------------------------------------------------------------
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 
 from tessella.data.views import CropGroup
-from tessella.engine.config import RunConfig
 from tessella.methods import views_of
 from tessella.optim import learning_rate
 from tessella.recipes import RECIPES, recipe
+from tessella.run.config import RunConfig
 
 # Learning rates: first step of the warm-up > after it > end of the cosine.
 RUNS = """

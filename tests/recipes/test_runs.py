@@ -14,10 +14,10 @@ import pytest
 
 from tessella.cli import main
 from tessella.data.sources import ArrayImages
-from tessella.engine.config import RunConfig, load_config, to_yaml
 from tessella.engine.pretrain import pretrain
 from tessella.modules.backbone import BackboneConfig
 from tessella.recipes import RECIPES, recipe
+from tessella.run.config import RunConfig, load_config, to_yaml
 
 
 def shortened(name: str, **changes: object) -> RunConfig:

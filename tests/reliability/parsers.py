@@ -19,17 +19,17 @@ import pyarrow.parquet as parquet
 import torch
 
 from tessella.data import decode as decoding
-from tessella.data.annotations import open_annotations
-from tessella.data.annotations.outlines import Broken, read_outline
-from tessella.data.annotations.voc import parse_xml
+from tessella.data.boxes.layouts import open_annotations
+from tessella.data.boxes.outlines import Broken, read_outline
+from tessella.data.boxes.voc import parse_xml
 from tessella.data.decode import Unreadable, decode, probe, probe_with
 from tessella.data.label_map import read_label_map
 from tessella.data.sources import open_images
 from tessella.data.sources.files import IMAGE_SUFFIXES
 from tessella.data.sources.tars import walk_tar
-from tessella.engine import checkpoint_files
-from tessella.engine.config import load_config, to_yaml
 from tessella.errors import UserError
+from tessella.run import checkpoints as checkpoint_files
+from tessella.run.config import load_config, to_yaml
 from tessella.text import plain_yaml
 from tests.data.test_annotations import coco_document, write_coco
 from tests.engine.runs import tiny_run

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from tessella.engine import checkpoint_files
-from tessella.engine.checkpoint_files import load_newest
+from tessella.run import checkpoints as checkpoint_files
+from tessella.run.checkpoints import load_newest
 from tests.engine.runs import assert_same
 
 _SERVER = multiprocessing.get_context("forkserver")

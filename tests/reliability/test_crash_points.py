@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tessella.engine.checkpoint_files import load_newest, save
+from tessella.run.checkpoints import load_newest, save
 from tests.reliability.program import in_a_process, names, save_and_die, small_tensors
 
 OLD, NEW, NEXT = 1.0, 2.0, 3.0

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from tessella.cli import main
-from tessella.engine.checkpoint_files import load_newest
-from tessella.engine.run_folder import RunFolder
+from tessella.run.checkpoints import load_newest
+from tessella.run.folder import RunFolder
 from tests.reliability.program import Program, assert_same_runs, names, pretrain_words, run
 from tests.reliability.test_images_changed import picture, words
 
@@ -166,7 +166,7 @@ def test_a_run_folder_that_has_vanished_is_not_made_anew(
         return True
 
     monkeypatch.setattr(RunFolder, "save_is_due", moves)
-    monkeypatch.setattr("tessella.engine.log._open_tensorboard", lambda *args: None)
+    monkeypatch.setattr("tessella.run.log._open_tensorboard", lambda *args: None)
     assert main(pretrain_words("jigclu", tmp_path / "run")) == 2
     assert f"{tmp_path}/run is no longer a run folder" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

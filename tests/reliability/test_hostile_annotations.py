@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from tessella.data.annotations import open_annotations
+from tessella.data.boxes.layouts import open_annotations
 from tessella.data.label_map import read_label_map
 from tessella.data.sources import open_images
 from tessella.errors import UserError

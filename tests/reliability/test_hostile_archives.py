@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tessella.data.annotations import open_annotations
+from tessella.data.boxes.layouts import open_annotations
 from tessella.data.sources import open_images
 from tessella.data.sources import tars as module
 from tessella.data.sources.files import IMAGE_SUFFIXES

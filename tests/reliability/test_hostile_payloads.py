@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from tessella.data.annotations import open_annotations
+from tessella.data.boxes.layouts import open_annotations
 from tessella.data.label_map import read_label_map
 from tessella.data.sources import open_images
-from tessella.engine.embed import embed
-from tessella.engine.evaluation_plan import read_data_file
 from tessella.engine.pretrain import pretrain, resume
-from tessella.engine.weights import resolve_backbone
 from tessella.errors import UserError
+from tessella.evaluation.embed import embed
+from tessella.evaluation.plan import read_data_file
 from tessella.report.of_run import report
+from tessella.weights.resolve import resolve_backbone
 from tests.engine.runs import tiny_run
 from tests.reliability.audit import nothing_started
 from tests.reliability.hostile_payloads import PAYLOADS, object_array, triggers
@@ -121,7 +121,7 @@ def test_honest_weights_are_still_read(tmp_path, good_run):
     backbone = resolve_backbone(str(good_run))
     for options in ({}, {"_use_new_zipfile_serialization": False}):
         torch.save({"state_dict": backbone.backbone.state_dict()}, tmp_path / "weights.pth", **options)
-        from tessella.exchange.files import read_file
+        from tessella.weights.files import read_file
 
         assert len(read_file(tmp_path / "weights.pth")["state_dict"]) == len(backbone.backbone.state_dict())
 
@@ -187,7 +187,7 @@ def test_no_formula_and_no_steering_character_reaches_a_table_we_write(tmp_path)
         (tmp_path / "data" / name).mkdir(parents=True)
         for number in range(2):
             (tmp_path / "data" / name / f"={number}.jpg").write_bytes(photo())
-    from tessella.engine.evaluate import evaluate
+    from tessella.evaluation.evaluate import evaluate
 
     data = str(tmp_path / "data")
     evaluate(

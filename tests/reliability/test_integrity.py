@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tessella.cli import main
-from tessella.engine.checkpoint_files import Damaged, load, load_newest, save
+from tessella.run.checkpoints import Damaged, load, load_newest, save
 from tests.reliability.program import METHODS, assert_same_runs, pretrain_words, run
 
 LAST, BEFORE = "step-00000010", "step-00000009"

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 
 from tessella.cli import main
-from tessella.engine.lock import only_writer, owner_of, refuse_second_writer
-from tessella.engine.run_folder import RunFolder
 from tessella.errors import UserError
+from tessella.run.folder import RunFolder
+from tessella.run.lock import only_writer, owner_of, refuse_second_writer
 from tests.reliability.program import Program, pretrain_words
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from tessella.engine.lock import only_writer
+from tessella.run.lock import only_writer
 with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

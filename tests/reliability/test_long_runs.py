@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from tessella.data.index import Index
 from tessella.data.sources import ImageSet
-from tessella.engine.monitor import Monitor
 from tessella.engine.pretrain import pretrain, resume
+from tessella.run.monitor import Monitor
 from tests.engine.runs import assert_same, final_state, tiny_run
 from tests.reliability.program import log_without_timing, names
 

@@ -22,8 +22,6 @@ from tessella.data.sources import open_images
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.engine import numbers
 from tessella.engine import pretrain as engine
-from tessella.engine.checkpoint_files import load, newest
-from tessella.engine.config import RunConfig
 from tessella.engine.memory import needed_bytes
 from tessella.engine.numbers import Guard
 from tessella.engine.pretrain import pretrain, resume
@@ -35,6 +33,8 @@ from tessella.methods.swav import Swav
 from tessella.optim import OptimizerConfig
 from tessella.recipes import recipe
 from tessella.report.run import write_report
+from tessella.run.checkpoints import load, newest
+from tessella.run.config import RunConfig
 from tests.engine.runs import assert_same, final_state, tiny_run
 from tests.ranks import on_ranks
 

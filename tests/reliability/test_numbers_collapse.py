@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from tessella.data.sources import ArrayImages, ImageSet, open_images
-from tessella.engine.config import RunConfig
 from tessella.engine.pretrain import pretrain
 from tessella.errors import UserError
 from tessella.recipes import recipe
+from tessella.run.config import RunConfig
 
 STEPS = 200
 FIVE = ("swav", "jigclu", "mejigclu", "smog", "coke")

@@ -21,10 +21,10 @@ import torch
 
 from tessella.data.sources import ArrayImages, open_images
 from tessella.engine import agree
-from tessella.engine.config import RunConfig, to_yaml
 from tessella.engine.pretrain import _build, _order, pretrain
 from tessella.engine.watch import Watch
 from tessella.errors import EXIT_RANK_LOST, UserError
+from tessella.run.config import RunConfig, to_yaml
 from tests.engine.runs import assert_same, final_state, tiny_run
 from tests.ranks import on_ranks
 from tests.reliability.program import Program, assert_same_runs, pretrain_words, ranks
@@ -213,7 +213,7 @@ import torch
 torch.set_num_threads(1)
 from tessella import cli
 from tessella.engine import pretrain as engine
-from tessella.engine.config import load_config
+from tessella.run.config import load_config
 from tessella.engine.interrupt import stoppable
 step_of, rank = engine._forward_backward, int(os.environ["RANK"])
 def told(fabric, ddp, batches, progress, *rest):

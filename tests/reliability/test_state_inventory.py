@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tessella.engine import pretrain as engine
-from tessella.engine.config import RunConfig
 from tessella.methods.method import Method, Progress
+from tessella.run.config import RunConfig
 from tests.engine.runs import tiny_run
 from tests.engine.test_ranks_resume import config as coke_or_tiny_run
 

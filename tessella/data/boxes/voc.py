@@ -1,0 +1,220 @@
+"""VOC's format: Annotations/NAME.xml, JPEGImages/NAME.jpg, and lists of names in ImageSets/Main.
+
+Corners are counted from 1 and belong to the box, so the box of (1, 1, 10, 10) is ten pixels wide; here it becomes left
+0, top 0, width 10, height 10. Difficult objects are trained on and, in scoring, neither found nor missed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import PurePosixPath
+from typing import NamedTuple
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+import numpy as np
+
+from tessella.data.boxes.objects import AnnotatedImages, ObjectTable, Problems
+from tessella.data.texts import TextFiles
+from tessella.errors import UserError
+from tessella.text import printable
+
+_LISTS = "ImageSets/Main"
+_MEND = "Repair the files, or take their names out of the list."
+# With a test list, train on train and val together, as the papers do; without one, val is what is left for the test.
+_WITH_TEST = {"train": ("trainval", "train"), "test": ("test",)}
+_WITHOUT_TEST = {"train": ("train",), "test": ("val",)}
+
+
+class ImageList(NamedTuple):
+    """Names of images of one VOC folder."""
+
+    root: str  # the folder that holds Annotations
+    names: tuple[str, ...]  # without folder and suffix
+
+
+class _Object(NamedTuple):
+    image: int
+    name: str
+    box: tuple[float, float, float, float]  # left, top, width, height
+    difficult: bool
+
+
+def is_voc(files: TextFiles, folder: str) -> bool:
+    """Whether a folder is laid out as VOC's."""
+    return files.has_folder(_join(folder, "Annotations"))
+
+
+def find_lists(files: TextFiles, split: str) -> list[ImageList]:
+    """The lists of a split in a VOC folder, or in a folder of several; those that the part names, if it does.
+
+    Returns:
+        Nothing if this is not VOC's format, or there is no list for the split.
+    """
+    pieces = [piece.strip("/") for piece in files.part.split("+")]
+    named = [_named_list(files, piece) for piece in pieces]
+    if all(named):
+        return [found for found in named if found]
+    here = files.part
+    roots = [here] if is_voc(files, here) else [_join(here, name) for name in files.folders(here)]
+    roots = [root for root in roots if is_voc(files, root)]
+    available = {root: set(files.names(_join(root, _LISTS))) for root in roots}
+    choices = _WITH_TEST if any("test.txt" in names for names in available.values()) else _WITHOUT_TEST
+    lists = []
+    for root, names in available.items():
+        found = next((name for name in choices[split] if f"{name}.txt" in names), None)
+        if found:
+            lists.append(_read_list(files, root, found))
+        elif not names:  # no lists at all: every annotated image
+            stems = [name.removesuffix(".xml") for name in files.names(_join(root, "Annotations"))]
+            lists.append(ImageList(root, tuple(stems)))
+    return lists
+
+
+def read_voc(files: TextFiles, lists: list[ImageList]) -> AnnotatedImages:
+    """Images and objects of some lists, joined.
+
+    Raises:
+        UserError: an annotation is damaged or wrong, or an image has none; or no image is there.
+    """
+    common = lists[0].root if len(lists) == 1 else str(PurePosixPath(lists[0].root).parent)
+    common = "" if common == "." else common
+    images = files.images(common)
+    prefix = f"{common}/" if common else ""
+    row_of: dict[str, int] = {}
+    for row in range(len(images)):
+        folder, _, file = f"{prefix}{images.key(row)}".rpartition("/")
+        if PurePosixPath(folder).name == "JPEGImages":
+            row_of[f"{folder}/{file.rpartition('.')[0]}"] = row
+    problems, digest = Problems(files.data), hashlib.sha256()
+    rows, missing, objects = list[int](), list[str](), list[_Object]()
+    for root, names in lists:
+        annotated = set(files.names(_join(root, "Annotations")))
+        for name in dict.fromkeys(names):
+            if f"{name}.xml" not in annotated:
+                problems.add("an image of the list without an annotation", _join(root, f"Annotations/{name}.xml"))
+                continue
+            encoded = files.read(_join(root, f"Annotations/{name}.xml"))
+            digest.update(f"{root}/{name} {len(encoded)} ".encode("utf-8", "surrogateescape") + encoded)
+            found = row_of.get(_join(root, f"JPEGImages/{name}"))
+            if found is None:
+                missing.append(name)
+            else:
+                objects += _read_objects(encoded, name, len(rows), tuple(images.sizes[found].tolist()), problems)
+                rows.append(found)
+    problems.refuse(_MEND)
+    if not rows:
+        raise UserError(f"{printable(files.data)}: none of the {len(missing)} images of the list is in JPEGImages")
+    notes = []
+    if missing:
+        notes.append(
+            f"{len(missing)} of {len(missing) + len(rows)} images of the list are not there or cannot be read, and are "
+            f"left out (the first: {printable(missing[0])})"
+        )
+    classes = sorted({found.name for found in objects})
+    numbers = list(range(1, len(classes) + 1))
+    table = _table(objects, classes, len(rows))
+    ids: list[int | str] = list(range(1, len(rows) + 1))
+    chosen = np.array(rows, dtype=np.int64)
+    return AnnotatedImages(files.data, images, chosen, ids, classes, numbers, table, digest.hexdigest(), notes)
+
+
+def parse_xml(encoded: bytes) -> Element:
+    """The root of a document that declares no entities: those can be made to fill the memory or to read files.
+
+    Raises:
+        ValueError: it is damaged, or declares one.
+    """
+
+    def refuse(*declaration: object) -> None:
+        raise ValueError("it declares entities, which annotations do not need")
+
+    builder = TreeBuilder()
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = builder.start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    parser.EntityDeclHandler = refuse
+    try:
+        parser.Parse(encoded, True)
+    except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that nobody knows
+        raise ValueError(f"damaged XML: {error}") from None
+    return builder.close()
+
+
+def _read_objects(encoded: bytes, name: str, image: int, size: tuple[int, ...], problems: Problems) -> list[_Object]:
+    try:
+        root = parse_xml(encoded)
+    except (ValueError, AssertionError) as error:
+        problems.add("an annotation that is no XML of VOC's kind", f"{name}: {error}")
+        return []
+    said = tuple(_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
+    # Some tools write 0 for a size that they did not know.
+    if all(math.isfinite(side) and side > 0 for side in said) and said != size:
+        problems.add(
+            "an image of another size than its annotation says, so that its boxes would lie elsewhere",
+            f"{name}: {said[0]:g} x {said[1]:g} in the annotation, {size[0]} x {size[1]} upright pixels",
+        )
+    objects = []
+    for entry in root.findall("object"):
+        label = (entry.findtext("name") or "").strip()
+        left, top, right, bottom = (
+            _number(entry.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")
+        )
+        if not label:
+            problems.add("an object without a name", name)
+        elif not all(map(math.isfinite, (left, top, right, bottom))):
+            problems.add("an object whose bndbox is not four finite numbers", name)
+        else:
+            box = (left - 1, top - 1, right - left + 1, bottom - top + 1)
+            objects.append(_Object(image, label, box, (entry.findtext("difficult") or "0").strip() == "1"))
+    return objects
+
+
+def _table(objects: list[_Object], classes: list[str], images: int) -> ObjectTable:
+    label_of = {name: i for i, name in enumerate(classes)}
+    boxes = np.array([found.box for found in objects], dtype=np.float64).reshape(-1, 4)
+    counts = np.bincount([found.image for found in objects], minlength=images)
+    return ObjectTable(
+        boxes=boxes,
+        labels=np.array([label_of[found.name] for found in objects], dtype=np.int64),
+        ids=np.arange(1, len(objects) + 1, dtype=np.int64),
+        areas=boxes[:, 2] * boxes[:, 3],
+        crowd=np.zeros(len(objects), dtype=bool),
+        difficult=np.array([found.difficult for found in objects], dtype=bool),
+        outlines=[None] * len(objects),
+        first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    )
+
+
+def _named_list(files: TextFiles, piece: str) -> ImageList | None:
+    """VOC2007/trainval, or the whole name of the list file."""
+    root, _, name = piece.rpartition("/")
+    root, name = root.removesuffix(_LISTS).rstrip("/"), name.removesuffix(".txt")
+    if name and f"{name}.txt" in files.names(_join(root, _LISTS)):
+        return _read_list(files, root, name)
+    return None
+
+
+def _read_list(files: TextFiles, root: str, name: str) -> ImageList:
+    """One name per line. The lists of single classes have a number behind it, which says nothing about boxes."""
+    text = files.read(_join(root, f"{_LISTS}/{name}.txt")).decode("utf-8-sig", "surrogateescape")
+    annotated = set(files.names(_join(root, "Annotations")))
+    names = []
+    for line in text.splitlines():
+        whole = line.strip()
+        if whole:
+            names.append(whole if f"{whole}.xml" in annotated else whole.split()[0])
+    return ImageList(root, tuple(names))
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name

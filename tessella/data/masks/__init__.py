@@ -1,0 +1,1 @@
+"""Images of which every pixel has a class."""

@@ -1,0 +1,1 @@
+"""From a backbone and labelled data to records: the plan of tasks, their data, their results."""

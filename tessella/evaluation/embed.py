@@ -1,0 +1,169 @@
+"""Write a backbone's features of some images to a file, for other programs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tessella import dist
+from tessella.data.sources import ImageSet, open_images
+from tessella.engine.launch import cores_at_hand
+from tessella.errors import UserError
+from tessella.evaluation.evaluate import join_ranks
+from tessella.protocols.features import Features, extract
+from tessella.run.checkpoints import write_text_atomic
+from tessella.run.config import to_dict
+from tessella.text import printable
+from tessella.weights.resolve import Loaded, resolve_backbone, weights_sha256
+
+_ROW_GROUP = 16384  # rows of a parquet row group: what a reader must hold at least
+
+
+def embed(
+    backbone: str | Loaded,
+    data: str | ImageSet,
+    out: Path,
+    *,
+    labels: bool = False,
+    device: str = "auto",
+    workers: int | None = None,
+    image_size: int | None = None,
+    batch_size: int = 256,
+) -> Features:
+    """Features of every readable image, in row order, as float32; the whole result must fit into memory.
+
+    Args:
+        backbone: a run folder, a weights file, random:NETWORK, or one already loaded.
+        data: the images, or their name.
+        out: `NAME.npy` (features (N, d); beside it `NAME.ids.npy` with the images' stable ids and
+            `NAME.keys.txt` with one key per line, backslashes and what is not printable escaped) or
+            `NAME.parquet` (columns key, id, label if asked for, feature). Written whole or not at all, and
+            never over an existing file.
+        labels: read class labels too and write them (parquet only).
+        device: auto, cpu, cuda or mps.
+        workers: decoding threads; default: the cores at hand.
+        image_size: pixels of the evaluated crop; default: the run's.
+        batch_size: images per forward pass of a rank.
+
+    Returns:
+        What was written; `skipped` names the images that could not be read.
+
+    Raises:
+        UserError: the input cannot be used, or a file is in the way.
+    """
+    files = _files(out, labels)
+    on = join_ranks(device)
+    loaded = resolve_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
+    images = open_images(data, labels=labels) if isinstance(data, str) else data
+    features = extract(
+        loaded.backbone,
+        images,
+        loaded.transform,
+        batch_size=batch_size,
+        device=on,
+        workers=workers or cores_at_hand(),
+    )
+    if dist.rank() == 0:
+        if out.suffix == ".npy":
+            _write_npy(files, features, images)
+        else:
+            _write_parquet(out, features, images, labels, _origin(loaded, images))
+    dist.barrier()
+    return features
+
+
+def _files(out: Path, labels: bool) -> list[Path]:
+    """What will be written, the main file last; refuses early what cannot be written."""
+    if out.suffix not in (".npy", ".parquet"):
+        raise UserError(f"{out} ends neither in .npy nor in .parquet: name the format by the ending")
+    if out.suffix == ".npy" and labels:
+        raise UserError("a .npy file has no place for labels: write .parquet instead, or leave the labels out")
+    files = [out.with_suffix(".keys.txt"), out.with_suffix(".ids.npy"), out] if out.suffix == ".npy" else [out]
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} exists already: choose another --out or remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out.parent}: {error.strerror}; choose another --out") from None
+    return files
+
+
+def _write_npy(files: list[Path], features: Features, images: ImageSet) -> None:
+    keys, ids, out = files
+    names = [images.key(int(row)) for row in features.rows]
+    escaped = (printable(name.replace("\\", "\\\\")) for name in names)
+    write_text_atomic(keys, "".join(f"{name}\n" for name in escaped))
+    for path, array in ((ids, np.asarray(images.ids)[features.rows]), (out, features.x.numpy())):
+        with _whole_or_not(path) as temporary, temporary.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+
+
+def _write_parquet(out: Path, features: Features, images: ImageSet, labels: bool, origin: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields = [
+        ("key", pa.string()),
+        ("id", pa.int64()),
+        ("label", pa.string()),
+        ("feature", pa.list_(pa.float32())),
+    ]
+    schema = pa.schema([f for f in fields if f[0] != "label" or labels])
+    schema = schema.with_metadata({"tessella": json.dumps(origin)})
+    dim = features.x.shape[1]
+    with _whole_or_not(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for start in range(0, len(features.x), _ROW_GROUP):
+            x, rows = (
+                features.x[start : start + _ROW_GROUP].numpy(),
+                features.rows[start : start + _ROW_GROUP],
+            )
+            columns: dict[str, Any] = {
+                # Names that are no UTF-8 are written with backslash escapes: Arrow strings hold nothing else.
+                "key": [images.key(int(row)).encode("utf-8", "backslashreplace").decode() for row in rows],
+                "id": np.asarray(images.ids)[rows],
+                "feature": pa.ListArray.from_arrays(
+                    pa.array(np.arange(0, x.size + 1, dim, dtype=np.int32)), pa.array(x.reshape(-1))
+                ),
+            }
+            if labels:
+                columns["label"] = _class_names(images, rows)
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _class_names(images: ImageSet, rows: np.ndarray) -> list[str | None]:
+    numbers = [-1] * len(rows) if images.labels is None else np.asarray(images.labels)[rows].tolist()
+    names = images.classes
+    return [None if n < 0 else str(n) if names is None else names[n] for n in numbers]
+
+
+def _origin(loaded: Loaded, images: ImageSet) -> dict[str, Any]:
+    """What the features depend on, for the file's metadata."""
+    return {
+        "backbone": loaded.name,
+        "weights": weights_sha256(loaded.backbone),
+        "transform": to_dict(loaded.transform),
+        "data": images.name,
+        "fingerprint": images.fingerprint,
+    }
+
+
+@contextmanager
+def _whole_or_not(path: Path) -> Iterator[Path]:
+    """A temporary file in the same folder that takes the final name once it is complete and on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from None
+    finally:
+        temporary.unlink(missing_ok=True)

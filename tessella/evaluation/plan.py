@@ -1,0 +1,303 @@
+"""What an evaluation runs, and on which data: from words, or from a file that names the data of each kind.
+
+    classes: {train: photos/train, test: photos/test, label_map: superclasses.csv}
+    boxes: coco-mini.tar::coco-mini
+    masks: {train: streets, test: streets}
+    protocols:
+      linear-swav: {epochs: 20}
+      detection-small: {train: mine.json, test: theirs.json, iterations: 100}
+
+Names are those of the command line. Data with boxes or masks may hold both splits, so that one name will do. Below
+`protocols`, a protocol gets other values for any field of its config, and data of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from tessella.data.boxes.layouts import AnnotatedImages, holds_annotations
+from tessella.data.masks.layouts import MaskedImages, open_masks
+from tessella.errors import UserError
+from tessella.protocols import (
+    ALL,
+    KINDS,
+    SETTINGS,
+    Kind,
+    Protocol,
+    changes,
+    default_config,
+    protocol_of,
+    record_name,
+)
+from tessella.run.config import from_dict, to_dict
+from tessella.text import plain_yaml, printable
+
+DEFAULT = ("knn", "linear", "fewlabels", "clustering")  # without a data file, where nothing is asked for
+_DATA_FIELDS = ("train", "test", "label_map")
+_KNOWN_BY = {  # kind -> what the data must say
+    "classes": "the class of each image: one folder per class, or a list with labels",
+    "boxes": "boxes of objects: a folder or archive in COCO's or VOC's format",
+    "masks": "the class of every pixel: images/ and masks/, VOC, Cityscapes or ADE20K",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images to learn from and to be judged on come from: names, or sets that were opened before."""
+
+    train: Any
+    test: Any
+    label_map: str | None = None  # of classes; see `data.label_map`
+
+
+class Section(NamedTuple):
+    """What a data file says about one protocol."""
+
+    settings: dict[str, Any]
+    source: Source | None
+
+
+class DataFile(NamedTuple):
+    """A data file, read but not opened."""
+
+    name: str
+    sources: dict[Kind, Source]
+    sections: dict[str, Section]
+
+
+class Task(NamedTuple):
+    """One protocol to run on some data."""
+
+    name: str  # of its record
+    config: Any
+    protocol: Protocol
+    kind: Kind
+    source: Source
+    seed: int
+    required: bool = True  # asked for by name; else it is left out where the data cannot carry it
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What differs from the setting that the name stands for, as JSON has it."""
+        setting = SETTINGS.get(self.name)
+        found = {} if type(setting) is not type(self.config) else changes(setting, self.config)
+        return {name: to_dict(value) for name, value in found.items()}
+
+
+def plan(
+    protocols: Sequence[Any],
+    source: Source | None,
+    file: DataFile | None,
+    *,
+    seed: int,
+    seeds: int | None = None,
+) -> list[Task]:
+    """The tasks that were asked for, in order.
+
+    Args:
+        protocols: names as in `protocols.default_config`, "all", or configs; none for what is usual: all that a file's
+            data allow, else `DEFAULT`.
+        source: data for all of them, or
+        file: data by kind.
+        seed: of every random choice.
+        seeds: trainings of each protocol that trains a network, from `seed` on; default: as its setting says.
+
+    Raises:
+        UserError: a name is unknown, there is no data for a protocol, or a setting does not fit.
+    """
+    assert (source is None) != (file is None)
+    if seeds is not None and seeds < 1:
+        raise UserError(f"seeds={seeds} must be at least 1")
+    tasks: list[Task] = []
+    for asked in protocols or (("all",) if file else DEFAULT):
+        if isinstance(asked, str) and asked == "all":
+            tasks += _all(source, file, seed, seeds)
+        else:
+            name = record_name(default_config(asked)) if isinstance(asked, str) else record_name(asked)
+            config = default_config(asked) if isinstance(asked, str) else asked
+            kind, found = _data_of(name, protocol_of(config), source, file)
+            tasks += _seeded(name, _with_settings(name, config, file), kind, found, seed, seeds)
+    unique: dict[Any, Task] = {}
+    for task in tasks:  # "all knn" asks for knn twice
+        place = task.name, repr(task.config), task.kind, id(task.source.train), id(task.source.test), task.seed
+        unique[place] = task if place not in unique or task.required else unique[place]
+    return list(unique.values())
+
+
+def read_data_file(path: Path) -> DataFile:
+    """Read which data serves which protocol.
+
+    Raises:
+        UserError: the file cannot be read, or says what no evaluation knows.
+    """
+    try:
+        content = plain_yaml(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"the data file {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"the data file {path} is not YAML: {' '.join(str(error).split())[:300]}") from None
+    name = path.name
+    content = _table(content, name, (*KINDS, "protocols"))
+    sources = {kind: _source(content[kind], f"{name}: {kind}", kind) for kind in KINDS if kind in content}
+    sections = {}
+    for title, section in _table(content.get("protocols") or {}, f"{name}: protocols").items():
+        setting = record_name(default_config(title))
+        sections[setting] = _section(section, f"{name}: protocols.{title}", protocol_of(default_config(title)))
+    if not sources and not any(section.source for section in sections.values()):
+        raise UserError(f"{name} names no data: give classes, boxes or masks, each with train and test")
+    return DataFile(name, sources, sections)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 5e-4 is a number, as everywhere else."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _table(value: Any, path: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"{path} is no table of names and values")
+    unknown = [key for key in value if known is not None and key not in known]
+    if unknown:
+        raise UserError(f"{path} does not take {printable(unknown[0])!r}: it takes {', '.join(known or ())}")
+    return value
+
+
+def _source(value: Any, path: str, kind: Kind) -> Source:
+    if isinstance(value, str) and kind != "classes":  # one name: these formats hold their own splits
+        return Source(value, value)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is {value!r}; expected train: DATA and test: DATA")
+    value = _table(value, path, _DATA_FIELDS if kind == "classes" else _DATA_FIELDS[:2])
+    for name in ("train", "test"):
+        if not isinstance(value.get(name), str):
+            raise UserError(f"{path}.{name} is {value.get(name)!r}; expected the name of a data set")
+    return Source(value["train"], value["test"], _label_map(value, path))
+
+
+def _section(value: Any, path: str, protocol: Protocol) -> Section:
+    value = {} if value is None else _table(value, path)
+    fields = [field.name for field in dataclasses.fields(protocol.config)]
+    settings = {name: given for name, given in value.items() if name not in _DATA_FIELDS}
+    for name in settings:
+        if name not in fields:
+            raise UserError(
+                f"{path} does not take {printable(name)!r}: it takes train, test and {', '.join(fields) or 'nothing'}"
+            )
+    if "seed" in settings:
+        raise UserError(f"{path}.seed: seeds are given for the whole evaluation, by --seed and --seeds")
+    source = None
+    if "train" in value or "test" in value:
+        data = {name: value[name] for name in _DATA_FIELDS if name in value}
+        source = _source(data, path, "classes" if "classes" in protocol.kinds else protocol.kinds[0])
+    return Section(settings, source)
+
+
+def _label_map(value: dict[str, Any], path: str) -> str | None:
+    found = value.get("label_map")
+    if found is not None and not isinstance(found, str):
+        raise UserError(f"{path}.label_map is {found!r}; expected the name of a file")
+    return found
+
+
+def _all(source: Source | None, file: DataFile | None, seed: int, seeds: int | None) -> list[Task]:
+    """What the data allow, and all that the file has a section for."""
+    tasks = []
+    if file is None:
+        assert source is not None
+        sources = dict.fromkeys(_kinds_of(source), source)
+    else:
+        sources = file.sources
+    for kind, found in sources.items():
+        for name in ALL[kind]:
+            if file is None or name not in file.sections:
+                tasks += _seeded(name, SETTINGS[name], kind, found, seed, seeds, required=False)
+    for name in file.sections if file else ():
+        config = SETTINGS[name]
+        kind, found = _data_of(name, protocol_of(config), source, file)
+        tasks += _seeded(name, _with_settings(name, config, file), kind, found, seed, seeds)
+    return tasks
+
+
+def _kinds_of(source: Source) -> list[Kind]:
+    """What the data say about their images; for all that tell neither boxes nor masks, the folders are classes."""
+    data = source.train
+    if isinstance(data, AnnotatedImages):
+        return ["boxes"]
+    if isinstance(data, MaskedImages):
+        return ["masks"]
+    kinds: list[Kind] = []
+    if isinstance(data, str) and data.partition("::")[0].lower() != "shapes":
+        if holds_annotations(data):
+            kinds.append("boxes")
+        try:
+            open_masks(data, "train")
+            kinds.append("masks")
+        except UserError:
+            pass
+    return kinds or ["classes"]
+
+
+def _data_of(name: str, protocol: Protocol, source: Source | None, file: DataFile | None) -> tuple[Kind, Source]:
+    """The kind and the place of a protocol's data."""
+    section = file.sections.get(name) if file else None
+    if section is not None and section.source is not None:
+        source = section.source
+    if source is not None:
+        kinds = protocol.kinds if len(protocol.kinds) == 1 else tuple(_kinds_of(source))
+        return next((kind for kind in kinds if kind in protocol.kinds), protocol.kinds[-1]), source
+    assert file is not None
+    for kind in protocol.kinds:
+        if kind in file.sources:
+            return kind, file.sources[kind]
+    needed = " or ".join(_KNOWN_BY[kind] for kind in protocol.kinds)
+    raise UserError(
+        f"{name} needs {needed}; {file.name} has {', '.join(file.sources) or 'no data'} only: add "
+        f"{' or '.join(protocol.kinds)}"
+    )
+
+
+def _with_settings(name: str, config: Any, file: DataFile | None) -> Any:
+    section = file.sections.get(name) if file else None
+    if section is None or not section.settings:
+        return config
+    assert file is not None
+    return from_dict(type(config), _merged(to_dict(config), section.settings), f"{file.name}: protocols.{name}")
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`old` with what `new` names; tables are merged in their turn."""
+    both = {
+        key: _merged(old[key], value) if isinstance(value, dict) and isinstance(old.get(key), dict) else value
+        for key, value in new.items()
+    }
+    return old | both
+
+
+def _seeded(
+    name: str, config: Any, kind: Kind, source: Source, seed: int, seeds: int | None, *, required: bool = True
+) -> list[Task]:
+    """The task, or one for each seed."""
+    protocol = protocol_of(config)
+    if protocol.repeats == "record":
+        every = [seed + i for i in range(seeds or 1)]
+        configs = [dataclasses.replace(config, seed=one) for one in every]
+        return [Task(name, c, protocol, kind, source, one, required) for one, c in zip(every, configs, strict=True)]
+    names = {field.name for field in dataclasses.fields(config)}
+    if protocol.repeats is not None and seeds is not None:
+        config = dataclasses.replace(config, **{protocol.repeats: seeds})
+    if "seed" in names:
+        config = dataclasses.replace(config, seed=seed)
+    elif "seeds" in names:  # k-means takes several, from it on
+        config = dataclasses.replace(config, seeds=tuple(seed + i for i in range(len(config.seeds))))
+    return [Task(name, config, protocol, kind, source, seed, required)]

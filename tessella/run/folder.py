@@ -1,0 +1,386 @@
+"""A run on disk: what is where, who may write it, and how a run comes back from it.
+
+RUN/config.yaml           the whole configuration
+RUN/environment.json      versions, host, data fingerprint of the first start
+RUN/metrics.jsonl         the log
+RUN/checkpoints/step-N/   the last two checkpoints
+RUN/backbone.safetensors  the trained backbone, when the run is complete
+RUN/start.json            what was taken from the weights that the run started from, if it started from any
+RUN/images.safetensors    which images the run is about, to say what has changed
+RUN/unreadable.txt        images that could not be used, with the reason
+RUN/lock                  the process that writes here now
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Collection, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tessella import dist
+from tessella.data.sources import ImageSet
+from tessella.errors import UserError
+from tessella.methods.method import Method, Progress
+from tessella.modules.memory import follow_images, tables_of
+from tessella.ops import compiled
+from tessella.run import checkpoints as checkpoint_files
+from tessella.run import images_seen, lock
+from tessella.run.config import RunConfig, from_dict, load_config, refuse_changes, to_dict, to_yaml
+from tessella.run.monitor import Monitor
+from tessella.text import printable
+
+_PACKAGES = (
+    *("tessella", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "pycocotools", "Pillow", "simplejpeg"),
+    *("numba", "lightning-fabric", "timm"),
+)
+
+_MAKERS = {"torch": "torch", "compiled": "compiled kernels"}  # of views, as recorded and in words
+_FRESH_SECONDS = 60  # short epochs do not each pay for a checkpoint
+_KEPT = 2  # checkpoints
+_LEFT_BEHIND = (lock.NAME, "environment.json", "start.json", "checkpoints")  # by a run that was killed while it began
+
+Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # tensors and facts, as they were saved
+
+
+class Start(NamedTuple):
+    """What a run took from the weights that it started from."""
+
+    source: str
+    taken: list[str]  # parts of the method
+    anew: dict[str, str]  # part -> why it starts as it was initialised
+    backbone_sha256: str = ""  # see `weights.resolve.weights_sha256`
+
+    def write(self, run: Path) -> None:
+        """Keep it in the run folder, if there was a source."""
+        if self.source:
+            checkpoint_files.write_json_atomic(run / "start.json", self._asdict())
+
+
+class State(NamedTuple):
+    """What a checkpoint holds, besides the number of steps."""
+
+    method: Method
+    optimizer: torch.optim.Optimizer
+    monitor: Monitor
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.backbone = path / "backbone.safetensors"
+        self._saved_step, self._saved_at = -1, time.monotonic()
+        self._read: Checkpoint | None = None
+        self._config_changed = False  # since the newest checkpoint
+        self._images_changed = False  # since then, too
+        self._contents: dict[str, str] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> tuple[RunFolder, RunConfig]:
+        """An existing run and its configuration."""
+        return cls(path), load_config(path / "config.yaml")
+
+    def refuse_taken(self) -> None:
+        """Say that a new run cannot begin here, before anything slow.
+
+        Raises:
+            UserError: the folder holds something.
+        """
+        if self._holds_something():
+            resume = f"`tessella resume {self.path}` goes on with it" if self._has_begun() else "empty it"
+            raise UserError(f"{self.path} is not an empty folder: {resume}, or choose another --out")
+
+    @contextlib.contextmanager
+    def only_writer(self, enabled: bool) -> Iterator[None]:
+        """Keep other runs out of the folder, which is made if it is missing, and clear what killed writers have left.
+
+        Args:
+            enabled: False on all ranks but 0, which does the writing.
+
+        Raises:
+            UserError: another process writes there, or the folder cannot be written.
+        """
+        if not enabled:
+            yield
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from None
+        with lock.only_writer(self.path):
+            checkpoint_files.remove_unfinished(self.path)
+            yield
+
+    def begin(self, config: RunConfig, start: Start) -> None:
+        """Make the folder a run's. config.yaml comes last: what is killed before it has not begun.
+
+        Raises:
+            UserError: the folder holds something, or cannot be written.
+        """
+        self.refuse_taken()
+        with checkpoint_files.explain_write_error(self.path, 0):
+            self.checkpoints.mkdir(exist_ok=True)
+        checkpoint_files.write_json_atomic(self.path / "environment.json", environment())
+        start.write(self.path)
+        checkpoint_files.write_text_atomic(self.path / "config.yaml", to_yaml(config))
+
+    def _has_begun(self) -> bool:
+        return (self.path / "config.yaml").exists()
+
+    def _holds_something(self) -> bool:
+        """Anything but what a run leaves that was killed while it began."""
+        if not self.path.exists():
+            return False
+        if not self.path.is_dir() or self._has_begun():
+            return True
+        found = {entry.name for entry in self.path.iterdir() if not checkpoint_files.is_unfinished(entry)}
+        if lock.NAME not in found:
+            return bool(found)
+        return bool(found - set(_LEFT_BEHIND)) or any(self.checkpoints.glob("*"))
+
+    def go_on_as(self, saved: RunConfig, config: RunConfig, allowed: Collection[str]) -> None:
+        """Compare the configuration with what the newest checkpoint was computed with; the same on every rank.
+
+        Args:
+            saved: from config.yaml.
+            config: of the run that goes on.
+            allowed: names of fields that may have other values than before; config.yaml then gets them.
+
+        Raises:
+            UserError: see `refuse_changes`.
+        """
+        self._read = self._newest()
+        before = saved if self._read is None else from_dict(RunConfig, self._read[1]["config"], "state.json")
+        if refuse_changes(before, config, allowed):
+            self._config_changed = True
+            if dist.rank() == 0:
+                checkpoint_files.write_text_atomic(self.path / "config.yaml", to_yaml(config))
+
+    def save_is_due(self, minutes: float, epoch_is_over: bool) -> bool:
+        """Whether enough time has passed since the last save. An epoch's end is a good moment, if that is not fresh."""
+        seconds = time.monotonic() - self._saved_at
+        return self._config_changed or seconds >= 60 * minutes or (epoch_is_over and seconds >= _FRESH_SECONDS)
+
+    def prepare(self, images: ImageSet, state: State) -> None:
+        """Before training: note the contents of a few images, and see whether the checkpoints will fit. For rank 0.
+
+        Raises:
+            UserError: they will not.
+        """
+        self._warn_of_other_views()
+        self._contents = images_seen.content_samples(images)
+        values = sum(p.nbytes for p in state.method.parameters())
+        kept = 2 if isinstance(state.optimizer, torch.optim.AdamW) else 1  # by the optimiser, for each value
+        one = sum(t.nbytes for t in state.method.state_dict().values()) + kept * values
+        there = len(list(self.checkpoints.glob("step-*")))
+        checkpoint_files.refuse_full_disk(self.path, max(1, _KEPT + 1 - there) * one)
+
+    def _warn_of_other_views(self) -> None:
+        """Say so if compiled kernels make the views that torch made before, or the other way round."""
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            before = json.loads((self.path / "environment.json").read_text(encoding="utf-8")).get("views")
+            if before in _MAKERS and before != compiled.in_words():
+                _warn(
+                    f"views were made by {_MAKERS[before]} when the run began, now by {_MAKERS[compiled.in_words()]}: "
+                    "they agree within rounding, but the run goes on otherwise than it would have in its last bits"
+                )
+
+    def save(
+        self, progress: Progress, config: RunConfig, images: ImageSet, state: State, skipped: dict[str, str]
+    ) -> None:
+        """Write a checkpoint and drop all but the last two. For rank 0; the others hold the same state.
+
+        Raises:
+            UserError: it cannot be written; the text says why.
+        """
+        step = progress.step
+        if not self._has_begun():
+            raise UserError(
+                f"{self.path} is no longer a run folder: config.yaml has gone, so nothing was saved at step {step}. "
+                "Was the folder moved or deleted, or its disk unmounted? Put it back, then resume"
+            )
+        unreadable = dict(images.unreadable) | skipped
+        if unreadable:
+            self._write_unreadable(unreadable)
+        if step != self._saved_step or self._config_changed:
+            tensors = {
+                "method": dict(state.method.state_dict()),
+                "optimizer": optimizer_tensors(state.method, state.optimizer),
+                "monitor": dict(state.monitor.state_dict()),
+            }
+            if tables_of(state.method):  # whose rows are whose, should the data set change
+                tensors["images"] = {"ids": _ids(images)}
+            facts = {
+                "step": step,
+                "steps_per_epoch": progress.steps_per_epoch,
+                "config": to_dict(config),
+                "fingerprints": {"data": images.fingerprint},
+                "contents": self._contents,
+            }
+            self._sync_log()
+            checkpoint_files.save(self.checkpoints, step, tensors, facts)
+            if self._images_changed:
+                checkpoint_files.drop_later(self.checkpoints, step)
+        # Also for a process that was killed before it came to this:
+        checkpoint_files.prune(self.checkpoints, keep=_KEPT)
+        images_seen.remember(self.path, images)
+        self._saved_step, self._saved_at = step, time.monotonic()
+        self._config_changed = self._images_changed = False
+
+    def restore(
+        self, config: RunConfig, images: ImageSet, state: State, steps_per_epoch: int, images_changed: bool = False
+    ) -> int:
+        """Load the newest valid checkpoint into the parts of a run; the number of steps done, 0 without one.
+
+        Args:
+            config: of the run.
+            images: the data set.
+            state: freshly built; filled.
+            steps_per_epoch: with these images.
+            images_changed: whether the images may be others than before. Each image's row of a table then goes where
+                the image is now, and the epoch that was under way starts again.
+
+        Raises:
+            UserError: the images are not those that the run was trained on.
+        """
+        found, self._read = self._read or self._newest(), None
+        if found is None:
+            return 0
+        tensors, facts = found
+        others = facts["fingerprints"]["data"] != images.fingerprint
+        if not images_changed:
+            self._refuse_other_images(config, images, facts)
+        if others and tables_of(state.method):
+            follow_images(state.method, tensors["method"], tensors["images"]["ids"], _ids(images))
+        state.method.load_state_dict(tensors["method"], strict=True)
+        load_optimizer_tensors(state.method, state.optimizer, tensors["optimizer"])
+        state.monitor.load_state_dict(tensors["monitor"])
+        self._images_changed = others
+        if others:
+            return int(facts["step"]) // int(facts["steps_per_epoch"]) * steps_per_epoch
+        self._saved_step = int(facts["step"])
+        return self._saved_step
+
+    def _refuse_other_images(self, config: RunConfig, images: ImageSet, facts: dict[str, Any]) -> None:
+        before = facts["fingerprints"]["data"]
+        contents = images_seen.changed_contents(images, facts.get("contents", {}))
+        if before == images.fingerprint and not contents:
+            return
+        found = images_seen.difference(self.path, images, before) if before != images.fingerprint else None
+        raise UserError(
+            f"the images of {config.data} have changed since the run was saved: {images_seen.in_words(found, contents)}"
+            ". Put the data back, go on with the changed images (--images-changed: from the start of the "
+            "epoch that was under way), or start a new run"
+        )
+
+    def _newest(self) -> Checkpoint | None:
+        """The newest valid checkpoint, the same one on every rank: rank 0 chooses.
+
+        Raises:
+            UserError: there are checkpoints, but none can be used; or this rank cannot read rank 0's choice.
+        """
+        damage: list[str] = []
+        chosen = checkpoint_files.load_newest(self.checkpoints, damage.append) if dist.rank() == 0 else None
+        for text in damage if chosen else []:
+            _warn(f"{text}; an earlier checkpoint is used")
+        name, damage = dist.broadcast_object((chosen and chosen[0].name, damage))
+        if name is None and damage:
+            raise UserError(
+                f"no checkpoint in {self.checkpoints} can be used: {'; '.join(damage)}. Bring one back from a copy, or "
+                "remove that folder to start the run from its beginning"
+            )
+        if name is None or chosen is not None:
+            return chosen and chosen[1:]
+        try:
+            return checkpoint_files.load(self.checkpoints / name)
+        except checkpoint_files.Damaged as error:
+            raise UserError(
+                f"rank {dist.rank()} cannot read the checkpoint that rank 0 has chosen: {error}. All machines of a run "
+                "need one shared folder"
+            ) from None
+
+    def _sync_log(self) -> None:
+        """A power cut must not take lines of the log from before a checkpoint; the run would not write them again."""
+        with contextlib.suppress(FileNotFoundError), self.metrics.open("rb") as log:
+            os.fsync(log.fileno())
+
+    def write_backbone(self, method: Method) -> None:
+        """The product of a complete run: the backbone alone.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        checkpoint_files.write_tensors_atomic(self.backbone, dict(method.backbone.state_dict()))
+
+    def _write_unreadable(self, unreadable: dict[str, str]) -> None:
+        """List images that could not be used. Names are written on one line, escaped where needed."""
+        lines = (f"{printable(key)}\t{printable(reason)}\n" for key, reason in sorted(unreadable.items()))
+        checkpoint_files.write_text_atomic(self.path / "unreadable.txt", "".join(lines))
+
+
+def _ids(images: ImageSet) -> Tensor:
+    """(N,) int64 stable ids, in the order of rows."""
+    return torch.from_numpy(np.array(images.ids))
+
+
+def optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state, named by parameter: `layer1.0.conv1.weight/momentum_buffer`."""
+    tensors = {}
+    for name, parameter in method.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                tensors[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return tensors
+
+
+def load_optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    parameters = dict(method.named_parameters())
+    for full_name, value in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        parameter = parameters[name]
+        # AdamW keeps its step count on the CPU; everything else lives beside its parameter, in the same layout.
+        state = value if value.dim() == 0 else torch.empty_like(parameter).copy_(value)
+        optimizer.state[parameter][key] = state
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions(),
+        "views": compiled.in_words(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of what a result depends on; None for what runs from a source tree."""
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _warn(text: str) -> None:
+    print(printable(f"warning: {text}"), file=sys.stderr)

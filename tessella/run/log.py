@@ -1,0 +1,306 @@
+"""What a run says: `metrics.jsonl` always, TensorBoard when it is installed, and the console.
+
+Each line of `metrics.jsonl` is one JSON object:
+
+    {"kind": "step", "step": 20, "epoch": 0, "loss": 5.1, "lr": 0.6, ..., "timing": {"seconds": 3.1, ...}}
+    {"kind": "epoch" | "alarm" | "event", "step": 20, "epoch": 0, ...}
+
+`step` counts complete updates. All that depends on the clock is under `timing`: without it, the lines of a
+resumed run equal those of a straight one. JSON has no NaN: such values are null, and their names are listed
+under `nonfinite`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tessella.methods.method import Progress
+from tessella.run.checkpoints import explain_write_error, write_text_atomic
+from tessella.run.monitor import Alarm
+from tessella.text import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SECONDS_BETWEEN_LINES = 10.0  # on a console that is not a terminal
+
+
+class RunLog:
+    """The log of one run. `enabled` is False on all ranks but 0: there every call does nothing."""
+
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        images_per_step: int,
+        resume_step: int = 0,
+        enabled: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        """Open the log.
+
+        Args:
+            folder: of the run; must exist. `metrics.jsonl` is continued if it is there.
+            total_steps: updates of the whole run.
+            images_per_step: over all ranks.
+            resume_step: updates complete at the start. Lines of later steps are dropped: the run makes them
+                again.
+            enabled: whether this process writes.
+            console: where people look; None for standard output.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self.enabled = enabled
+        if not enabled:
+            return
+        self._folder = folder
+        self._images_per_step = images_per_step
+        self._step = resume_step
+        self._epoch: int | None = None
+        self._started = self._last_time = time.monotonic()
+        self._last_step, self._waited = resume_step, 0.0
+        self._open(resume_step)
+        self._display = _display(console, total_steps, resume_step)
+
+    def _open(self, resume_step: int) -> None:
+        path = self._folder / "metrics.jsonl"
+        _drop_lines_after(path, resume_step)
+        # Closed by `close`; line-buffered, so that a killed process has lost no line.
+        self._file: TextIO = open(path, "a", encoding="ascii", buffering=1)  # noqa: SIM115
+        self._tensorboard = _open_tensorboard(self._folder / "tensorboard", resume_step)
+
+    def go_back(self, progress: Progress) -> None:
+        """Drop the lines of later steps, which the run makes again.
+
+        Args:
+            progress: the clock that the run has gone back to.
+        """
+        if not self.enabled:
+            return
+        self._close_files()
+        self._open(progress.step)
+        self._step = self._last_step = progress.step
+        self._epoch = progress.epoch
+
+    def step(self, progress: Progress, metrics: dict[str, float], wait_seconds: float = 0.0) -> None:
+        """Log one step's figures.
+
+        Args:
+            progress: the clock after the step.
+            metrics: name -> value.
+            wait_seconds: time spent waiting for data since the start of this process.
+        """
+        if not self.enabled:
+            return
+        now = time.monotonic()
+        elapsed = max(now - self._last_time, 1e-9)
+        timing = {
+            "seconds": now - self._started,
+            "images_per_second": (progress.step - self._last_step) * self._images_per_step / elapsed,
+            "wait_share": (wait_seconds - self._waited) / elapsed,
+        }
+        self._last_time, self._last_step, self._waited = now, progress.step, wait_seconds
+        self._write("step", progress, {**metrics, "timing": timing})
+        self._write_tensorboard(progress.step, metrics)
+        self._write_tensorboard(progress.step, timing, prefix="timing/")
+        self._display.progress(progress.step, _summary(metrics, timing))
+
+    def epoch(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Log figures of a whole epoch.
+
+        Args:
+            progress: the clock after the epoch's last step.
+            metrics: name -> value.
+        """
+        if not self.enabled:
+            return
+        self._write("epoch", progress, metrics)
+        self._write_tensorboard(progress.step, metrics, prefix="epoch/")
+
+    def alarm(self, progress: Progress, alarm: Alarm, **fields: Any) -> None:
+        """Log a warning and show it at once.
+
+        Args:
+            progress: the clock.
+            alarm: what to say.
+            fields: JSON values for programs.
+        """
+        if not self.enabled:
+            return
+        self._write("alarm", progress, {"name": alarm.name, "text": alarm.text, **fields})
+        self._display.say(printable(f"warning at step {progress.step}: {alarm.text}"))
+
+    def event(self, text: str, **fields: Any) -> None:
+        """Log and show that something happened, at the step logged last.
+
+        Args:
+            text: for people.
+            fields: JSON values for programs.
+        """
+        if not self.enabled:
+            return
+        self._write_line({"kind": "event", "step": self._step, "epoch": self._epoch, "text": text, **fields})
+        self._display.say(printable(text))
+
+    def close(self) -> None:
+        """Finish the files and the display. A second call does nothing."""
+        if not self.enabled:
+            return
+        self.enabled = False
+        self._display.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            with explain_write_error(self._folder, 0):
+                self._tensorboard.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, kind: str, progress: Progress, fields: Mapping[str, Any]) -> None:
+        self._step, self._epoch = progress.step, progress.epoch
+        self._write_line({"kind": kind, "step": progress.step, "epoch": progress.epoch, **fields})
+
+    def _write_line(self, line: dict[str, Any]) -> None:
+        nonfinite: list[str] = []
+        line = _without_nonfinite(line, nonfinite)
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+        text = json.dumps(line, allow_nan=False)
+        with explain_write_error(self._folder, len(text)):
+            self._file.write(text + "\n")
+
+    def _write_tensorboard(self, step: int, values: dict[str, float], prefix: str = "") -> None:
+        if self._tensorboard is not None:
+            finite = {prefix + name: value for name, value in values.items() if math.isfinite(value)}
+            with explain_write_error(self._folder, 64 * len(finite)):  # its thread's errors come up here
+                for name, value in finite.items():
+                    self._tensorboard.add_scalar(name, value, step)
+
+
+def _without_nonfinite(value: Any, names: list[str], name: str = "") -> Any:
+    """A copy of `value` with null for NaN and infinity; their dotted names go to `names`."""
+    if isinstance(value, dict):
+        return {k: _without_nonfinite(v, names, f"{name}.{k}" if name else k) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        names.append(name)
+        return None
+    return value
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Drop lines of steps after `step`, and those that a killed process left incomplete."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(line + "\n" for line in text.splitlines() if _step_of(line) <= step)
+    if kept != text:
+        write_text_atomic(path, kept)
+
+
+def _step_of(line: str) -> float:
+    """Step of a log line; infinity if it is not one."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
+
+
+def _open_tensorboard(folder: Path, resume_step: int) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own dependencies
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+    return SummaryWriter(folder, purge_step=resume_step + 1 if resume_step else None)
+
+
+def _summary(values: dict[str, float], timing: dict[str, float]) -> str:
+    """One line for people: loss, learning rate, speed, share of time spent waiting for data."""
+    parts = [f"{name} {values[name]:.4g}" for name in ("loss", "lr") if name in values]
+    parts.append(f"{timing['images_per_second']:,.0f} images/s")
+    parts.append(f"waiting for data {timing['wait_share']:.0%}")
+    return ", ".join(parts)
+
+
+def _display(console: Console | None, total_steps: int, resume_step: int) -> _Bar | _Lines:
+    from rich.console import Console
+
+    console = console or Console()
+    return (_Bar if console.is_terminal else _Lines)(console, total_steps, resume_step)
+
+
+class _Lines:
+    """Plain lines, few enough for the log file of a batch system."""
+
+    def __init__(self, console: Console, total_steps: int, resume_step: int) -> None:
+        self._console = console
+        self._total, self._first_step = total_steps, resume_step
+        self._started = time.monotonic()
+        self._printed = -math.inf
+
+    def progress(self, step: int, summary: str) -> None:
+        now = time.monotonic()
+        if now - self._printed < SECONDS_BETWEEN_LINES and step < self._total:
+            return
+        self._printed = now
+        left = (self._total - step) * (now - self._started) / max(step - self._first_step, 1)
+        self.say(f"step {step}/{self._total}: {summary}, {_duration(left)} left")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _Bar(_Lines):
+    """A progress bar at the foot of the terminal."""
+
+    def __init__(self, console: Console, total_steps: int, resume_step: int) -> None:
+        super().__init__(console, total_steps, resume_step)
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}", markup=False),
+            TimeRemainingColumn(),
+        )
+        # A long memory for the speed: logged steps may be a minute apart.
+        self._bar = Progress(*columns, console=console, refresh_per_second=2, speed_estimate_period=600)
+        self._task = self._bar.add_task("starting", total=total_steps, completed=resume_step)
+        self._bar.start()
+
+    def progress(self, step: int, summary: str) -> None:
+        self._bar.update(self._task, completed=step, description=summary)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

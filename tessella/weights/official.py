@@ -1,0 +1,291 @@
+"""Official checkpoints in our methods' names: recognised by keys and shapes, every tensor accounted for.
+
+    file -> tensors under their official names     (released, training and VISSL files; `module.` taken off)
+         -> layout, by the keys                    (a table of names for each project)
+         -> network and settings, by the shapes
+         -> tensors under our names, strict, and a report
+
+A layout says which official tensor each of ours comes from. What our method has and the file has not, and what the file
+has and our method has not, is an error unless the layout names it with its reason. Settings that a file does not show,
+such as the temperature or the crops, stay at the method's defaults.
+
+The layouts were taken from the projects' code; the tests read self-made files of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tessella.errors import UserError
+from tessella.methods import MethodConfig, build_method
+from tessella.methods.method import Setting
+from tessella.modules.backbone import BackboneConfig, build_backbone
+from tessella.modules.resnet import LAYERS
+from tessella.weights.files import read_file
+from tessella.weights.layouts import LAYOUTS, REFUSED, Layout, OfficialFile, Origin
+
+Outcome: TypeAlias = Literal["matched", "left out", "started anew"]
+
+SETTING = Setting(images=0, batch_size=1, seed=0)  # of a method that is not there to be trained
+
+_SHOWN = 3  # tensors that an error names
+
+
+class Row(NamedTuple):
+    """What became of one group of tensors."""
+
+    official: str  # its names in the file; empty if the file has none
+    ours: str  # its names in our method; empty if it has no place
+    outcome: Outcome
+    what: str  # how many values, in which shape
+    reason: str = ""
+
+
+class Official(NamedTuple):
+    """Weights of another project, in our names."""
+
+    origin: Origin
+    title: str  # what it is, for people
+    backbone: BackboneConfig
+    method: MethodConfig | None  # what the shapes tell, the rest at its defaults; None: the file is a network alone
+    whole: bool  # whether nothing is missing that the method needs to assign images to clusters
+    tensors: dict[str, Tensor]  # of the method's state, `backbone.` first; floating ones in float32
+    report: tuple[Row, ...]
+
+
+def read_official(path: Path, origin: Origin | Literal["auto"] = "auto") -> Official:
+    """Read an official checkpoint.
+
+    Args:
+        path: a file that torch.save or safetensors wrote.
+        origin: the project, if only its layout is to be accepted.
+
+    Raises:
+        UserError: the file is of no known layout, of another one, or a tensor has no place, is missing or has another
+            shape; the text names it.
+    """
+    return recognise(read_file(path), path.name, origin)
+
+
+def recognise(content: Mapping[str, Any], name: str, origin: Origin | Literal["auto"] = "auto") -> Official:
+    """As `read_official`, from what the file `name` holds. Tensors may be on torch's meta device, without values."""
+    file = _unwrap(content, name)
+    found = _origin_of(file)
+    if origin not in ("auto", found) and (origin, found) != ("swav", "deepclusterv2"):  # SwAV may have several heads
+        raise UserError(f"{name} has the layout of {found}, not of {origin}: leave --from out, or give another file")
+    layout = LAYOUTS[found]
+    net_prefix = layout.names["backbone.*"].removesuffix("*")
+    net = {k.removeprefix(net_prefix): v for k, v in file.tensors.items() if k.startswith(net_prefix)}
+    backbone = infer_resnet(net, name)
+    title, method = layout.settings(file)
+    tensors, rows = _match(file, layout, backbone, method)
+    return Official(found, f"{title}, {file.wrapping}", backbone, method, layout.whole, tensors, rows)
+
+
+def infer_resnet(tensors: Mapping[str, Tensor], name: str) -> BackboneConfig:
+    """Which ResNet a state dict in torchvision's key layout belongs to, from its keys and shapes.
+
+    Args:
+        tensors: the state dict; other keys do not matter.
+        name: of the file, for messages.
+
+    Raises:
+        UserError: none that is known here.
+    """
+    blocks = [len({k.split(".")[1] for k in tensors if re.match(rf"layer{s}\.\d+\.", k)}) for s in (1, 2, 3, 4)]
+    expansion = 4 if "layer1.0.conv3.weight" in tensors else 1
+    for resnet, (block, depths) in LAYERS.items():
+        stem = tensors.get("conv1.weight")
+        if list(depths) == blocks and block.expansion == expansion and stem is not None and stem.dim() == 4:
+            return BackboneConfig(resnet, stem.shape[0], "small" if stem.shape[2] == 3 else "imagenet")
+    raise UserError(
+        f"{name} does not hold a ResNet in torchvision's key layout (conv1.weight, layer1.0...) of "
+        f"{', '.join(map(str, LAYERS))}: its four stages have {blocks} blocks"
+    )
+
+
+# --- from a file to tensors under their official names ------------------------------------------------------
+
+_AROUND = {
+    "epoch": "a counter of the run that made the file",
+    "optimizer": "belongs to the run that made the file; a new run has its own",
+    "scheduler": "belongs to the run that made the file; a new run has its own",
+    "amp": "belongs to the run that made the file; a new run has its own",
+    "scaler": "belongs to the run that made the file; a new run has its own",
+}
+
+
+def _unwrap(content: Mapping[str, Any], name: str) -> OfficialFile:
+    """Take off what is wrapped around the weights."""
+    if isinstance(content.get("classy_state_dict"), dict):
+        return _unwrap_vissl(content["classy_state_dict"], name)
+    wrapping, weights, others = "weights alone", content, {}
+    if isinstance(content.get("state_dict"), dict):
+        wrapping, weights = "training checkpoint", content["state_dict"]
+        others = {key: _why_left(key, value, name) for key, value in content.items() if key != "state_dict"}
+    tensors = {str(key): value.detach() for key, value in weights.items() if isinstance(value, Tensor)}
+    others |= {key: _why_left(key, value, name) for key, value in weights.items() if not isinstance(value, Tensor)}
+    if tensors and all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return OfficialFile(name, wrapping, tensors, others)
+
+
+def _why_left(key: str, value: Any, name: str) -> str:
+    """Why an entry beside the weights is left out; an unknown one that holds tensors is not."""
+    if key in _AROUND:
+        return _AROUND[key]
+    if _holds_tensors(value):
+        raise UserError(
+            f"{name} holds tensors under {key!r}, which have no place here; remove them if they are useless"
+        )
+    return "a note of the run that made the file"
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensors, value.values()))
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_holds_tensors, value)))
+
+
+def _unwrap_vissl(state: Mapping[str, Any], name: str) -> OfficialFile:
+    """VISSL keeps the network's trunk and its heads apart; here under the names that SwAV's own files give them."""
+    try:
+        model = state["base_model"]["model"]
+        trunk, heads = dict(model["trunk"]), dict(model["heads"])
+    except (KeyError, TypeError):
+        raise UserError(f"{name} is a VISSL file without classy_state_dict.base_model.model.trunk and heads") from None
+    tensors = {key.removeprefix("_feature_blocks."): value for key, value in trunk.items()}
+    heads = {re.sub(r"^\d+\.", "", key): value for key, value in heads.items()}  # some name the head by its number
+    several = sum(bool(re.fullmatch(r"prototypes\d+\.weight", key)) for key in heads) > 1
+    of_prototypes = r"prototypes.prototypes\1.weight" if several else "prototypes.weight"
+    tensors |= {re.sub(r"^prototypes(\d+)\.weight$", of_prototypes, key): value for key, value in heads.items()}
+    return OfficialFile(name, "VISSL checkpoint", tensors, {"everything else": "VISSL's record of the run"})
+
+
+# --- from official names to ours ----------------------------------------------------------------------------
+
+
+def _match(
+    file: OfficialFile, layout: Layout, backbone: BackboneConfig, method: MethodConfig | None
+) -> tuple[dict[str, Tensor], tuple[Row, ...]]:
+    """Our tensors, and what became of all of theirs and ours.
+
+    Raises:
+        UserError: some tensors do not fit; the text names them.
+    """
+    matched: dict[str, dict[str, Tensor]] = {}  # pattern of ours -> name -> value
+    uncounted: dict[str, Tensor] = {}
+    anew, used, wrong, missing = set(), set(), [], []
+    for name, shape in _expected(backbone, method).items():
+        pattern, key = _official_name(layout, name)
+        if key in file.tensors:
+            value = _converted(file.tensors[key], name, layout)
+            used.add(key)
+            matched.setdefault(pattern, {})[name] = value
+            if tuple(value.shape) != shape:
+                wrong.append(f"{key} has shape {tuple(file.tensors[key].shape)} (expected, as {name}: {shape})")
+        elif name.endswith("num_batches_tracked"):
+            uncounted[name] = torch.zeros((), dtype=torch.long)
+        elif known := _first_match(layout.anew, name):
+            anew.add(known)
+        else:
+            missing.append(key or name)
+    left = {key: _first_match(layout.left, key) for key in file.tensors.keys() - used}
+    extra = sorted(key for key, pattern in left.items() if pattern is None)
+    complaints = (_some("it lacks", missing), _some("no place for", extra), _some("wrong shape:", wrong))
+    if any(complaints):
+        net = f"{backbone.name} of width {backbone.width}"
+        raise UserError(f"{file.name} is not quite what it looks like, {net}: {'; '.join(filter(None, complaints))}")
+    rows = [
+        *(_matched_row(pattern, layout, values) for pattern, values in matched.items()),
+        *(Row(p, "", "left out", _what([file.tensors[k] for k in left if left[k] == p]), layout.left[p])
+          for p in layout.left if p in left.values()),
+        *(Row(key, "", "left out", "", reason) for key, reason in file.others.items()),
+        *(Row("", pattern, "started anew", "", layout.anew[pattern]) for pattern in layout.anew if pattern in anew),
+    ]  # fmt: skip
+    if uncounted:
+        counters = f"{len(uncounted)} counters"
+        rows.append(Row("", "*.num_batches_tracked", "started anew", counters, "absent; nothing depends on them"))
+    return {name: value for group in matched.values() for name, value in group.items()} | uncounted, tuple(rows)
+
+
+def _expected(backbone: BackboneConfig, method: MethodConfig | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of our state, without computing a value of it."""
+    with torch.device("meta"):
+        net = build_backbone(backbone)
+        state = build_method(method, net, SETTING).state_dict() if method is not None else {}
+        state = state or {f"backbone.{name}": tensor for name, tensor in net.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _official_name(layout: Layout, ours: str) -> tuple[str, str]:
+    """The pattern that one of our names matches, and its name in the file; empty if there is none."""
+    for pattern, official in layout.names.items():
+        match = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), ours)
+        if match:
+            return pattern, official.replace("*", match[1] if match.groups() else "")
+    return "", ""
+
+
+def _first_match(patterns: Iterable[str], name: str) -> str | None:
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def _converted(value: Tensor, name: str, layout: Layout) -> Tensor:
+    if value.is_floating_point():
+        value = value.float()
+    if _first_match(layout.transposed, name) and value.dim() == 2:
+        value = value.T
+    if _first_match(layout.unit_rows, name) and value.dim() == 2:
+        value = F.normalize(value, dim=1)
+    return value.contiguous()
+
+
+def _matched_row(pattern: str, layout: Layout, values: dict[str, Tensor]) -> Row:
+    official = layout.names[pattern]
+    if pattern.endswith("backbone.*"):
+        official = official.replace("*", "conv1 ... layer4.*")
+    done = [
+        *(["columns turned into rows"] if pattern in layout.transposed else []),
+        *(["scaled to unit length"] if pattern in layout.unit_rows else []),
+    ]
+    return Row(official, pattern, "matched", _what(list(values.values())), ", ".join(done))
+
+
+def _what(tensors: list[Tensor]) -> str:
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) == 1:
+        times = f"{len(tensors)} of " if len(tensors) > 1 else ""
+        return f"{times}{shapes.pop()}"
+    return f"{len(tensors)} tensors, {sum(t.numel() for t in tensors):,} values"
+
+
+def _some(what: str, items: list[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return f"{what} {', '.join(items[:_SHOWN])}{more}" if items else ""
+
+
+# --- which layout -----------------------------------------------------------------------------------------
+
+
+def _origin_of(file: OfficialFile) -> Origin:
+    has_network = file.count("conv1.weight")
+    for pattern, reason in REFUSED.items():
+        if file.count(pattern) and not has_network:
+            raise UserError(f"{file.name} {reason}")
+    for origin, layout in LAYOUTS.items():
+        if file.count(layout.sign):
+            return origin
+    seen = ", ".join(list(file.tensors)[:_SHOWN]) or "no tensors"
+    raise UserError(
+        f"{file.name} is of no layout that is known here ({', '.join(LAYOUTS)}): it holds {seen}. A ResNet's own "
+        "state dict in torchvision's key layout is always accepted"
+    )

@@ -1,0 +1,86 @@
+"""A run that starts from weights instead of random numbers."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from tessella import dist
+from tessella.errors import UserError
+from tessella.methods.method import Method
+from tessella.run.folder import Start
+from tessella.text import printable
+from tessella.weights.resolve import Weights, read_weights, weights_sha256
+
+
+def start_from(spec: str, method: Method) -> Start:
+    """Load the backbone, and every other part of the method that the weights hold in the same shapes.
+
+    A part is a head, one set of prototypes or centres, and is taken whole or not at all. What every run makes anew
+    (`Method.of_the_run`: queues, labels of images, ...) is never taken. Rank 0 prints what happened.
+
+    Args:
+        spec: what `resolve_backbone` takes, but for random:NAME, which is what a run starts from anyway. Empty: nothing
+            is loaded.
+        method: freshly built; changed in place, alike on every rank.
+
+    Raises:
+        UserError: no such weights, or they are of another network.
+    """
+    if not spec:
+        return Start(spec, [], {})
+    if spec.startswith("random:"):
+        raise UserError(f"start_from={spec}: a run starts from random weights anyway; leave start_from out")
+    start = _take(read_weights(spec), method, spec)
+    if dist.rank() == 0:
+        anew = "; ".join(f"{part} ({why})" for part, why in start.anew.items())
+        print(printable(f"Start from {spec}: {', '.join(start.taken)}. Anew: {anew or 'nothing'}"))
+    return start
+
+
+@torch.no_grad()
+def _take(weights: Weights, method: Method, spec: str) -> Start:
+    ours, theirs = _by_part(dict(method.state_dict()), method), _by_part(weights.tensors, method)
+    start = Start(spec, [], {})
+    for part, tensors in ours.items():
+        given = theirs.get(part, {})
+        difference = _difference(tensors, given)
+        if part == "backbone" and difference:
+            net = weights.backbone
+            shape = "" if net.name.startswith("timm:") else f" --backbone.width {net.width} --backbone.stem {net.stem}"
+            raise UserError(
+                f"{spec} is another network than the run's: {difference}. Its own is --backbone.name {net.name}{shape}"
+            )
+        if difference:
+            start.anew[part] = difference
+            continue
+        for name, tensor in tensors.items():
+            tensor.copy_(given[name])
+        start.taken.append(part)
+    return start._replace(backbone_sha256=weights_sha256(method.backbone))
+
+
+def _by_part(state: dict[str, Tensor], method: Method) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the part of the method that they belong to, without what every run makes anew."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        if any(fnmatchcase(name, pattern) for pattern in method.of_the_run):
+            continue
+        part, _, rest = name.partition(".")
+        if isinstance(getattr(method, part, None), nn.ModuleList | nn.ModuleDict):
+            part = f"{part}.{rest.partition('.')[0]}"
+        parts.setdefault(part, {})[name] = tensor
+    return parts
+
+
+def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
+    """Why one part cannot be taken for the other; empty if it can."""
+    if not theirs:
+        return "not there"
+    for name, tensor in ours.items():
+        if name in theirs and theirs[name].shape != tensor.shape:
+            return f"{name} is {tuple(theirs[name].shape)} there and {tuple(tensor.shape)} here"
+    strange = sorted(ours.keys() ^ theirs.keys())
+    return f"{strange[0]} is only {'here' if strange[0] in ours else 'there'}" if strange else ""
