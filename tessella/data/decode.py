@@ -100,15 +100,29 @@ def decode(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8]:
             image.load()
             if image.format == "PNG":
                 _check_png(image, encoded)
-            orientation = _orientation(image)
-            rgb = _to_rgb(image)
-        if orientation in _UPRIGHT:
-            rgb = rgb.transpose(_UPRIGHT[orientation])
-        return np.array(rgb)  # a copy: NumPy's view of a Pillow image is read-only
+            return upright_rgb(image)
     except Unreadable:
         raise
     except Exception as error:  # a damaged file can make a parser raise anything
         raise Unreadable(_reason(error)) from error
+
+
+def upright_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Pixels of a Pillow image, converted and turned as `decode` does.
+
+    Returns:
+        (height, width, 3) uint8 RGB, contiguous and writable.
+
+    Raises:
+        Unreadable: its range of values is unknown.
+        OSError: from Pillow, of a file that is damaged.
+    """
+    image.load()  # a TIFF turns itself, and then says so
+    orientation = _orientation(image)
+    rgb = _to_rgb(image)
+    if orientation in _UPRIGHT:
+        rgb = rgb.transpose(_UPRIGHT[orientation])
+    return np.array(rgb)  # a copy: NumPy's view of a Pillow image is read-only
 
 
 def probe(encoded: bytes) -> tuple[int, int]:

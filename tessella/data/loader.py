@@ -25,7 +25,6 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -33,9 +32,10 @@ from tessella.data.batch import Batch
 from tessella.data.decode import Unreadable
 from tessella.data.sampler import Order, check_shares, share
 from tessella.data.sources import ImageSet
+from tessella.data.transform import EvalTransform, resize_pixels
 from tessella.data.views import CropGroup, ViewPlan, ViewSpec, draw
 from tessella.errors import UserError
-from tessella.ops.augment import crop_resize, normalise, photometric, to_device
+from tessella.ops.augment import crop_resize, photometric, to_device
 from tessella.ops.compiled import kernels
 
 _AHEAD = 3  # batches in work beyond the one that the consumer holds
@@ -47,7 +47,6 @@ _SHRUNK_CROP = 2  # a crop must still have so many times the pixels of its view 
 _RESIDENT_SIDE = 96  # pixels; beyond it a decoded data set is rarely small
 _RESIDENT_BYTES = 2 << 30
 _RESIDENT_SHARE = 0.25  # of the GPU memory that is free at the start
-_LONGEST_STRIP = 16  # longer side / shorter side that an evaluation resizes whole
 _NONE_READABLE = "none of the data set's images can be decoded: check the files, or give another data set"
 
 T = TypeVar("T")
@@ -330,52 +329,35 @@ class Loader:
 def evaluation_batches(
     images: ImageSet,
     rows: ArrayLike,
+    transform: EvalTransform,
     *,
-    size: int,
-    resize: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     batch_size: int,
     device: torch.device | str,
     workers: int,
     skipped: dict[str, str] | None = None,
-    squash: bool = False,
-    interpolation: str = "bilinear",
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Images as evaluations see them: shorter side resized, centre cut out, normalised.
+    """Images as evaluations see them.
 
     Args:
         images: what to read.
         rows: (n,) which, in this order.
-        size: side of the centre crop in pixels.
-        resize: length of the shorter side before the crop, at least `size`.
-        mean: of each channel, values in [0, 1].
-        std: of each channel.
+        transform: applied to each image.
         batch_size: images per batch; the last may be smaller.
         device: where the batches go.
         workers: threads that decode, at least 1.
         skipped: receives key -> reason of every image that could not be decoded.
-        squash: nothing is cut off: after the shorter side's resize (none if `resize` is `size`), both sides become
-            `size`, whatever the image's shape.
-        interpolation: "bilinear" or "bicubic", both antialiased.
 
     Yields:
         (b, 3, size, size) float32 on the device, in `image_layout`, and the (b,) rows they show, without the
         images that could not be decoded.
-
-    Raises:
-        UserError: if `resize` is less than `size`.
     """
-    if resize < size:
-        raise UserError(f"resize={resize} is less than the crop size={size}: give resize={size} or more")
-    device, rows = torch.device(device), np.asarray(rows, dtype=np.int64)
-    view = partial(_squashed if squash else _centre, resize=resize, size=size, interpolation=interpolation)
+    device, rows, size = torch.device(device), np.asarray(rows, dtype=np.int64), transform.size
 
     def fill(pixels: Tensor, readable: NDArray[np.bool_], wanted: NDArray[np.int64], positions: list[int]) -> None:
         for position in positions:
             row = int(wanted[position])
             try:
-                pixels[position] = view(images.image(row))
+                pixels[position] = transform.crop(images.image(row))
                 readable[position] = True
             except Unreadable as error:
                 if skipped is not None:
@@ -392,8 +374,7 @@ def evaluation_batches(
         for pixels, readable, wanted in done:
             if readable.any():
                 pixels = pixels if readable.all() else pixels[torch.from_numpy(readable)]
-                on_device = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
-                yield normalise(on_device.to(torch.float32).div_(255), mean, std), wanted[readable]
+                yield transform.normalised(pixels.to(device, non_blocking=True)), wanted[readable]
 
 
 def portions(n: int, size: int = _IMAGES_PER_TASK) -> list[list[int]]:
@@ -425,45 +406,6 @@ def _colour(crops: Tensor, plan: ViewPlan, group: CropGroup, spec: ViewSpec) -> 
     colours = {k: values.swapaxes(0, 1).reshape(n, *values.shape[2:]) for k, values in plan._asdict().items()}
     del colours["box"]
     return photometric(crops, **colours, mean=spec.mean, std=spec.std)
-
-
-def resize_pixels(image: NDArray[np.uint8], height: int, width: int, interpolation: str = "bilinear") -> Tensor:
-    """(h, w, 3) -> (height, width, 3) uint8, antialiased.
-
-    By torch's kernel for uint8 pixels, which is faster than Pillow's and stays within one level of it on photos
-    (two on pure noise), because its weights have 16 bits.
-    """
-    writeable = image if image.flags.writeable else image.copy()  # torch warns of arrays that are read-only
-    batch = torch.from_numpy(writeable).permute(2, 0, 1)[None]
-    return F.interpolate(batch, (height, width), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
-
-
-def _centre(image: NDArray[np.uint8], resize: int, size: int, interpolation: str) -> Tensor:
-    """Shorter side to `resize`, then the middle; rounded as torchvision's Resize and CenterCrop do."""
-    resized = _shorter_side(image, resize, interpolation)
-    height, width, _ = resized.shape
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return resized[top : top + size, left : left + size]
-
-
-def _squashed(image: NDArray[np.uint8], resize: int, size: int, interpolation: str) -> Tensor:
-    """Shorter side to `resize`, then both sides to `size`, as the published probes of VOC07 do."""
-    if resize != size:
-        image = _shorter_side(image, resize, interpolation).numpy()
-    return resize_pixels(image, size, size, interpolation)
-
-
-def _shorter_side(image: NDArray[np.uint8], resize: int, interpolation: str) -> Tensor:
-    """(h, w, 3) -> uint8 with the shorter side at `resize`; the other is rounded down, as torchvision does."""
-    # Of an extreme strip only the middle, which holds the crop: 20000 x 1 pixels would become gigabytes.
-    height, width, _ = image.shape
-    shorter = min(height, width)
-    top = max(0, height - _LONGEST_STRIP * shorter) // 2
-    left = max(0, width - _LONGEST_STRIP * shorter) // 2
-    image = image[top : height - top, left : width - left]
-    height, width, _ = image.shape
-    height, width = resize * height // shorter, resize * width // shorter
-    return resize_pixels(image, height, width, interpolation)
 
 
 def run_ahead(work: Iterable[tuple[T, Sequence[Task]]], workers: int) -> Generator[T, None, None]:

@@ -28,9 +28,10 @@ from PIL import Image
 
 from tessella.data.decode import Unreadable, decode
 from tessella.data.index import columns_of, fingerprint_of, progress_bar, write_columns
-from tessella.data.loader import resize_pixels, run_ahead
+from tessella.data.loader import run_ahead
 from tessella.data.sources.images import ImageSet
 from tessella.data.sources.packs import COLUMNS, DESCRIPTION, FORMAT, PACKING, read_description
+from tessella.data.transform import resize_pixels
 from tessella.errors import UserError
 
 try:

@@ -16,9 +16,10 @@ from tessella.data.index import cache_folder
 from tessella.data.label_map import read_label_map
 from tessella.data.masks.layouts import MaskedImages, open_masks
 from tessella.data.sources import ImageSet, open_images
+from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.evaluation.plan import Source, Task
-from tessella.protocols import DetectionData, EvalData, EvalTransform, MultiLabelData, SegmentationData
+from tessella.protocols import DetectionData, EvalData, MultiLabelData, SegmentationData
 from tessella.run.config import to_dict
 from tessella.text import printable
 

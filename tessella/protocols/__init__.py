@@ -19,7 +19,7 @@ from tessella.protocols.clustering import ClusteringConfig, clustering
 from tessella.protocols.detection import protocol as detecting
 from tessella.protocols.detection.protocol import DetectionConfig, DetectionData, detection
 from tessella.protocols.duplicates import DuplicatesConfig, duplicates
-from tessella.protocols.features import EvalData, EvalTransform
+from tessella.protocols.features import EvalData
 from tessella.protocols.finetune import FinetuneConfig, finetune, finetune_name
 from tessella.protocols.knn import KnnConfig, knn
 from tessella.protocols.linear import FewLabelsConfig, LinearConfig, few_labels, linear
@@ -33,7 +33,6 @@ __all__ = [
     "SETTINGS",
     "DetectionData",
     "EvalData",
-    "EvalTransform",
     "Kind",
     "MultiLabelData",
     "Protocol",

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessella.protocols.features import EvalData, EvalTransform, progress
+from tessella.data.transform import EvalTransform
+from tessella.protocols.features import EvalData, progress
 
 _SIDE = 64  # pixels to which an image is squashed before it is hashed
 _BITS, _PIXELS = 64, 72  # of a thumbnail

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tessella import dist
 from tessella.data.loader import evaluation_batches
 from tessella.data.sources import ImageSet
-from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
+from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.protocols import feature_cache
 from tessella.protocols.feature_cache import Stored
@@ -39,28 +39,6 @@ _IN_MEMORY = 1 << 30  # bytes; a larger matrix of features lies in a file while 
 _LINE_SECONDS = 30.0  # between two lines about progress where there is no terminal
 _SPOT_CHECKS = 8  # images whose kept features are compared with new ones
 _SPOT_TOLERANCE = 0.01  # relative; TF32 and other batch sizes move features by less
-
-
-@dataclass(frozen=True)
-class EvalTransform:
-    """What happens to an image before it is judged: shorter side to `resize`, centre crop, normalise."""
-
-    size: int  # pixels of the crop
-    resize: int  # pixels of the shorter side (antialiased)
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    squash: bool = False  # instead of the crop: both sides to `size`, so that nothing is cut off (VOC07's probes)
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # bicubic: DINOv2 and later
-
-    @classmethod
-    def of(
-        cls,
-        size: int,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
-    ) -> EvalTransform:
-        """The usual transform: the whole of a small image (size <= 96), the inner 7/8 of a photo."""
-        return cls(size, size if size <= 96 else round(size / 0.875), mean, std)
 
 
 class Features(NamedTuple):
@@ -273,16 +251,11 @@ def apply_to_images(
     batches = evaluation_batches(
         images,
         mine,
-        size=transform.size,
-        resize=transform.resize,
-        mean=transform.mean,
-        std=transform.std,
+        transform,
         batch_size=batch_size,
         device=device,
         workers=workers,
         skipped=skipped,
-        squash=transform.squash,
-        interpolation=transform.interpolation,
     )
     with frozen(backbone):
         for pixels, shown in progress(batches, title, -(-len(mine) // batch_size)):

@@ -29,9 +29,10 @@ from tessella import dist
 from tessella.data.boxes.layouts import AnnotatedImages
 from tessella.data.index import Index
 from tessella.data.sources import ImageSet
+from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.ops.philox import permutation, stream_key
-from tessella.protocols.features import EvalData, EvalTransform, ImageData, progress
+from tessella.protocols.features import EvalData, ImageData, progress
 from tessella.protocols.scoring import save_predictions
 
 PRESENT, ABSENT, DIFFICULT = 1, 0, -1

@@ -10,12 +10,12 @@ from urllib.parse import parse_qsl
 import torch
 from torch import Tensor, nn
 
+from tessella.data.transform import EvalTransform
 from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
 from tessella.errors import UserError
 from tessella.methods import MethodConfig, build_method, views_of
 from tessella.methods.method import Method, Setting
 from tessella.modules.backbone import BackboneConfig, build_backbone
-from tessella.protocols.features import EvalTransform
 from tessella.run import checkpoints as checkpoint_files
 from tessella.run.config import from_dict
 from tessella.run.folder import RunFolder

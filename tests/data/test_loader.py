@@ -11,10 +11,12 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from tessella.data import loader as loader_module
+from tessella.data import transform as transform_module
 from tessella.data.decode import Unreadable
 from tessella.data.loader import Loader, evaluation_batches
 from tessella.data.sampler import EpochOrder
 from tessella.data.sources import open_images
+from tessella.data.transform import EvalTransform
 from tessella.data.views import CropGroup, Photometry, ViewSpec
 from tessella.errors import UserError
 from tessella.ops.layout import image_layout
@@ -321,7 +323,7 @@ def test_evaluation_sees_torchvisions_resize_and_centre_crop_within_one_level(re
     reference = Compose([Resize(resize), CenterCrop(size)])
     seen = []
     for pixels, shown in evaluation_batches(
-        images, rows, size=size, resize=resize, **RAW, batch_size=7, device="cpu", workers=2
+        images, rows, EvalTransform(size, resize, **RAW), batch_size=7, device="cpu", workers=2
     ):
         assert pixels.is_contiguous(memory_format=image_layout(pixels.device))
         seen += shown.tolist()
@@ -333,11 +335,10 @@ def test_evaluation_sees_torchvisions_resize_and_centre_crop_within_one_level(re
 
 def test_evaluation_normalises_and_leaves_out_and_names_what_it_cannot_read():
     images, skipped = mixed(12, bad=[0, 4, 5, 6, 7]), {}
-    settings = {"size": 8, "resize": 8, "batch_size": 4, "device": "cpu", "workers": 2}
-    batches = list(
-        evaluation_batches(images, range(12), mean=(0.1, 0.2, 0.3), std=(0.5,) * 3, skipped=skipped, **settings)
-    )
-    plain = list(evaluation_batches(images, range(12), **RAW, **settings))
+    settings = {"batch_size": 4, "device": "cpu", "workers": 2}
+    normalising = EvalTransform(8, 8, mean=(0.1, 0.2, 0.3), std=(0.5,) * 3)
+    batches = list(evaluation_batches(images, range(12), normalising, skipped=skipped, **settings))
+    plain = list(evaluation_batches(images, range(12), EvalTransform(8, 8, **RAW), **settings))
     assert np.concatenate([rows for _, rows in batches]).tolist() == [1, 2, 3, 8, 9, 10, 11]
     assert skipped == {f"picture-{row}": "cut short" for row in images.bad}
     for (pixels, _), (raw, _) in zip(batches, plain, strict=True):
@@ -347,10 +348,10 @@ def test_evaluation_normalises_and_leaves_out_and_names_what_it_cannot_read():
 
 def test_evaluation_of_a_line_of_pixels_takes_no_gigabytes(monkeypatch):
     images, enlarged = Pictures([(20000, 1), (1, 5000)]), []
-    resize = loader_module.resize_pixels
-    monkeypatch.setattr(loader_module, "resize_pixels", lambda *given: enlarged.append(given[1:3]) or resize(*given))
+    resize = transform_module.resize_pixels
+    monkeypatch.setattr(transform_module, "resize_pixels", lambda *given: enlarged.append(given[1:3]) or resize(*given))
     ((pixels, _),) = evaluation_batches(
-        images, [0, 1], size=224, resize=256, **RAW, batch_size=2, device="cpu", workers=1
+        images, [0, 1], EvalTransform(224, 256, **RAW), batch_size=2, device="cpu", workers=1
     )
     assert pixels.shape == (2, 3, 224, 224)
     assert enlarged == [(256, 16 * 256), (16 * 256, 256)]
@@ -358,7 +359,7 @@ def test_evaluation_of_a_line_of_pixels_takes_no_gigabytes(monkeypatch):
 
 def test_evaluation_refuses_a_crop_larger_than_the_image_it_is_cut_from():
     with pytest.raises(UserError, match="resize=200 is less than the crop size=224"):
-        next(evaluation_batches(mixed(2), [0], size=224, resize=200, **RAW, batch_size=1, device="cpu", workers=1))
+        EvalTransform(224, 200)
 
 
 ARCHIVES = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -5,10 +5,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import tessella.evaluation.embed as module
+from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.evaluation.embed import embed
 from tessella.modules.backbone import BackboneConfig
-from tessella.protocols.features import EvalTransform, extract
+from tessella.protocols.features import extract
 from tessella.weights.resolve import Loaded, weights_sha256
 from tests.protocols.planted import Tiny, planted_images
 

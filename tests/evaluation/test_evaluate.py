@@ -9,13 +9,13 @@ from PIL import Image
 
 from tessella.data.boxes.layouts import open_annotations
 from tessella.data.masks.layouts import ArrayMasks
+from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.evaluation import evaluate as module
 from tessella.evaluation.evaluate import evaluate
 from tessella.modules.backbone import BackboneConfig
 from tessella.protocols import PROTOCOLS, SETTINGS, features
 from tessella.protocols.clustering import ClusteringConfig
-from tessella.protocols.features import EvalTransform
 from tessella.protocols.finetune import FinetuneConfig
 from tessella.protocols.knn import KnnConfig
 from tessella.weights.resolve import Loaded, resolve_backbone, weights_sha256

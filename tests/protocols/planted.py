@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from tessella.data.sources import ArrayImages
-from tessella.protocols.features import EvalData, EvalTransform
+from tessella.data.transform import EvalTransform
+from tessella.protocols.features import EvalData
 
 
 def planted_images(n, classes=3, *, name="planted", seed=0, noise=20.0, size=8):

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from tessella.data.sources import ArrayImages, open_images
+from tessella.data.transform import EvalTransform
 from tessella.protocols.duplicates import DifferenceHash, DuplicatesConfig, duplicates
-from tessella.protocols.features import EvalData, EvalTransform
+from tessella.protocols.features import EvalData
 from tests.protocols.planted import Tiny
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tessella.data.sources import ArrayImages
+from tessella.data.transform import EvalTransform
 from tessella.protocols import feature_cache
-from tessella.protocols.features import EvalTransform
 from tessella.protocols.knn import KnnConfig, knn
 from tests.protocols.planted import Tiny, eval_data, planted_images
 

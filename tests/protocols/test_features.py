@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from tessella.data.sources import ArrayImages
+from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
-from tessella.protocols.features import EvalTransform, extract, frozen, tensor_digests
+from tessella.protocols.features import extract, frozen, tensor_digests
 from tests.protocols.planted import Tiny, eval_data, planted_images
 
 

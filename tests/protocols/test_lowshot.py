@@ -10,8 +10,8 @@ from sklearn.svm import LinearSVC
 
 from tessella.data.boxes.layouts import open_annotations
 from tessella.data.sources import ArrayImages
+from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
-from tessella.protocols.features import EvalTransform
 from tessella.protocols.lowshot import (
     ABSENT,
     DIFFICULT,

@@ -5,10 +5,11 @@ import torch
 
 from tessella import dist
 from tessella.data.decode import Unreadable
+from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.protocols.clustering import ClusteringConfig, clustering
 from tessella.protocols.duplicates import DuplicatesConfig, duplicates
-from tessella.protocols.features import EvalTransform, extract
+from tessella.protocols.features import extract
 from tessella.protocols.finetune import FinetuneConfig, finetune
 from tessella.protocols.knn import KnnConfig, knn
 from tessella.protocols.linear import LinearConfig, linear
