@@ -182,7 +182,7 @@ def run_ours(images: ImageSet, spec: ViewSpec, options: Options, compiled: bool 
     """Epochs of our loader with one thread, each with views of its own."""
     before = loader_module.kernels
     loader_module.kernels = before if compiled else lambda: None
-    order = EpochOrder(images.ids, options.batch_size, options.seed)
+    order = EpochOrder(len(images), options.batch_size, options.seed)
     loader = Loader(images, spec, order, seed=options.seed, device="cpu", workers=1)
     loader_module.kernels = before
     if crops:

@@ -1,4 +1,4 @@
-"""What stands before the first step: imports, the index of a large folder, and a whole command up to its first step.
+"""What stands before the first step: imports, the order of images, the index of a large folder, a run's first step.
 
     python benchmarks/start_up.py --images 1000000 --out benchmarks/results/start_up.json
 
@@ -31,6 +31,11 @@ IMPORTS = {
     "lightly's transforms, losses, models": "import lightly.transforms, lightly.loss, lightly.models",
 }
 _OPEN = "from pathlib import Path; from tessella.data.sources import open_images; print(len(open_images({data!r})))"
+ORDERS = {  # 100 steps of 256 images from a hundred million
+    "order, 100 steps, 100,000,000 images": "EpochOrder(10**8, 256, 0)",
+    "order by categories, 100 steps, 100,000,000 images": "SlotOrder(10**8, 256, 0, parts=256, partition_seed=0)",
+}
+_STEPS = "from tessella.data.sampler import *; order = {order}; [order.batch(3, step) for step in range(100)]"
 _LINKS = 20_000  # of one file, below what file systems allow
 
 
@@ -107,6 +112,7 @@ def first_steps(folder: Path, options: Options) -> list[dict[str, Any]]:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     rows = imports(options.rounds)
+    rows += [{"what": what} | timed(_STEPS.format(order=order)) for what, order in ORDERS.items()]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         rows += first_steps(Path(folder), options)
     shown = Table("what", "processor s", "wall s", "peak MiB", title="Start")

@@ -350,7 +350,7 @@ def mejigclu(photos: Sequence[Pixels]) -> Drawing:
 def _slots(drawing: Drawing, top: float) -> None:
     images, slots, cell = 14, 4, 34
     part = partition(images, slots, MejigcluConfig().partition_seed)
-    order = SlotOrder(np.arange(images), slots, seed=0, parts=slots, partition_seed=MejigcluConfig().partition_seed)
+    order = SlotOrder(images, slots, seed=0, parts=slots, partition_seed=MejigcluConfig().partition_seed)
 
     def image(number: int, x: float, y: float, faint: bool = False) -> None:
         colour = COLOURS[part[number]]
@@ -389,7 +389,8 @@ def _slots(drawing: Drawing, top: float) -> None:
             drawing.note(x, y + 20, f"step {step}")
             for slot, number in enumerate(order.batch(epoch, step).tolist()):
                 image(number, x + 57 + cell * slot, y)
-        left_out = sorted(set(range(images)) - set(order.order(epoch).tolist()))
+        shown = {row for step in range(order.steps_per_epoch) for row in order.batch(epoch, step).tolist()}
+        left_out = sorted(set(range(images)) - shown)
         y = top + 66 + cell * order.steps_per_epoch
         drawing.note(x, y + 20, "sits out")
         for place, number in enumerate(left_out):

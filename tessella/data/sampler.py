@@ -1,15 +1,19 @@
-"""Which image is seen when: a pure function of (seed, epoch, position), the same for any number of ranks."""
+"""Which image is seen when: a pure function of (seed, epoch, position), the same for any number of ranks.
+
+A step's rows are computed from their positions (`ops.philox.shuffled`). No order of a whole epoch is ever drawn or
+kept, so that a hundred million images cost no more time and memory than a thousand.
+"""
 
 from __future__ import annotations
 
 from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from tessella.errors import UserError
-from tessella.ops.partition import partition
-from tessella.ops.philox import permutation, stream_key
+from tessella.ops.partition import rows_of_part
+from tessella.ops.philox import shuffled, stream_key
 
 
 class Order(Protocol):
@@ -30,42 +34,34 @@ class Order(Protocol):
 class EpochOrder:
     """Every image once per epoch in a random order; those that do not fill a last batch sit this epoch out."""
 
-    def __init__(self, ids: ArrayLike, batch_size: int, seed: int) -> None:
-        """Keep the ids.
+    def __init__(self, images: int, batch_size: int, seed: int) -> None:
+        """Check that the images fill a batch.
 
         Args:
-            ids: (N,) stable 64-bit ids of the images, in row order.
+            images: in the data set, N.
             batch_size: images per step over all ranks and micro-batches.
             seed: of the run.
 
         Raises:
             UserError: if the images do not fill one batch.
         """
-        self.ids = np.asarray(ids)
-        self.batch_size = batch_size
-        if not 0 < batch_size <= len(self.ids):
+        self.images, self.batch_size = images, batch_size
+        if not 0 < batch_size <= images:
             raise UserError(
-                f"batch_size={batch_size} does not fit a data set of {len(self.ids)} images: "
-                f"set batch_size between 1 and {len(self.ids)}, or give more images"
+                f"batch_size={batch_size} does not fit a data set of {images} images: "
+                f"set batch_size between 1 and {images}, or give more images"
             )
         self._key = stream_key(seed, "rows")
-        self._kept: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))  # the epoch at hand
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches in one epoch."""
-        return len(self.ids) // self.batch_size
-
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """(N,) rows of the data set in the order of `epoch`, counted from 0."""
-        if self._kept[0] != epoch:
-            self._kept = epoch, permutation(self._key, self.ids, epoch)
-        return self._kept[1]
+        return self.images // self.batch_size
 
     def batch(self, epoch: int, step: int) -> NDArray[np.int64]:
         """(batch_size,) rows of one step over all ranks; `step` counts within the epoch, from 0."""
         assert 0 <= step < self.steps_per_epoch, (step, self.steps_per_epoch)
-        return self.order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        return shuffled(self._key, step * self.batch_size + np.arange(self.batch_size), self.images, epoch)
 
 
 class SlotOrder:
@@ -79,7 +75,7 @@ class SlotOrder:
 
     def __init__(
         self,
-        ids: ArrayLike,
+        images: int,
         batch_size: int,
         seed: int,
         *,
@@ -90,7 +86,7 @@ class SlotOrder:
         """Cut the images into parts.
 
         Args:
-            ids: (N,) stable 64-bit ids of the images, in row order.
+            images: in the data set, N.
             batch_size: images per step over all ranks and micro-batches, n.
             seed: of the run: the order within the parts.
             parts: C, in [n, N].
@@ -102,50 +98,37 @@ class SlotOrder:
         Raises:
             UserError: if there are fewer parts than slots, or fewer images than parts.
         """
-        self.ids = np.asarray(ids)
-        self.batch_size, self.parts = batch_size, parts
+        self.images, self.batch_size, self.parts = images, batch_size, parts
         if not 0 < batch_size <= parts:
             raise UserError(
                 f"batch_size={batch_size} needs as many different categories in each batch, and there are {parts}: "
                 f"set categories to {batch_size} or more, or batch_size between 1 and {parts}"
             )
-        if parts > len(self.ids):
+        if parts > images:
             raise UserError(
-                f"{len(self.ids)} images cannot be cut into {parts} categories: set batch_size and categories to "
-                f"{len(self.ids)} or less, or give more images"
+                f"{images} images cannot be cut into {parts} categories: set batch_size and categories to "
+                f"{images} or less, or give more images"
             )
-        self._part = partition(len(self.ids), parts, partition_seed)
-        self._sizes = np.bincount(self._part, minlength=parts)
-        self._rounds = int(self._sizes.min() if uneven == "drop" else self._sizes.max())
+        self._rounds = images // parts + (uneven == "wrap" and images % parts > 0)
+        self._partition_seed = partition_seed
         self._rows_key, self._turns_key = stream_key(seed, "slot"), stream_key(seed, "turn")
-        self._kept: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))  # the epoch at hand
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches in one epoch."""
         return self.parts * self._rounds // self.batch_size
 
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """(steps_per_epoch * batch_size,) rows of the data set in the order of `epoch`, counted from 0."""
-        if self._kept[0] != epoch:
-            self._kept = epoch, self._draw(epoch)
-        return self._kept[1]
-
     def batch(self, epoch: int, step: int) -> NDArray[np.int64]:
         """(batch_size,) rows of one step over all ranks; `step` counts within the epoch, from 0."""
         assert 0 <= step < self.steps_per_epoch, (step, self.steps_per_epoch)
-        return self.order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
-
-    def _draw(self, epoch: int) -> NDArray[np.int64]:
-        shuffled = permutation(self._rows_key, self.ids, epoch)
-        by_part = shuffled[np.argsort(self._part[shuffled], kind="stable")]  # part after part, shuffled within
-        first = np.cumsum(self._sizes) - self._sizes
         # The parts take turns, round after round. Any n <= C consecutive turns are of different parts.
-        turns = permutation(self._turns_key, np.arange(self.parts), epoch)
-        round_, turn = np.divmod(np.arange(self.steps_per_epoch * self.batch_size), self.parts)
-        slots = np.stack((turns[turn], round_)).reshape(2, -1, self.batch_size)
-        part, number = np.take_along_axis(slots, slots[:1].argsort(axis=-1), axis=-1).reshape(2, -1)
-        return by_part[first[part] + number % self._sizes[part]]
+        round_, turn = np.divmod(step * self.batch_size + np.arange(self.batch_size), self.parts)
+        part = shuffled(self._turns_key, turn, self.parts, epoch)
+        ascending = part.argsort()
+        part, round_ = part[ascending], round_[ascending]
+        sizes = self.images // self.parts + (part < self.images % self.parts)
+        numbers = shuffled(self._rows_key, round_ % sizes, sizes, epoch, lanes=part)
+        return rows_of_part(part, numbers, self.images, self.parts, self._partition_seed)
 
 
 def check_shares(batch_size: int, world_size: int, accumulate: int) -> None:
@@ -172,8 +155,7 @@ def check_shares(batch_size: int, world_size: int, accumulate: int) -> None:
 def share(rows: NDArray[np.int64], rank: int, world_size: int, accumulate: int) -> list[NDArray[np.int64]]:
     """One rank's part of a global batch.
 
-    The batch is cut into `accumulate` consecutive micro-batches and each of them into consecutive slices of
-    the
+    The batch is cut into `accumulate` consecutive micro-batches and each of them into consecutive slices of the
     ranks: what all ranks see together in one forward pass does not depend on their number.
 
     Args:

@@ -210,7 +210,7 @@ def _decoded(sample: _Sample) -> Iterator[int]:
 
 def _loader(config: RunConfig, sample: ImageSet, device: torch.device, workers: int) -> Loader:
     """Small batches, so that many are seen in a short time."""
-    order = EpochOrder(sample.ids, min(_LOADED_BATCH, config.batch_size, len(sample)), config.seed)
+    order = EpochOrder(len(sample), min(_LOADED_BATCH, config.batch_size, len(sample)), config.seed)
     views = views_of(config.method)
     return Loader(sample, views, order, seed=config.seed, device=device, workers=workers, max_unreadable=1.0)
 

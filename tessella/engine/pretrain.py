@@ -258,7 +258,7 @@ def _go_back(config: RunConfig, run: RunFolder, images: ImageSet, state: State, 
 
 
 def _order(config: RunConfig, images: ImageSet, method: Method) -> Order:
-    return method.order(config.method, images.ids, config.batch_size, config.seed)
+    return method.order(config.method, len(images), config.batch_size, config.seed)
 
 
 def _loader(fabric: Fabric, config: RunConfig, images: ImageSet, method: Method, order: Order) -> Loader:

@@ -19,7 +19,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from tessella import dist
@@ -119,13 +118,13 @@ class Mejigclu(Method):
         return ViewSpec((crops,), config.mean, config.std)
 
     @classmethod
-    def order(cls, config: MejigcluConfig, ids: ArrayLike, batch_size: int, seed: int) -> Order:
+    def order(cls, config: MejigcluConfig, images: int, batch_size: int, seed: int) -> Order:
         """Slot k draws from category k. Any other order would ask for an answer that nothing in the image tells."""
         if config.slots == "random":
-            return EpochOrder(ids, batch_size, seed)
+            return EpochOrder(images, batch_size, seed)
         categories = config.categories or batch_size
         return SlotOrder(
-            ids, batch_size, seed, parts=categories, partition_seed=config.partition_seed, uneven=config.uneven
+            images, batch_size, seed, parts=categories, partition_seed=config.partition_seed, uneven=config.uneven
         )
 
     def collapse_loss(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from tessella.data.batch import Batch
@@ -80,16 +79,16 @@ class Method(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def order(cls, config: Any, ids: ArrayLike, batch_size: int, seed: int) -> Order:
+    def order(cls, config: Any, images: int, batch_size: int, seed: int) -> Order:
         """Which images make up each step: every image once per epoch, unless a method needs otherwise.
 
         Args:
             config: of the method.
-            ids: (N,) stable 64-bit ids of the images, in row order.
+            images: in the data set.
             batch_size: images per update, over all ranks and micro-batches.
             seed: of the run.
         """
-        return EpochOrder(ids, batch_size, seed)
+        return EpochOrder(images, batch_size, seed)
 
     def collapse_loss(self) -> float | None:
         """The value at which the loss rests when all embeddings are equal; None if it is not known."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tessella.ops.philox import permutation, stream_key
+from tessella.ops.philox import shuffled, stream_key
+
+_AT_ONCE = 2**20  # rows, so that a hundred million take a hundred megabytes to cut, beside the result
 
 
 def partition(images: int, parts: int, seed: int) -> NDArray[np.int32]:
     """Cut the rows of a data set into disjoint random parts whose sizes differ by at most one.
-
-    Part k is every `parts`-th row of one permutation, from the k-th on. The file order has no say: a split into runs of
-    consecutive rows would follow the classes of a folder that is sorted by class.
 
     Args:
         images: number of rows N, 0 or more.
@@ -23,5 +22,32 @@ def partition(images: int, parts: int, seed: int) -> NDArray[np.int32]:
         (N,) the part of each row, in [0, C). The first N % C parts have one row more than the others.
     """
     part = np.empty(images, dtype=np.int32)
-    part[permutation(stream_key(seed, "part"), np.arange(images), 0)] = np.arange(images) % parts
+    for start in range(0, images, _AT_ONCE):
+        places = np.arange(start, min(start + _AT_ONCE, images))
+        part[_row_at(places, images, seed)] = places % parts
     return part
+
+
+def rows_of_part(part: NDArray[np.int64], numbers: NDArray[np.int64], images: int, parts: int, seed: int) -> NDArray:
+    """Rows of the data set by part and number within it, without the whole split.
+
+    Args:
+        part: (n,) in [0, C).
+        numbers: (n,) which image of the part, in [0, size of the part).
+        images: N.
+        parts: C.
+        seed: of the split.
+
+    Returns:
+        (n,) int64.
+    """
+    return _row_at(part + parts * numbers, images, seed)
+
+
+def _row_at(places: NDArray[np.int64], images: int, seed: int) -> NDArray[np.int64]:
+    """One random order of all rows. Part k is every C-th row of it, from the k-th on.
+
+    The file order has no say: a split into runs of consecutive rows would follow the classes of a folder that is
+    sorted by class.
+    """
+    return shuffled(stream_key(seed, "part"), places, images, 0)

@@ -17,6 +17,7 @@ _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
+_ROUNDS = 16  # of `shuffled`; with 8 the orders of five things are not equally likely, with 12 those of six
 
 
 def philox(key: tuple[int, int], counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]) -> NDArray[np.uint64]:
@@ -90,3 +91,49 @@ def permutation(key: tuple[int, int], ids: ArrayLike, epoch: int) -> NDArray[np.
     ids64 = np.asarray(ids).astype(np.uint64)
     high, low, _, _ = philox(key, (ids64 & _LOW, ids64 >> _SHIFT, np.uint64(epoch), np.uint64(0)))
     return np.argsort((high << _SHIFT) | low, kind="stable").astype(np.int64)
+
+
+def shuffled(
+    key: tuple[int, int], positions: ArrayLike, count: ArrayLike, epoch: int, lanes: ArrayLike = 0
+) -> NDArray[np.int64]:
+    """Which of `count` things comes at each position of a random order, without drawing the whole order.
+
+    A keyed permutation of range(count): time and memory depend on the number of positions asked for, not on `count`.
+    It is a Feistel network on a grid of about sqrt(count) rows and columns; a number that lands in a cell beyond
+    `count` goes through it again (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). The round keys
+    are Philox's, the round function is the finaliser of SplitMix64.
+
+    Args:
+        key: from `stream_key`.
+        positions: ints in [0, count).
+        count: number of things, in [1, 2**52); one for all positions, or one for each.
+        epoch: 0 <= epoch < 2**32; another epoch is another order.
+        lanes: ints in [0, 2**32), one for all positions or one for each; another lane is another order.
+
+    Returns:
+        int64 numbers in [0, count), in the shape of `positions`; distinct positions of one lane have distinct ones.
+    """
+    shape = np.shape(positions)
+    result = np.array(positions, dtype=np.uint64).ravel()
+    counts = np.broadcast_to(np.asarray(count, dtype=np.uint64), shape).ravel()
+    high, low, _, _ = philox(key, (np.arange(_ROUNDS)[:, None], np.ravel(lanes), epoch, 0))
+    keys = np.broadcast_to((high << _SHIFT) | low, (_ROUNDS, len(result)))
+    columns = np.ceil(np.sqrt(counts.astype(np.float64))).astype(np.uint64)
+    rows = (counts + columns - np.uint64(1)) // columns
+    waiting = np.arange(len(result))
+    while len(waiting):
+        height, width = rows[waiting], columns[waiting]
+        row, column = result[waiting] // width, result[waiting] % width
+        for number in range(0, _ROUNDS, 2):
+            row = (row + _mixed(column + keys[number, waiting])) % height
+            column = (column + _mixed(row + keys[number + 1, waiting])) % width
+        result[waiting] = row * width + column
+        waiting = waiting[result[waiting] >= counts[waiting]]
+    return result.astype(np.int64).reshape(shape)
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Each word's bits spread over all 64. Steele, Lea, Flood, "Fast splittable pseudorandom generators", 2014."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

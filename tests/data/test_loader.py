@@ -76,7 +76,7 @@ def load(images, spec=SPEC, *, epoch=1, first_step=0, batch_size=8, workers=2, *
     loader = Loader(
         images,
         spec,
-        EpochOrder(images.ids, batch_size, seed=3),
+        EpochOrder(len(images), batch_size, seed=3),
         seed=3,
         device="cpu",
         workers=workers,
@@ -111,7 +111,7 @@ def test_a_batch_holds_each_group_view_after_view_in_a_networks_layout():
         flat = views.flatten(0, 1)
         assert flat.data_ptr() == views.data_ptr()
         assert flat.is_contiguous(memory_format=image_layout(flat.device))
-    assert torch.equal(batch.instances, torch.from_numpy(EpochOrder(mixed().ids, 8, seed=3).batch(1, 0)))
+    assert torch.equal(batch.instances, torch.from_numpy(EpochOrder(len(mixed()), 8, seed=3).batch(1, 0)))
 
 
 def test_a_plain_view_is_pillows_crop_and_resize_of_the_planned_box_within_one_level():
@@ -245,7 +245,7 @@ def no_threads_left():
 
 def test_threads_end_with_the_epoch_and_with_an_iterator_that_is_closed_early():
     images = mixed()
-    loader = Loader(images, SPEC, EpochOrder(images.ids, 8, 3), seed=3, device="cpu", workers=3)
+    loader = Loader(images, SPEC, EpochOrder(len(images), 8, 3), seed=3, device="cpu", workers=3)
     steps = loader.epoch(0)
     next(steps)
     assert not no_threads_left()
@@ -267,7 +267,7 @@ def test_runs_only_a_few_batches_ahead():
     images, read = mixed(200), []
     image = images.image
     images.image = lambda row: read.append(row) or image(row)
-    loader = Loader(images, SPEC, EpochOrder(images.ids, 8, 3), seed=3, device="cpu", workers=2)
+    loader = Loader(images, SPEC, EpochOrder(len(images), 8, 3), seed=3, device="cpu", workers=2)
     steps = loader.epoch(0)
     next(steps)
     time.sleep(0.3)
@@ -279,7 +279,7 @@ def test_closing_drops_the_images_that_are_not_begun():
     images, read = mixed(200), []
     image = images.image
     images.image = lambda row: read.append(row) or time.sleep(0.01) or image(row)
-    loader = Loader(images, SPEC, EpochOrder(images.ids, 40, 3), seed=3, device="cpu", workers=2)
+    loader = Loader(images, SPEC, EpochOrder(len(images), 40, 3), seed=3, device="cpu", workers=2)
     steps = loader.epoch(0)
     next(steps)
     steps.close()
@@ -369,7 +369,7 @@ ARCHIVES = Path(__file__).resolve().parents[3] / "shared" / "data"
 def test_photos_of_every_size_arrive_as_planned_from_an_archive(tmp_path):
     images = open_images(str(ARCHIVES / "imagenet-sample.tar"), cache=tmp_path)
     spec = ViewSpec((CropGroup(1, 64, (0.14, 1.0), photometry=PLAIN),), **RAW)
-    loader = Loader(images, spec, EpochOrder(images.ids, 16, 0), seed=0, device="cpu", workers=2)
+    loader = Loader(images, spec, EpochOrder(len(images), 16, 0), seed=0, device="cpu", workers=2)
     steps = loader.epoch(0)
     (batch,) = next(steps)
     steps.close()

@@ -82,7 +82,7 @@ def test_an_update_is_the_mean_gradient_of_its_micro_batches(tmp_path: Path):
     state = _build(config, images, torch.device("cpu"))
     start = state.method.location_head.weight.detach().clone()
     loader = Loader(
-        images, state.method.view_spec(config.method), EpochOrder(images.ids, 64, seed=0),
+        images, state.method.view_spec(config.method), EpochOrder(len(images), 64, seed=0),
         seed=0, device="cpu", workers=1, accumulate=2,
     )  # fmt: skip
     gradients = []

@@ -1,10 +1,12 @@
 """Random numbers as a function of counters: the published vectors, independence of company, uniformity."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from tessella.ops.philox import permutation, philox, stream_key, uniforms
+from tessella.ops.philox import permutation, philox, shuffled, stream_key, uniforms
 
 
 @pytest.mark.parametrize(
@@ -78,3 +80,37 @@ def test_ids_keep_their_relative_order_when_others_leave():
 def test_every_position_is_equally_likely_for_an_id():
     places = np.array([np.argmin(permutation(stream_key(seed, "rows"), np.arange(10), 0)) for seed in range(3000)])
     assert stats.chisquare(np.bincount(places, minlength=10)).pvalue > 0.01
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 103, 5000])
+def test_every_thing_stands_at_one_position_of_an_order_that_is_never_drawn_whole(count):
+    whole = shuffled(stream_key(0, "rows"), np.arange(count), count, 3)
+    np.testing.assert_array_equal(np.sort(whole), np.arange(count))
+    some = np.array([[count - 1], [count // 2]])
+    np.testing.assert_array_equal(shuffled(stream_key(0, "rows"), some, count, 3), whole[some])
+
+
+def test_lanes_of_different_lengths_are_orders_of_their_own():
+    lanes = np.repeat([0, 1], [8, 9])
+    positions = np.concatenate([np.arange(8), np.arange(9)])
+    counts = np.where(lanes == 0, 8, 9)
+    both = shuffled(stream_key(0, "slot"), positions, counts, 2, lanes)
+    for lane, count in ((0, 8), (1, 9)):
+        alone = shuffled(stream_key(0, "slot"), np.arange(count), count, 2, lane)
+        np.testing.assert_array_equal(both[lanes == lane], alone)
+
+
+def test_all_orders_of_a_few_things_are_equally_likely():
+    for count in (2, 3, 4, 5, 6):
+        positions, lanes = np.tile(np.arange(count), 12_000), np.repeat(np.arange(12_000), count)
+        orders = shuffled(stream_key(1, "rows"), positions, count, 0, lanes).reshape(-1, count)
+        _, times = np.unique(orders, axis=0, return_counts=True)
+        assert len(times) == math.factorial(count) and stats.chisquare(times).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("count", [10, 50, 103, 1000])
+def test_what_follows_a_thing_in_the_order_is_no_more_likely_to_be_one_than_another(count):
+    positions, lanes = np.tile([0, 1, 5], 20_000), np.repeat(np.arange(20_000), 3)
+    first, next_, later = shuffled(stream_key(1, "rows"), positions, count, 0, lanes).reshape(-1, 3).T
+    for distance in ((next_ - first) % count, (later - first) % count):
+        assert stats.chisquare(np.bincount(distance, minlength=count)[1:]).pvalue > 1e-3

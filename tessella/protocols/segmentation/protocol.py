@@ -309,7 +309,7 @@ def _batches(data: SegmentationData, config: SegmentationConfig, first: int) -> 
     return training_batches(
         data.train,
         config.crops,
-        EpochOrder(data.train.ids, config.batch_size, config.seed),
+        EpochOrder(len(data.train), config.batch_size, config.seed),
         config.iterations,
         seed=config.seed,
         mean=data.mean,
