@@ -1,0 +1,654 @@
+"""Files on disk: written whole or not at all, never through a link; read only if regular and of a sane size.
+
+A folder may come from somebody else, with links, pipes or devices in the place of the files that are written there. So:
+
+- A folder of ours is opened without following links, and everything in it is named relative to its descriptor.
+- A file gets an unpredictable temporary name that must be new, is synced, and then gets its own name by one rename. The
+  rename replaces whatever has that name, also a link; nothing is ever written through it.
+- What is appended to or locked must be a regular file with one name.
+- What is read must be a regular file: it is opened without waiting, and looked at again afterwards.
+
+The folders above the given one are the user's own and may be links. Systems without directory descriptors (Windows)
+look for links by name first, which leaves a moment for a program that runs at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+
+from tessella.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TEMPORARY = ".saving-"
+_REPLACED = ".replaced"
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota, limit on a file's size
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of some network file systems
+_BY_DESCRIPTOR = {os.open, os.mkdir, os.stat, os.unlink, os.rename} <= os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+_COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # for a pipe's other end; no terminal of ours
+_BUFFER = 1 << 20  # bytes
+
+
+class FileError(UserError, OSError):
+    """A file or folder that cannot be used. `strerror` is the reason alone; `errno` is the system's, if it gave one."""
+
+    def __init__(self, text: str, reason: str = "", code: int | None = None) -> None:
+        super().__init__(text)
+        self.strerror, self.errno = reason or text, code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: Path | str, limit: int | None = None) -> io.BufferedReader:
+    """Open a regular file for reading.
+
+    Args:
+        path: may be a link, or lead through links.
+        limit: bytes that it has at most; None for any number.
+
+    Raises:
+        FileError: it is missing, no regular file, too large, or cannot be opened.
+    """
+    try:
+        _refuse_special(path, os.stat(path))  # merely opening a device can do something
+        descriptor = os.open(path, os.O_RDONLY | _COMMON | _NO_WAITING)
+    except ValueError as error:  # a list may name anything, such as a path with a zero byte
+        raise FileError(f"{path!r} cannot be read: no name of a file: {error}", f"no name of a file: {error}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    try:
+        status = os.fstat(descriptor)
+        _refuse_special(path, status)
+        if limit is not None and status.st_size > limit:
+            reason = f"the file has {status.st_size:,} bytes, more than the limit of {limit:,}"
+            raise FileError(f"{path} cannot be read: {reason}", reason)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: Path | str, limit: int, size: int | None = None) -> bytes:
+    """The first `size` bytes of a regular file, or all of it if it has at most `limit` bytes.
+
+    Raises:
+        FileError: as `open_regular`.
+    """
+    with open_regular(path, limit if size is None else None) as file:
+        try:
+            there = os.fstat(file.fileno()).st_size
+            # No more than it had when it was opened: another program may write to it without end.
+            return file.read(there if size is None else min(size, there))
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+
+def read_text(path: Path | str, limit: int, errors: str = "strict") -> str:
+    """The text of a UTF-8 file of at most `limit` bytes.
+
+    Raises:
+        FileError: as `open_regular`, or it is not UTF-8 and `errors` is "strict".
+    """
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} cannot be read: not UTF-8 text ({error.reason})", "not UTF-8 text") from None
+
+
+def read_json(path: Path | str, limit: int) -> Any:
+    """The value in a JSON file of at most `limit` bytes.
+
+    Raises:
+        FileError: as `open_regular`, or it is not JSON.
+    """
+    try:
+        return json.loads(read_text(path, limit))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FileError):
+            raise
+        reason = f"not JSON ({' '.join(str(error).split())[:100]})"
+        raise FileError(f"{path} cannot be read: {reason}", reason) from None
+
+
+def sha256(path: Path | str) -> str:
+    """Hash of a regular file's bytes, as hexadecimal digits.
+
+    Raises:
+        FileError: as `open_regular`.
+    """
+    with open_regular(path) as file:
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+
+def _refuse_special(path: Path | str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise FileError(f"{path} cannot be read: not a regular file", "not a regular file")
+
+
+def _unreadable(path: Path | str, error: OSError) -> OSError:
+    if isinstance(error, FileError):
+        return error
+    reason = error.strerror or str(error)
+    return FileError(f"{path} cannot be read: {reason}", reason, error.errno)
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(path: Path, *, inside: Path | None = None, needed: int = 0) -> Iterator[BinaryIO]:
+    """A file to be filled by the body; it gets its name when the body has ended, and the body did not fail.
+
+    In a folder that is itself unfinished (see `new_folder`) it has its name from the start.
+
+    Args:
+        path: of the file. What has this name stays until the new one is complete. The folder must exist.
+        inside: an existing folder above `path`: none on the way may be a link, and missing ones are made.
+        needed: bytes that will be written, for the message about a full disk.
+
+    Raises:
+        FileError: the disk is full, a folder is a link, ...
+    """
+    with explain_write_error(path.parent, needed):
+        folder = _Folder(path.parent, inside, make=inside is not None)
+    with folder:
+        at_once = is_unfinished(path.parent)
+        name = path.name if at_once else _temporary_name()
+        with explain_write_error(path.parent, needed):
+            descriptor = folder.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            file = io.BufferedWriter(_Output(descriptor, path.parent, needed), _BUFFER)
+            try:
+                yield file
+                file.flush()
+                with explain_write_error(path.parent, needed):
+                    os.fsync(descriptor)
+            finally:
+                with contextlib.suppress(OSError):  # of a flush after an error
+                    file.close()
+            if not at_once:
+                with explain_write_error(path.parent, needed):
+                    folder.rename(name, path.name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                folder.remove(name)
+            raise
+        if not at_once:
+            with explain_write_error(path.parent, needed):
+                folder.sync()
+
+
+def write_bytes(path: Path, data: bytes, *, inside: Path | None = None) -> None:
+    """Write a file, whole or not at all; arguments and errors as `writing`."""
+    with writing(path, inside=inside, needed=len(data)) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str, *, inside: Path | None = None) -> None:
+    """Write a UTF-8 file, whole or not at all; arguments and errors as `writing`.
+
+    Characters that UTF-8 cannot hold (parts of foreign file names) are written as backslash escapes.
+    """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"), inside=inside)
+
+
+def json_text(value: Any, indent: int | None = 2) -> str:
+    """A value as JSON in ASCII: a file name that is not UTF-8 survives as an escape.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON cannot say.
+    """
+    return json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2, inside: Path | None = None) -> None:
+    """Write a value through `json_text` and `write_text`; arguments and errors as theirs."""
+    write_text(path, json_text(value, indent), inside=inside)
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, *, inside: Path | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all; errors as `writing`.
+
+    Args:
+        path: of the file.
+        tensors: name -> tensor of any dtype, shape, layout and device.
+        metadata: texts by name.
+        inside: see `writing`.
+    """
+    import safetensors.torch
+
+    # Copies on the CPU: safetensors refuses views and tensors that share memory.
+    owned = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, safetensors.torch.save(owned, metadata), inside=inside)
+
+
+def open_append(path: Path, *, inside: Path | None = None) -> TextIO:
+    """Open an ASCII text file to add lines at its end; each goes to the system at once. Made if it is missing.
+
+    Args:
+        path: of the file; its folder must exist.
+        inside: see `writing`.
+
+    Raises:
+        FileError: it is a link, has a second name, or is no regular file; its folder is a link; ...
+    """
+    return open(
+        open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, inside=inside), "a", encoding="ascii", buffering=1
+    )
+
+
+def open_own(path: Path, flags: int, *, inside: Path | None = None) -> int:
+    """Descriptor of a file that is changed in place: nobody else's file can be behind its name.
+
+    Args:
+        path: of the file; its folder must exist.
+        flags: for `os.open`; O_TRUNC is not allowed.
+        inside: see `writing`.
+
+    Raises:
+        FileError: as `open_append`.
+    """
+    assert not flags & os.O_TRUNC
+    with explain_write_error(path.parent, 0), _Folder(path.parent, inside) as folder:
+        try:
+            descriptor = folder.open(path.name, flags | _NO_WAITING)
+        except OSError:
+            if folder.is_link(path.name):
+                raise _refusal(path, "a link") from None
+            raise
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+            return descriptor
+        os.close(descriptor)
+        raise _refusal(path, "a file with a second name" if stat.S_ISREG(status.st_mode) else "no regular file")
+
+
+class _Output(io.RawIOBase):
+    """Writes to a descriptor, and says what to do when that fails."""
+
+    def __init__(self, descriptor: int, folder: Path, needed: int) -> None:
+        self._descriptor, self._folder, self._needed, self._written = descriptor, folder, needed, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._written
+
+    def write(self, data: Any) -> int:
+        with explain_write_error(self._folder, self._needed):
+            count = os.write(self._descriptor, data)
+        self._written += count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            os.close(self._descriptor)
+
+
+# --- folders ------------------------------------------------------------------------------------------------
+
+
+def make_folder(path: Path, *, inside: Path | None = None) -> None:
+    """Make a folder of ours if it is missing, and those above it.
+
+    Args:
+        path: of the folder.
+        inside: an existing folder above `path`, of which no folder on the way may be a link; default: `path`.
+
+    Raises:
+        FileError: it, or one between `inside` and it, is a link or no folder; or it cannot be made.
+    """
+    with explain_write_error(path, 0):
+        if inside is None and not path.is_dir():
+            with contextlib.suppress(FileExistsError):  # a link that leads nowhere, or another file: refused below
+                path.mkdir(parents=True, exist_ok=True)
+                _sync_named(path.parent)
+        _Folder(path, inside, make=True).close()
+
+
+def refuse_link(path: Path) -> None:
+    """Check that a folder of ours that exists is one.
+
+    Raises:
+        FileError: it is a link, or no folder.
+    """
+    with explain_write_error(path, 0), contextlib.suppress(FileNotFoundError):
+        _Folder(path).close()
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, inside: Path | None = None, needed: int = 0) -> Iterator[Path]:
+    """A folder to be filled by the body; it gets its name when the body has ended, and the body did not fail.
+
+    What had the name before is called `NAME.replaced` while the two change places, so that one of them is always there.
+
+    Args:
+        path: of the folder. The one above it must exist.
+        inside: see `writing`.
+        needed: bytes that will be written, for the message about a full disk.
+
+    Yields:
+        The folder under its temporary name. Files must be written by functions of this module.
+
+    Raises:
+        FileError: as `writing`.
+    """
+    parent, replaced = path.parent, path.name + _REPLACED
+    with explain_write_error(parent, needed):
+        folder = _Folder(parent, inside, make=inside is not None)
+    with folder:
+        name = _temporary_name()
+        with explain_write_error(parent, needed):
+            folder.mkdir(name)
+        try:
+            yield parent / name
+            with explain_write_error(parent, needed):
+                with _Folder(parent / name) as finished:
+                    finished.sync()
+                if folder.exists(path.name):
+                    folder.remove(replaced)
+                    folder.rename(path.name, replaced)
+                folder.rename(name, path.name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                folder.remove(name)
+            raise
+        with explain_write_error(parent, needed):
+            folder.sync()
+            folder.discard(replaced)
+
+
+def remove(path: Path, *, inside: Path | None = None) -> None:
+    """Take a file, a link (never what it leads to) or a whole folder away at once; nothing happens if it is missing.
+
+    A folder that the system cannot remove at the moment stays under an unfinished name.
+
+    Raises:
+        FileError: its folder is a link or cannot be written.
+    """
+    with (
+        explain_write_error(path.parent, 0),
+        contextlib.suppress(FileNotFoundError),
+        _Folder(path.parent, inside) as folder,
+    ):
+        folder.discard(path.name)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a name is that of a file or folder in the making."""
+    return path.name.startswith(_TEMPORARY)
+
+
+def remove_unfinished(folder: Path, older_than: float = 0.0) -> None:
+    """Clear what killed writers have left in a folder.
+
+    Args:
+        folder: of ours; for who alone writes there, unless `older_than` spares what others may be writing now.
+        older_than: seconds since the last change.
+
+    Raises:
+        FileError: the folder is a link.
+    """
+    with explain_write_error(folder, 0), contextlib.suppress(FileNotFoundError), _Folder(folder) as opened:
+        for name in opened.names():
+            if name.startswith(_TEMPORARY):
+                with contextlib.suppress(OSError):
+                    if not older_than or time.time() - opened.status(name).st_mtime > older_than:
+                        opened.remove(name)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, the file `lock` in it; both are made if missing. Other processes wait.
+
+    Where locks do not work, or the folder cannot be written, two processes do the same work, which must be harmless.
+
+    Raises:
+        FileError: the folder is a link, or the lock is no file of ours.
+    """
+    from filelock import lock_descriptor
+
+    with contextlib.ExitStack() as stack:
+        try:
+            make_folder(folder)
+            descriptor = open_own(folder / "lock", os.O_RDWR | os.O_CREAT)
+            stack.callback(os.close, descriptor)
+            lock_descriptor(descriptor)
+        except OSError as error:
+            if isinstance(error, FileError) and error.errno is None:
+                raise
+        yield
+
+
+class _Folder:
+    """An open folder, and what is done to names in it; raises OSError, and FileError for links."""
+
+    def __init__(self, path: Path, inside: Path | None = None, make: bool = False) -> None:
+        root = path if inside is None else inside
+        parts = path.relative_to(root).parts
+        assert ".." not in parts, path
+        self._path, self._descriptor = root, None
+        self._descriptor = self._enter(root)
+        try:
+            for part in parts:
+                self._step_into(part, make)
+        except BaseException:
+            self.close()
+            raise
+
+    def _enter(self, path: Path | str, dir_fd: int | None = None) -> int | None:
+        full = self._path if dir_fd is None else self._path / path
+        try:
+            if _BY_DESCRIPTOR:
+                return os.open(path, os.O_RDONLY | os.O_DIRECTORY | _NO_LINKS | _COMMON, dir_fd=dir_fd)
+            if _is_link(full):
+                raise _refusal(full, "a link")
+            os.listdir(full)  # raises what is wrong with it
+            return None
+        except OSError as error:
+            if _is_link(full):
+                raise _refusal(full, "a link") from None
+            if error.errno == errno.ENOTDIR:
+                raise _refusal(full, "no folder") from None
+            raise
+
+    def _step_into(self, name: str, make: bool) -> None:
+        if make and not self.exists(name):
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                self.mkdir(name)
+                self.sync()
+        below = self._enter(name if self._descriptor is not None else self._path / name, self._descriptor)
+        self.close()
+        self._path, self._descriptor = self._path / name, below
+
+    def _at(self, name: str) -> tuple[Any, dict[str, int]]:
+        return (self._path / name, {}) if self._descriptor is None else (name, {"dir_fd": self._descriptor})
+
+    def open(self, name: str, flags: int) -> int:
+        path, at = self._at(name)
+        if self._descriptor is None and not flags & os.O_EXCL and _is_link(path):
+            raise _refusal(path, "a link")
+        return os.open(path, flags | _NO_LINKS | _COMMON, 0o666, **at)
+
+    def mkdir(self, name: str) -> None:
+        path, at = self._at(name)
+        os.mkdir(path, **at)
+
+    def rename(self, name: str, new: str) -> None:
+        """Give a file or folder another name; what has that name is replaced, unless it is a folder with contents."""
+        if self._descriptor is None:
+            os.replace(self._path / name, self._path / new)
+        else:
+            os.rename(name, new, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+
+    def status(self, name: str) -> os.stat_result:
+        path, at = self._at(name)
+        return os.stat(path, follow_symlinks=False, **at)
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.status(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_link(self, name: str) -> bool:
+        with contextlib.suppress(OSError):
+            return stat.S_ISLNK(self.status(name).st_mode)
+        return False
+
+    def names(self) -> list[str]:
+        return os.listdir(self._path if self._descriptor is None else self._descriptor)
+
+    def remove(self, name: str) -> None:
+        """Remove whatever has this name, without following links; nothing happens if it is missing."""
+        path, at = self._at(name)
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(self.status(name).st_mode):
+                shutil.rmtree(path, ignore_errors=True, dir_fd=at.get("dir_fd"))
+            else:
+                os.unlink(path, **at)
+
+    def discard(self, name: str) -> None:
+        """As `remove`. A folder is renamed first: nobody may take what is left of it for a whole one."""
+        if self.exists(name):
+            gone = _temporary_name()
+            self.rename(name, gone)
+            self.remove(gone)
+
+    def sync(self) -> None:
+        """Make names survive a power cut: fsync of a file does not cover its name."""
+        if self._descriptor is not None:
+            _sync(self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> _Folder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _temporary_name() -> str:
+    return f"{_TEMPORARY}{secrets.token_hex(8)}"
+
+
+def _is_link(path: Path | str) -> bool:
+    """Also a junction, which is Windows' link to a folder."""
+    return os.path.islink(path) or bool(getattr(os.path, "isjunction", os.path.islink)(path))
+
+
+def _sync_named(folder: Path) -> None:
+    if _BY_DESCRIPTOR:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _COMMON)
+        try:
+            _sync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def _refusal(path: Path, what: str) -> FileError:
+    return FileError(
+        f"{path} is {what}, so nothing is written there: it could lead into files of others. Remove it, or name "
+        "another folder" + (f" (it leads to {os.path.realpath(path)})" if what == "a link" else ""),
+        f"{path} is {what}",
+    )
+
+
+# --- messages -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def explain_write_error(folder: Path, needed: int) -> Iterator[None]:
+    """Turn an error of the file system into one that says what to do; for a full disk, how much is needed and free.
+
+    Args:
+        folder: where the body writes.
+        needed: bytes that it writes; 0 if that is not known.
+
+    Raises:
+        FileError: instead of any OSError: a full disk, a read-only or vanished folder, a stale mount, ...
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileError) and error.errno is None:
+            raise  # a refusal of ours
+        cause = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in _FULL_DISK:
+            raise _full_disk(folder, needed, error.errno) from error
+        raise FileError(
+            f"cannot write in {str(folder)!r}: {cause}. What was saved before is untouched: correct this, then resume",
+            cause,
+            error.errno,
+        ) from error
+
+
+def refuse_full_disk(folder: Path, needed: int) -> None:
+    """Find out before anything is written.
+
+    Args:
+        folder: where `needed` bytes are to be written.
+        needed: bytes.
+
+    Raises:
+        FileError: they do not fit.
+    """
+    try:
+        disk = shutil.disk_usage(folder)
+    except OSError:
+        return  # then writing tells
+    if disk.total and needed > disk.free:  # some network file systems know neither
+        raise _full_disk(folder, needed, errno.ENOSPC)
+
+
+def _full_disk(folder: Path, needed: int, code: int) -> FileError:
+    what = f"cannot write {needed:,} bytes in" if needed else "cannot write in"
+    try:
+        free = f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        free = "an unknown number of"
+    return FileError(
+        f"{what} {str(folder)!r}: {os.strerror(code)}; {free} bytes are free. What was saved before is untouched: make "
+        "room or raise the quota, then resume",
+        os.strerror(code),
+        code,
+    )
