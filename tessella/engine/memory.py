@@ -1,11 +1,13 @@
-"""Out of memory: how much a run needs, and the ways out that this run has."""
+"""Memory: how much a run needs, whether it is there, and the ways out that this run has."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,6 +47,50 @@ def explain_out_of_memory(config: RunConfig, method: Method, world_size: int) ->
     else:
         return
     raise UserError(text)  # here, where the error's frames have let go of their tensors
+
+
+def refuse_too_large(config: RunConfig, method: Method, world_size: int, device: torch.device) -> None:
+    """Refuse a run that needs more memory than there is, before any of it is taken.
+
+    Args:
+        config: of the run.
+        method: what is trained; on the meta device, where it takes no memory.
+        world_size: number of ranks.
+        device: where each rank trains.
+
+    Raises:
+        UserError: the device, or the machine that ranks on its CPU share, has less.
+    """
+    on_gpu = device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else _machine_bytes()
+    ranks = 1 if on_gpu else max(1, world_size // config.nodes)
+    fixed, batch = needed_bytes(config, method, world_size)
+    if not total or ranks * (fixed + batch) <= total:
+        return
+    if ranks * fixed > total:
+        tensors = dict(method.named_parameters()) | dict(method.named_buffers())
+        name, largest = max(tensors.items(), key=lambda item: item[1].nbytes)
+        size = " x ".join(map(str, largest.shape))
+        ways = f"The largest part is {name}, {size} values in {_shown(largest.nbytes)}: make it smaller"
+    else:
+        parts = 2
+        while ranks * (fixed + batch / parts) > total and parts < config.batch_size:
+            parts *= 2
+        ways = _ways_out(config, world_size, parts)
+    where = f"{'the GPU' if on_gpu else 'this machine'} has {_shown(total)}"
+    share = f" and rank, with {ranks} ranks here" if ranks > 1 else ""
+    raise UserError(f"too little memory: {_needs(config, fixed, batch, world_size)}{share}; {where}. {ways}")
+
+
+def _machine_bytes() -> int | None:
+    """Memory of this machine, or the part of it that this process's container may use; None if that is not known."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups, version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            found.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+    return min(found, default=None)
 
 
 def needed_bytes(config: RunConfig, method: Method, world_size: int) -> tuple[int, int]:
@@ -107,11 +153,15 @@ def _gpu_text(config: RunConfig, method: Method, world_size: int, said: str) -> 
     parts = 2
     while total and fixed + batch / parts > _USABLE * total and parts < config.batch_size:
         parts *= 2
+    needs = _needs(config, fixed, batch, world_size)
+    return f"the GPU's memory is full{told}: {needs} on each{has}. {_ways_out(config, world_size, parts)}"
+
+
+def _needs(config: RunConfig, fixed: int, batch: int, world_size: int) -> str:
     images = config.batch_size // config.accumulate // world_size
     return (
-        f"the GPU's memory is full{told}: this run needs about {_shown(fixed + batch)} on each, {_shown(fixed)} for "
-        f"weights, gradients, optimiser and tables and {_shown(batch)} for {images} images at a time{has}. "
-        f"{_ways_out(config, world_size, parts)}"
+        f"this run needs about {_shown(fixed + batch)}, {_shown(fixed)} for weights, gradients, optimiser and tables "
+        f"and {_shown(batch)} for {images} images at a time"
     )
 
 

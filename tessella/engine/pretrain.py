@@ -13,12 +13,12 @@ from lightning_fabric import Fabric
 from tessella import dist
 from tessella.data.batch import Batch
 from tessella.data.loader import Loader
-from tessella.data.sampler import Order
+from tessella.data.sampler import Order, check_shares
 from tessella.data.sources import ImageSet, open_images
 from tessella.engine.agree import goes_on, require_agreement
 from tessella.engine.interrupt import Interrupted, StopRequest
 from tessella.engine.launch import cores_at_hand, launch, repeatable
-from tessella.engine.memory import explain_out_of_memory
+from tessella.engine.memory import explain_out_of_memory, refuse_too_large
 from tessella.engine.numbers import LOOK_EVERY, Guard
 from tessella.engine.watch import Watch
 from tessella.methods import build_method, views_of
@@ -58,6 +58,7 @@ def pretrain(config: RunConfig, out: Path, images: ImageSet | None = None) -> Pa
     if fabric.is_global_zero:
         run.refuse_taken()
     images = images or open_images(config.data)
+    _require_fit(config, images, fabric)
     state = _build(config, images, fabric.device)
     start = start_from(config.start_from, state.method)
     with Watch(config.rank_timeout) as watch, run.only_writer(fabric.is_global_zero):
@@ -97,6 +98,7 @@ def resume(
     with Watch(config.rank_timeout) as watch, run.only_writer(fabric.is_global_zero):
         run.go_on_as(saved, config, allow)
         images = images or open_images(config.data)
+        _require_fit(config, images, fabric)
         state = _build(config, images, fabric.device)
         steps_per_epoch = _order(config, images, state.method).steps_per_epoch
         step = run.restore(config, images, state, steps_per_epoch, images_changed)
@@ -114,11 +116,23 @@ def _try_network(config: RunConfig) -> None:
     try_backbone(config.backbone, {group.size for group in groups if group.tiles == 1} | {config.image_size}, montages)
 
 
+def _require_fit(config: RunConfig, images: ImageSet, fabric: Fabric) -> None:
+    """Refuse, before anything is written, settings that do not fit the images, the ranks or the memory."""
+    check_shares(config.batch_size, fabric.world_size, config.accumulate)
+    with torch.device("meta"):  # takes no memory
+        method = build_method(config.method, build_backbone(config.backbone), _setting(config, images))
+    _order(config, images, method)
+    refuse_too_large(config, method, fabric.world_size, fabric.device)
+
+
+def _setting(config: RunConfig, images: ImageSet) -> Setting:
+    return Setting(len(images), config.batch_size // config.accumulate, config.seed, config.accumulate)
+
+
 def _build(config: RunConfig, images: ImageSet, device: torch.device) -> State:
     """Freshly initialised method, optimiser and monitor, alike on every rank."""
     torch.manual_seed(config.seed)
-    setting = Setting(len(images), config.batch_size // config.accumulate, config.seed, config.accumulate)
-    method = build_method(config.method, build_backbone(config.backbone), setting)
+    method = build_method(config.method, build_backbone(config.backbone), _setting(config, images))
     if dist.world_size() > 1:
         synchronise_batch_norm(method, device)
     method.to(device).to(memory_format=image_layout(device)).train()

@@ -48,7 +48,9 @@ _PACKAGES = (
 _MAKERS = {"torch": "torch", "compiled": "compiled kernels"}  # of views, as recorded and in words
 _FRESH_SECONDS = 60  # short epochs do not each pay for a checkpoint
 _KEPT = 2  # checkpoints
-_LEFT_BEHIND = (lock.NAME, "environment.json", "start.json", "checkpoints")  # by a run that was killed while it began
+_BEFORE_STEPS = {  # what a run's folder holds before its first step
+    *(lock.NAME, "environment.json", "start.json", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"),
+}
 
 Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # tensors and facts, as they were saved
 
@@ -95,14 +97,14 @@ class RunFolder:
         return cls(path), load_config(path / "config.yaml")
 
     def refuse_taken(self) -> None:
-        """Say that a new run cannot begin here, before anything slow.
+        """Say that a new run cannot begin here, before anything slow. A run without a step may begin again.
 
         Raises:
             UserError: the folder holds something.
         """
         if self._holds_something():
-            resume = f"`tessella resume {self.path}` goes on with it" if self._has_begun() else "empty it"
-            raise UserError(f"{self.path} is not an empty folder: {resume}, or choose another --out")
+            resume = f"`tessella resume {self.path}` goes on with it, or " if self._has_begun() else ""
+            raise UserError(f"{self.path} is not an empty folder: {resume}choose another --out")
 
     @contextlib.contextmanager
     def only_writer(self, enabled: bool) -> Iterator[None]:
@@ -126,7 +128,7 @@ class RunFolder:
             yield
 
     def begin(self, config: RunConfig, start: Start) -> None:
-        """Make the folder a run's. config.yaml comes last: what is killed before it has not begun.
+        """Make the folder a run's. config.yaml comes last: what is killed before it is no run yet.
 
         Raises:
             UserError: the folder holds something, or cannot be written.
@@ -134,6 +136,7 @@ class RunFolder:
         self.refuse_taken()
         with checkpoint_files.explain_write_error(self.path, 0):
             self.checkpoints.mkdir(exist_ok=True)
+        self.metrics.unlink(missing_ok=True)
         checkpoint_files.write_json_atomic(self.path / "environment.json", environment())
         start.write(self.path)
         checkpoint_files.write_text_atomic(self.path / "config.yaml", to_yaml(config))
@@ -142,15 +145,22 @@ class RunFolder:
         return (self.path / "config.yaml").exists()
 
     def _holds_something(self) -> bool:
-        """Anything but what a run leaves that was killed while it began."""
+        """Anything but what a run leaves that ended before its first step."""
         if not self.path.exists():
             return False
-        if not self.path.is_dir() or self._has_begun():
+        if not self.path.is_dir():
             return True
         found = {entry.name for entry in self.path.iterdir() if not checkpoint_files.is_unfinished(entry)}
-        if lock.NAME not in found:
-            return bool(found)
-        return bool(found - set(_LEFT_BEHIND)) or any(self.checkpoints.glob("*"))
+        ours = lock.NAME in found or self._has_begun()
+        return bool(found - _BEFORE_STEPS if ours else found) or any(self.checkpoints.glob("*")) or self._has_steps()
+
+    def _has_steps(self) -> bool:
+        """Whether a step stands in the log."""
+        try:
+            with self.metrics.open("rb") as log:
+                return any(b'"kind": "step"' in line for line in log)
+        except FileNotFoundError:
+            return False
 
     def go_on_as(self, saved: RunConfig, config: RunConfig, allowed: Collection[str]) -> None:
         """Compare the configuration with what the newest checkpoint was computed with; the same on every rank.

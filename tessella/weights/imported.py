@@ -41,7 +41,7 @@ def import_weights(file: Path, out: Path, origin: Origin | Literal["auto"] = "au
         UserError: the file cannot be read or does not fit, or `out` holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not an empty folder: empty it, or choose another --out")
+        raise UserError(f"{out} is not an empty folder: choose another --out")
     if not file.is_file():
         raise UserError(f"{file} is no file: give an official checkpoint (.pth, .pth.tar, .pt, .torch, .safetensors)")
     official = read_official(file, origin)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +20,21 @@ import torch
 from tessella.data.loader import Loader
 from tessella.data.sampler import EpochOrder
 from tessella.data.sources import open_images
+from tessella.data.views import CropGroup, ViewSpec
+from tessella.engine import memory
 from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted, StopRequest
 from tessella.engine.pretrain import _build, pretrain, resume
 from tessella.errors import UserError
 from tessella.methods.method import Progress
+from tessella.methods.swav import SwavConfig
+from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
-from tessella.run.config import to_yaml
+from tessella.run.config import load_config, to_yaml
 from tessella.run.folder import RunFolder
 from tessella.weights.resolve import resolve_backbone
 from tests.engine.runs import assert_same, final_state, tiny_run
 
+_LARGE_CROPS = SwavConfig(prototypes=20, views=ViewSpec((CropGroup(2, 512, (0.3, 1.0)),)))
 METHODS = ["swav", "jigclu", "mejigclu", "smog"]
 
 
@@ -112,6 +120,45 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def _interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 4096, "method": _LARGE_CROPS}, "batch_size=4096 does not fit a data set of 360 images"),
+        ({"batch_size": 64, "accumulate": 3}, "cannot be shared equally"),
+        ({"backbone": BackboneConfig("resnet10", 2000, "small")}, r"too little memory.* has 2\.0 GiB\. The largest"),
+        ({"batch_size": 360, "method": _LARGE_CROPS}, r"too little memory.*Ways out.*--batch-size \d+ is a smaller"),
+    ],
+)
+def test_a_run_that_cannot_go_on_leaves_nothing_behind(
+    changes: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: 2 << 30)
+    with pytest.raises(UserError, match=said):
+        pretrain(dataclasses.replace(tiny_run(), **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_memory_of_this_machine_is_known():
+    assert (memory._machine_bytes() or 0) > 256 << 20
+
+
+def test_a_run_that_ended_before_its_first_step_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Loader, "epoch", _interrupted)
+        pretrain(tiny_run(seed=1), tmp_path / "run")
+    assert (tmp_path / "run" / "config.yaml").exists()
+    run = pretrain(tiny_run(max_steps=2), tmp_path / "run")
+    assert load_config(run / "config.yaml").seed == 0 and (run / "backbone.safetensors").exists()
+
+    shutil.rmtree(run / "checkpoints")  # a step in the log alone is a step
+    with pytest.raises(UserError, match="tessella resume"):
+        pretrain(tiny_run(), run)
+
+
 def test_resume_refuses_what_would_change_the_result_and_other_images(tmp_path: Path):
     run = pretrain(tiny_run(max_steps=1), tmp_path / "run")
     with pytest.raises(UserError, match="seed would change"):
@@ -163,6 +210,8 @@ import os, sys, torch
 from pathlib import Path
 torch.set_num_threads(2 // int(os.environ.get("WORLD_SIZE", 1)))
 from tessella.run.config import load_config
+from tessella.data.views import CropGroup, ViewSpec
+from tessella.engine import memory
 from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted
 from tessella.engine.pretrain import _build, pretrain, resume
 out = Path(sys.argv[2])
