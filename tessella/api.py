@@ -35,6 +35,7 @@ from tessella.evaluation import embed as _embed
 from tessella.evaluation import evaluate as _evaluate
 from tessella.modules.backbone import Backbone
 from tessella.protocols.features import Features
+from tessella.ranges import ForwardBatch, Pixels, Repeats, Seed, Threads, checked
 from tessella.recipes import recipe as _recipe
 from tessella.report.evaluation import print_scores, write_pages
 from tessella.run.config import RunConfig, different_fields, from_dict, load_config, to_dict
@@ -106,6 +107,7 @@ def load_backbone(source: str | Path) -> Backbone:
     return backbone
 
 
+@checked
 def evaluate(
     backbone: str | Path,
     train: Images | None = None,
@@ -116,14 +118,14 @@ def evaluate(
     out: str | Path | None = None,
     baseline: bool = False,
     supervised: str | None = None,
-    seeds: int | None = None,
+    seeds: Repeats | None = None,
     again: bool = False,
     label_map: str | Path | None = None,
     device: str = "auto",
-    workers: int | None = None,
-    seed: int = 0,
-    image_size: int | None = None,
-    batch_size: int = 256,
+    workers: Threads | None = None,
+    seed: Seed = 0,
+    image_size: Pixels | None = None,
+    batch_size: ForwardBatch = 256,
 ) -> list[dict[str, Any]]:
     """Score a backbone by some protocols and print the main figures.
 
@@ -178,6 +180,7 @@ def evaluate(
     return records
 
 
+@checked
 def embed(
     backbone: str | Path,
     data: Images,
@@ -185,9 +188,9 @@ def embed(
     *,
     labels: bool = False,
     device: str = "auto",
-    workers: int | None = None,
-    image_size: int | None = None,
-    batch_size: int = 256,
+    workers: Threads | None = None,
+    image_size: Pixels | None = None,
+    batch_size: ForwardBatch = 256,
 ) -> Features:
     """Write the features of images to a file, and return them.
 

@@ -26,6 +26,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn,
 
 from tessella.engine.interrupt import EXIT_INTERRUPTED, EXIT_STOPPED, Interrupted, stoppable
 from tessella.errors import EXIT_RANK_LOST, RankLost, UserError
+from tessella.ranges import (
+    ForwardBatch,
+    JpegQuality,
+    PackedSide,
+    Pixels,
+    Positive,
+    PositiveInt,
+    Repeats,
+    Seed,
+    Threads,
+    checked,
+)
 from tessella.text import printable
 
 if TYPE_CHECKING:
@@ -271,7 +283,7 @@ def _until_done(run: Path, train: Callable[[], object]) -> int:
     return 0
 
 
-def demo(*, out: Path = Path("tessella-demo"), seeds: int = 3, device: Device = "auto") -> int:
+def demo(*, out: Path = Path("tessella-demo"), seeds: Repeats = 3, device: Device = "auto") -> int:
     """Pretrain on embedded digits, evaluate, write a report: minutes on two cores, no network.
 
     Args:
@@ -302,14 +314,14 @@ def evaluate(
     protocols: tuple[str, ...] = (),
     baseline: bool = False,
     supervised: str | None = None,
-    seeds: int | None = None,
+    seeds: Repeats | None = None,
     again: bool = False,
     label_map: Path | None = None,
     device: Device = "auto",
-    workers: int | None = None,
-    seed: int = 0,
-    image_size: int | None = None,
-    batch_size: int = 256,
+    workers: Threads | None = None,
+    seed: Seed = 0,
+    image_size: Pixels | None = None,
+    batch_size: ForwardBatch = 256,
 ) -> int:
     """Judge a backbone on labelled images: by classes, boxes of objects, or masks.
 
@@ -375,9 +387,9 @@ def embed(
     out: Path,
     labels: bool = False,
     device: Device = "auto",
-    workers: int | None = None,
-    image_size: int | None = None,
-    batch_size: int = 256,
+    workers: Threads | None = None,
+    image_size: Pixels | None = None,
+    batch_size: ForwardBatch = 256,
 ) -> int:
     """Write the features of images to a file.
 
@@ -477,7 +489,7 @@ def recipes(name: str | None = None, /) -> int:
     return 0
 
 
-def scan(data: str, /, *, headers_only: bool = False, workers: int | None = None) -> int:
+def scan(data: str, /, *, headers_only: bool = False, workers: Threads | None = None) -> int:
     """Look at images before training: how many, how large, what cannot be read, which recipe fits.
 
     Every image is decoded once, in processes of their own: one that crashes or hangs the decoder is listed as well.
@@ -503,9 +515,9 @@ def bench(
     *,
     data: str,
     device: Device = "auto",
-    workers: int | None = None,
-    batch_size: int | None = None,
-    seconds: float = 60.0,
+    workers: Threads | None = None,
+    batch_size: PositiveInt | None = None,
+    seconds: Positive = 60.0,
 ) -> int:
     """Measure what limits training on this machine: reading, decoding, views, or the step.
 
@@ -532,7 +544,9 @@ def bench(
     return 0
 
 
-def pack(data: str, /, *, out: Path, short_side: int = 320, quality: int = 90, workers: int | None = None) -> int:
+def pack(
+    data: str, /, *, out: Path, short_side: PackedSide = 320, quality: JpegQuality = 90, workers: Threads | None = None
+) -> int:
     """Encode images anew, smaller, once: later every epoch reads and decodes fewer bytes.
 
     A pack is read like any other DATA; names, classes and the randomness of views stay. The pixels change: by the
@@ -674,7 +688,7 @@ def _recording(function: Callable[..., int]) -> Callable[..., Callable[[], int]]
     import tyro
 
     def record(*args: Any, **kwargs: Any) -> Callable[[], int]:
-        return functools.partial(function, *args, **kwargs)
+        return functools.partial(checked(function), *args, **kwargs)
 
     signature, hints = inspect.signature(function), typing.get_type_hints(function)
     for name, parameter in signature.parameters.items():

@@ -11,24 +11,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tessella.ranges import FractionBelowOne, NonNegative, NonNegativeInt, Positive
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimiser and its learning-rate schedule: a linear warm-up, then a cosine."""
 
     name: Literal["sgd", "larc", "lars", "adamw"] = "sgd"
-    lr: float = 0.03  # after the warm-up, at the run's batch size; nothing is scaled behind your back
-    momentum: float = 0.9  # of SGD, LARC and LARS; AdamW's first beta
-    weight_decay: float = 1e-4
+    lr: NonNegative = 0.03  # after the warm-up, at the run's batch size; nothing is scaled behind your back
+    momentum: FractionBelowOne = 0.9  # of SGD, LARC and LARS; AdamW's first beta
+    weight_decay: NonNegative = 1e-4
     # The official SwAV and JigClu decay every parameter. False spares norms and biases, and what a transformer asks to
     # spare: position embeddings, class tokens, tables of relative positions.
     decay_norm_and_bias: bool = True
-    trust: float = 0.001  # trust coefficient of LARC and LARS
-    idle_epochs: int = 0  # at learning rate 0 before the warm-up, while CoKe finds its first clusters
-    warmup_epochs: int = 0
-    warmup_lr: float = 0.0  # at the first step of the warm-up
+    trust: Positive = 0.001  # trust coefficient of LARC and LARS
+    idle_epochs: NonNegativeInt = 0  # at learning rate 0 before the warm-up, while CoKe finds its first clusters
+    warmup_epochs: NonNegativeInt = 0
+    warmup_lr: NonNegative = 0.0  # at the first step of the warm-up
     warmup_end: Literal["last", "next"] = "last"  # step that has the full rate: the warm-up's last, or the one after it
-    final_lr: float = 0.0  # the cosine's end
+    final_lr: NonNegative = 0.0  # the cosine's end
     per_epoch: bool = False  # keep the learning rate constant within an epoch, as JigClu does
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import unicodedata
 from typing import Any
 
@@ -34,12 +36,11 @@ def cell(text: str) -> str:
     return f"'{text}" if text.lstrip().startswith(_FORMULA) and not _is_number(text) else text
 
 
-def plain_yaml(text: str, loader: Any = None) -> Any:
-    """Tables, lists, texts and numbers from YAML; nothing in it is run, and nothing stands for more than itself.
+def plain_yaml(text: str) -> Any:
+    """Tables, lists, texts and numbers (5e-4 too) from YAML; nothing in it is run or stands for more than itself.
 
     Args:
         text: of the file.
-        loader: a kind of `yaml.SafeLoader`, which is the default.
 
     Raises:
         yaml.YAMLError: it is no YAML, or has a tag of some program.
@@ -47,8 +48,7 @@ def plain_yaml(text: str, loader: Any = None) -> Any:
     """
     import yaml
 
-    loader = loader or yaml.SafeLoader
-    assert issubclass(loader, yaml.SafeLoader)
+    loader, _ = _yaml_kinds()
     if len(text) > _YAML_CHARACTERS:
         raise ValueError(f"it has {len(text):,} characters; up to {_YAML_CHARACTERS:,} are read")
     depth = 0
@@ -59,6 +59,30 @@ def plain_yaml(text: str, loader: Any = None) -> Any:
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("it has aliases (*name): write out what they stand for")
     return yaml.load(text, loader)
+
+
+def yaml_text(value: Any) -> str:
+    """What `plain_yaml` reads as `value`, in the order of its keys."""
+    import yaml
+
+    return str(yaml.dump(value, Dumper=_yaml_kinds()[1], sort_keys=False, allow_unicode=True))
+
+
+@functools.cache
+def _yaml_kinds() -> tuple[Any, Any]:
+    """PyYAML's safe reader and writer, but for 5e-4: YAML 1.2 and JSON take it for a number, PyYAML for a text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    for kind in (Loader, Dumper):
+        number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+        kind.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader, Dumper
 
 
 def _is_number(text: str) -> bool:

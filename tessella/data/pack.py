@@ -33,6 +33,7 @@ from tessella.data.sources.images import ImageSet
 from tessella.data.sources.packs import COLUMNS, DESCRIPTION, FORMAT, PACKING, read_description
 from tessella.data.transform import resize_pixels
 from tessella.errors import UserError
+from tessella.ranges import JpegQuality, PackedSide, checked
 
 try:
     import simplejpeg
@@ -71,7 +72,8 @@ class _One(NamedTuple):
     psnr: float | None
 
 
-def pack(images: ImageSet, out: Path, *, short_side: int, quality: int, workers: int) -> Packed:
+@checked
+def pack(images: ImageSet, out: Path, *, short_side: PackedSide, quality: JpegQuality, workers: int) -> Packed:
     """Write a pack, go on with one that was begun, or verify one that is complete.
 
     Args:
@@ -85,10 +87,6 @@ def pack(images: ImageSet, out: Path, *, short_side: int, quality: int, workers:
         UserError: the folder holds something else or no room is left, a setting is out of range, a shard is damaged,
             or no image can be read.
     """
-    if not 16 <= short_side <= 16_384:
-        raise UserError(f"short_side={short_side} pixels must lie between 16 and 16384")
-    if not 1 <= quality <= 100:
-        raise UserError(f"quality={quality} must lie between 1 and 100; 90 loses little")
     asked = {"source": images.fingerprint, "short_side": short_side, "quality": quality}
     if (out / DESCRIPTION).exists():
         return _verified(out, asked)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from tessella.errors import UserError
 from tessella.ops.montage import tile_boxes
 from tessella.ops.philox import stream_key, uniforms
+from tessella.ranges import Fraction, PixelMean, Pixels, PixelStd, PositiveFraction, Range
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,34 +30,42 @@ _NUMBERS = 2 * _TRIES + 13  # uniforms per view; the order in which `draw` reads
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.uint8)
 
 
+Tiles: TypeAlias = Annotated[int, Range(2, 16)]  # per side
+Overlap: TypeAlias = Annotated[float, Range(0, 0.5)]  # at 0.5 every tile is the whole image
+_Strength: TypeAlias = Annotated[float, Range(0, 100)]
+_Sigma: TypeAlias = Annotated[float, Range(0, 100)]
+_Ratio: TypeAlias = Annotated[float, Range(0.01, 100)]
+
+
 @dataclass(frozen=True)
 class Photometry:
     """Chances and strengths of what happens to a crop's pixels, in this order; torchvision's conventions."""
 
-    flip: float = 0.5  # chance of a horizontal flip
-    jitter: float = 0.8  # chance of brightness, contrast, saturation and hue, in a random order
-    brightness: float = 0.8  # factor in [max(0, 1 - x), 1 + x]
-    contrast: float = 0.8  # the same
-    saturation: float = 0.8  # the same
-    hue: float = 0.2  # shift in [-x, x] turns of the colour circle, x in [0, 0.5]
-    gray: float = 0.2  # chance
-    blur: float = 0.5  # chance
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the crop
-    solarize: float = 0.0  # chance; inverts values of 128 and more
+    flip: Fraction = 0.5  # chance of a horizontal flip
+    jitter: Fraction = 0.8  # chance of brightness, contrast, saturation and hue, in a random order
+    brightness: _Strength = 0.8  # factor in [max(0, 1 - x), 1 + x]
+    contrast: _Strength = 0.8  # the same
+    saturation: _Strength = 0.8  # the same
+    hue: Annotated[float, Range(0, 0.5)] = 0.2  # shift in [-x, x] turns of the colour circle, x in [0, 0.5]
+    gray: Fraction = 0.2  # chance
+    blur: Fraction = 0.5  # chance
+    blur_sigma: tuple[_Sigma, _Sigma] = (0.1, 2.0)  # pixels of the crop
+    solarize: Fraction = 0.0  # chance; inverts values of 128 and more
 
 
 @dataclass(frozen=True)
 class CropGroup:
     """Views of one size: random resized crops of the whole image, or of one tile each."""
 
-    views: int
-    size: int  # pixels, square
-    scale: tuple[float, float]  # share of the area (of the image or the tile)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    views: Annotated[int, Range(1, 1000)]
+    size: Pixels  # pixels, square
+    scale: tuple[PositiveFraction, PositiveFraction]  # share of the area (of the image or the tile)
+    ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)  # width / height
     photometry: Photometry = field(default_factory=Photometry)
-    tiles: int = 1  # tiles per side; above 1, view q of the group lies in tile q and views = tiles * tiles
-    overlap: float = 0.0  # of tiles, in shares of the image's side; see ops.montage.tile_boxes
-    overlap_max: float | None = None  # given: each overlap is drawn uniformly from [overlap, overlap_max]
+    # Tiles per side; above 1, view q of the group lies in tile q and views = tiles * tiles.
+    tiles: Annotated[int, Range(1, 16)] = 1
+    overlap: Overlap = 0.0  # of tiles, in shares of the image's side; see ops.montage.tile_boxes
+    overlap_max: Overlap | None = None  # given: each overlap is drawn uniformly from [overlap, overlap_max]
     overlap_per: Literal["image", "batch", "axis"] = "image"  # what has a draw of its own; axis: x and y of each image
 
     def __post_init__(self) -> None:
@@ -64,14 +73,13 @@ class CropGroup:
             raise UserError(
                 f"a crop group of {self.tiles} x {self.tiles} tiles has {self.tiles**2} views, not {self.views}"
             )
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise UserError(f"crop scale {self.scale} is not a range within (0, 1]: give the lower bound first")
-        if not 0 <= self.overlap <= 0.5:
-            raise UserError(f"tile overlap {self.overlap} is outside [0, 0.5]: at 0.5 every tile is the whole image")
-        if self.overlap_max is not None and not self.overlap <= self.overlap_max <= 0.5:
+        for what in ("scale", "ratio"):
+            low, high = getattr(self, what)
+            if low > high:
+                raise UserError(f"{what} {low} to {high} of a crop group is no range: give the lower bound first")
+        if self.overlap_max is not None and self.overlap > self.overlap_max:
             raise UserError(
-                f"tile overlap {self.overlap} to {self.overlap_max} is not a range within [0, 0.5]: give the lower "
-                "bound first"
+                f"overlap={self.overlap} to overlap_max={self.overlap_max} is no range: give the lower bound first"
             )
 
 
@@ -80,8 +88,12 @@ class ViewSpec:
     """The views of one image, group by group, and how pixels are normalised."""
 
     groups: tuple[CropGroup, ...]
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[PixelMean, PixelMean, PixelMean] = IMAGENET_MEAN
+    std: tuple[PixelStd, PixelStd, PixelStd] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            raise UserError("views.groups is empty: give at least one crop group")
 
     @property
     def views(self) -> int:

@@ -28,6 +28,7 @@ from tessella.modules.drop_path import seed_noise
 from tessella.modules.norm import synchronise_batch_norm
 from tessella.ops.layout import image_layout
 from tessella.optim import build_optimizer, learning_rate
+from tessella.ranges import check_ranges
 from tessella.run.config import RunConfig
 from tessella.run.folder import RunFolder, State
 from tessella.run.log import RunLog
@@ -118,6 +119,7 @@ def _try_network(config: RunConfig) -> None:
 
 def _require_fit(config: RunConfig, images: ImageSet, fabric: Fabric) -> None:
     """Refuse, before anything is written, settings that do not fit the images, the ranks or the memory."""
+    check_ranges(config, images=len(images))
     check_shares(config.batch_size, fabric.world_size, config.accumulate)
     with torch.device("meta"):  # takes no memory
         method = build_method(config.method, build_backbone(config.backbone), _setting(config, images))

@@ -14,7 +14,6 @@ Names are those of the command line. Data with boxes or masks may hold both spli
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from tessella.protocols import (
     protocol_of,
     record_name,
 )
+from tessella.ranges import Repeats, check_ranges, checked
 from tessella.run.config import from_dict, to_dict
 from tessella.text import plain_yaml, printable
 
@@ -91,13 +91,14 @@ class Task(NamedTuple):
         return {name: to_dict(value) for name, value in found.items()}
 
 
+@checked
 def plan(
     protocols: Sequence[Any],
     source: Source | None,
     file: DataFile | None,
     *,
     seed: int,
-    seeds: int | None = None,
+    seeds: Repeats | None = None,
 ) -> list[Task]:
     """The tasks that were asked for, in order.
 
@@ -113,8 +114,6 @@ def plan(
         UserError: a name is unknown, there is no data for a protocol, or a setting does not fit.
     """
     assert (source is None) != (file is None)
-    if seeds is not None and seeds < 1:
-        raise UserError(f"seeds={seeds} must be at least 1")
     tasks: list[Task] = []
     for asked in protocols or (("all",) if file else DEFAULT):
         if isinstance(asked, str) and asked == "all":
@@ -126,6 +125,7 @@ def plan(
             tasks += _seeded(name, _with_settings(name, config, file), kind, found, seed, seeds)
     unique: dict[Any, Task] = {}
     for task in tasks:  # "all knn" asks for knn twice
+        check_ranges(task.config, f"protocols.{task.name}.")
         place = task.name, repr(task.config), task.kind, id(task.source.train), id(task.source.test), task.seed
         unique[place] = task if place not in unique or task.required else unique[place]
     return list(unique.values())
@@ -138,7 +138,7 @@ def read_data_file(path: Path) -> DataFile:
         UserError: the file cannot be read, or says what no evaluation knows.
     """
     try:
-        content = plain_yaml(path.read_text(encoding="utf-8"), _Loader)
+        content = plain_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the data file {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -153,15 +153,6 @@ def read_data_file(path: Path) -> DataFile:
     if not sources and not any(section.source for section in sections.values()):
         raise UserError(f"{name} names no data: give classes, boxes or masks, each with train and test")
     return DataFile(name, sources, sections)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 5e-4 is a number, as everywhere else."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def _table(value: Any, path: str, known: Sequence[str] | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from tessella.modules.heads import mlp
 from tessella.modules.memory import InstanceTable, keep_from_broadcast
 from tessella.ops.assignment import average_labels, averaged_targets
 from tessella.ops.losses import crop_prediction, label_cross_entropy
+from tessella.ranges import Clusters, Fraction, NonNegativeInt, Positive, PositiveInt, Range, Width
 
 SINGLE_VIEW = ViewSpec((CropGroup(1, 224, (0.08, 1.0)),))
 
@@ -46,42 +47,31 @@ class CokeConfig:
     """Settings of CoKe; defaults are the official ones for one view, ImageNet and ResNet-50."""
 
     name: Literal["coke"] = "coke"
-    centres: tuple[int, ...] = (3000, 4000, 5000)  # clusters of each clustering; all of them are learned from
-    embedding_dim: int = 128
-    temperature: float = 0.1  # one view; two and more 0.05
-    ratio: float = 0.4  # least size of a cluster, in shares of images / clusters; 1: equal sizes, 0: plain k-means
-    dual_lr: float | Literal["auto"] = 20.0  # auto: 0.02 min(batch, clusters), for small batches or few clusters
+    centres: tuple[Clusters, ...] = (3000, 4000, 5000)  # clusters of each clustering; all of them are learned from
+    embedding_dim: Width = 128
+    temperature: Positive = 0.1  # one view; two and more 0.05
+    ratio: Fraction = 0.4  # least size of a cluster, in shares of images / clusters; 1: equal sizes, 0: plain k-means
+    dual_lr: Positive | Literal["auto"] = 20.0  # auto: 0.02 min(batch, clusters), for small batches or few clusters
     # One view
-    prediction_weight: float = 1.0  # of the predictor's loss; the rest goes to the projector's
-    average_from_epoch: int = 801  # labels and centres are averages over the epochs from this one on
-    label_slots: int = 5  # clusters that an image's averaged label may name
-    label_temperature: float = 0.5  # of averaged labels; smaller is sharper
+    prediction_weight: Fraction = 1.0  # of the predictor's loss; the rest goes to the projector's
+    average_from_epoch: PositiveInt = 801  # labels and centres are averages over the epochs from this one on
+    label_slots: Annotated[int, Range(2, 1000)] = 5  # clusters that an image's averaged label may name
+    label_temperature: Positive = 0.5  # of averaged labels; smaller is sharper
     # Two views and more
-    label_weight: float = 0.2  # of the label in the target; the rest goes to the other view's prediction
-    large_weight: float = 0.5  # of the two large crops' loss; the rest goes to the small crops'
-    assign_clustering: int = 0  # the clustering that names an image's cluster after the run
+    label_weight: Fraction = 0.2  # of the label in the target; the rest goes to the other view's prediction
+    large_weight: Fraction = 0.5  # of the two large crops' loss; the rest goes to the small crops'
+    assign_clustering: NonNegativeInt = 0  # the clustering that names an image's cluster after the run
     # One view; or two that are clustered together; or two and small crops.
     views: ViewSpec = SINGLE_VIEW
 
     def __post_init__(self) -> None:
-        for name in ("ratio", "prediction_weight", "label_weight", "large_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"CoKe's {name}={getattr(self, name)} must lie in [0, 1]")
-        if not self.centres or min(self.centres) < 2:
-            raise UserError(f"CoKe's centres={self.centres}: give one or more numbers of clusters, each at least 2")
+        if not self.centres:
+            raise UserError("centres is empty: give one or more numbers of clusters")
         if not 0 <= self.assign_clustering < len(self.centres):
             raise UserError(
                 f"assign_clustering={self.assign_clustering} is none of the {len(self.centres)} clusterings, "
                 f"which are counted from 0: use at most {len(self.centres) - 1}"
             )
-        if self.dual_lr != "auto" and self.dual_lr <= 0:
-            raise UserError(f"dual_lr={self.dual_lr} must be above 0, or auto")
-        if self.average_from_epoch < 1:
-            raise UserError(
-                f"average_from_epoch={self.average_from_epoch} must be at least 1: the first epoch finds the labels"
-            )
-        if self.label_slots < 2:
-            raise UserError(f"label_slots={self.label_slots} must be at least 2: an average needs room")
 
 
 class Coke(Method):

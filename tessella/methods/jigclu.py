@@ -22,13 +22,13 @@ from torch import nn
 
 from tessella import dist
 from tessella.data.batch import Batch
-from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Photometry, ViewSpec
-from tessella.errors import UserError
+from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Overlap, Photometry, Tiles, ViewSpec
 from tessella.methods.method import Method, Progress, Setting, Step
 from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector
 from tessella.ops.losses import OFFICIAL_BASE_TEMPERATURE, supervised_contrastive
 from tessella.ops.montage import gather_cells, montage_positions, pool_cells, shuffled_montages, tile_order
+from tessella.ranges import NonNegative, PixelMean, Pixels, PixelStd, Positive, PositiveFraction, Width
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,18 @@ class JigcluConfig:
     """Settings of JigClu; defaults are the official ones for ImageNet and ResNet-50."""
 
     name: Literal["jigclu"] = "jigclu"
-    tiles: int = 2  # per side
-    overlap: float = 0.3  # a tile covers 1/tiles + overlap of the image's side
-    tile_size: int = 112  # pixels; the montage is tiles times as wide
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the tile's area
+    tiles: Tiles = 2  # per side
+    overlap: Overlap = 0.3  # a tile covers 1/tiles + overlap of the image's side
+    tile_size: Pixels = 112  # pixels; the montage is tiles times as wide
+    crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.2, 1.0)  # share of the tile's area
     photometry: Photometry = Photometry(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    embedding_dim: int = 128
-    temperature: float = 0.3
+    mean: tuple[PixelMean, PixelMean, PixelMean] = IMAGENET_MEAN
+    std: tuple[PixelStd, PixelStd, PixelStd] = IMAGENET_STD
+    embedding_dim: Width = 128
+    temperature: Positive = 0.3
     cluster_scale: Literal["official", "paper"] = "official"  # official: times temperature / 0.07; paper: as written
-    cluster_weight: float = 1.0
-    location_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.tiles < 2:
-            raise UserError(
-                f"tiles={self.tiles}: give 2 or more per side, because the tiles of an image attract each other"
-            )
+    cluster_weight: NonNegative = 1.0
+    location_weight: NonNegative = 1.0
 
 
 class Jigclu(Method):

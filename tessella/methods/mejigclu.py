@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tessella import dist
 from tessella.data.batch import Batch
 from tessella.data.sampler import EpochOrder, Order, SlotOrder
-from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Photometry, ViewSpec
+from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Overlap, Photometry, Tiles, ViewSpec
 from tessella.errors import UserError
 from tessella.methods.method import Method, Progress, Setting, Step
 from tessella.modules.backbone import Backbone
@@ -32,6 +32,7 @@ from tessella.modules.heads import Projector
 from tessella.modules.partition import Partition
 from tessella.ops.losses import OFFICIAL_BASE_TEMPERATURE, supervised_contrastive
 from tessella.ops.montage import gather_cells, montage_positions, pool_cells, shuffled_montages, tile_order
+from tessella.ranges import Clusters, NonNegative, PixelMean, Pixels, PixelStd, Positive, PositiveFraction, Range, Width
 
 _DRAWN_PER: dict[str, Literal["image", "batch", "axis"]] = {
     "per_image": "image", "per_batch": "batch", "per_axis": "axis", "fixed": "image",
@@ -43,40 +44,35 @@ class MejigcluConfig:
     """Settings of MEJigClu; defaults are the paper's for ImageNet and ResNet-50, and JigClu's where it is silent."""
 
     name: Literal["mejigclu"] = "mejigclu"
-    tiles: int = 2  # per side
-    overlap: tuple[float, float] = (0.15, 0.45)  # range; a tile covers 1/tiles + overlap of the image's side
+    tiles: Tiles = 2  # per side
+    overlap: tuple[Overlap, Overlap] = (0.15, 0.45)  # range; a tile covers 1/tiles + overlap of the image's side
     # What has a draw of its own; per_axis: x and y of each image. fixed: the middle of the range, JigClu's 0.3.
     overlap_mode: Literal["per_image", "per_batch", "per_axis", "fixed"] = "per_image"
-    tile_size: int = 112  # pixels; the montage is tiles times as wide
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the tile's area
+    tile_size: Pixels = 112  # pixels; the montage is tiles times as wide
+    crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.2, 1.0)  # share of the tile's area
     photometry: Photometry = Photometry(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    embedding_dim: int = 128
-    temperature: float = 0.3
+    mean: tuple[PixelMean, PixelMean, PixelMean] = IMAGENET_MEAN
+    std: tuple[PixelStd, PixelStd, PixelStd] = IMAGENET_STD
+    embedding_dim: Width = 128
+    temperature: Positive = 0.3
     cluster_scale: Literal["official", "paper"] = "official"  # official: times temperature / 0.07; paper: as written
-    cluster_weight: float = 1.0
-    category_weight: float = 1.0  # 0: clustering only
-    category_hidden: int | None = None  # width of the category head's middle layer; None: the backbone's, 0: no layer
-    categories: int | None = None  # at least batch_size; None: batch_size, as in the paper
+    cluster_weight: NonNegative = 1.0
+    category_weight: NonNegative = 1.0  # 0: clustering only
+    # Width of the category head's middle layer; None: the backbone's, 0: no layer.
+    category_hidden: Annotated[int, Range(0, 10**6)] | None = None
+    categories: Clusters | None = None  # at least batch_size; None: batch_size, as in the paper
     # subsets: slot k draws from category k. random: any image in any slot, and the slot is the category, which
     # cannot be learnt: a negative control.
     slots: Literal["subsets", "random"] = "subsets"
-    partition_seed: int = 0  # of the split into categories
+    partition_seed: Annotated[int, Range(0, 2**63 - 1)] = 0  # of the split into categories
     uneven: Literal["drop", "wrap"] = "drop"  # larger categories leave out one image per epoch, or smaller repeat one
 
     def __post_init__(self) -> None:
-        if self.tiles < 2:
-            raise UserError(
-                f"tiles={self.tiles}: give 2 or more per side, because the tiles of an image attract each other"
-            )
         if self.slots == "random" and self.categories is not None:
             raise UserError(
                 f"categories={self.categories} has no meaning with slots=random, where the slot in the batch is the "
                 "category: leave categories out, or use slots=subsets"
             )
-        if not 0 <= self.partition_seed < 2**63:
-            raise UserError(f"partition_seed={self.partition_seed} must lie in [0, 2**63)")
 
 
 class Mejigclu(Method):

@@ -15,10 +15,9 @@ ECCV 2022. Deviations from the paper and the official code are listed in docs/me
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +37,7 @@ from tessella.modules.multicrop import joint_features
 from tessella.modules.resnet import ResNet
 from tessella.ops.grouping import group_loss, group_sums, moved_groups, nearest_group, spherical_kmeans
 from tessella.ops.philox import permutation, stream_key
+from tessella.ranges import Clusters, Fraction, Positive, PositiveInt, Range, Repeats, Width
 
 OFFICIAL_STD = (0.228, 0.224, 0.225)  # red is 0.228, not 0.229, in the official pre-training and evaluation
 _PIPELINE_A = Photometry(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0)
@@ -61,19 +61,19 @@ class SmogConfig:
     """Settings of SMoG; defaults are the official ones for ImageNet and ResNet-50."""
 
     name: Literal["smog"] = "smog"
-    groups: int = 3000  # K, in each set
-    group_sets: int = 3  # H independent sets; set h moves with large crop h mod their number
-    embedding_dim: int = 128
-    hidden_dim: int = 2048
+    groups: Clusters = 3000  # K, in each set
+    group_sets: Annotated[int, Range(1, 1000)] = 3  # H independent sets; set h moves with large crop h mod their number
+    embedding_dim: Width = 128
+    hidden_dim: Width = 2048
     activation: Literal["relu", "gelu"] = "relu"  # of the projector; gelu for transformers
-    temperature: float = 0.1
-    momentum: float = 0.999  # of the momentum encoder, constant
-    group_momentum: tuple[float, float] = (1.0, 0.99)  # of the groups: linear from the run's start to its end
+    temperature: Positive = 0.1
+    momentum: Fraction = 0.999  # of the momentum encoder, constant
+    group_momentum: tuple[Fraction, Fraction] = (1.0, 0.99)  # of the groups: linear from the run's start to its end
     group_grad: Literal["none", "through_update"] = "none"  # none: the released code; through_update: the paper's text
-    regroup_every: int | None = None  # steps (the paper: 300) between rebuilding the groups; None: every epoch
-    kmeans_iterations: int = 10
-    label_crops: int = 2  # large crops of the momentum encoder's pipeline that give a label each
-    max_gradient_norm: float | None = None  # Swin: 3
+    regroup_every: PositiveInt | None = None  # steps (the paper: 300) between rebuilding the groups; None: every epoch
+    kmeans_iterations: Repeats = 10
+    label_crops: PositiveInt = 2  # large crops of the momentum encoder's pipeline that give a label each
+    max_gradient_norm: Positive | None = None  # Swin: 3
     # Crop groups of pipeline A, then the same of pipeline B; the first of each are the large crops.
     views: ViewSpec = two_pipelines((CropGroup(2, 224, (0.2, 1.0)), CropGroup(4, 96, (0.05, 0.2))))
 
@@ -89,17 +89,6 @@ class SmogConfig:
             raise UserError(
                 f"label_crops={self.label_crops} must lie in [1, {shapes[0][0]}], the large crops of a pipeline"
             )
-        if self.groups < 2 or self.group_sets < 1:
-            raise UserError(
-                f"groups={self.groups}, group_sets={self.group_sets}: SMoG needs at least 2 groups in at least 1 set"
-            )
-        shares = (self.momentum, *self.group_momentum)
-        if not all(0 <= share <= 1 for share in shares):
-            raise UserError(f"momentum={self.momentum} and group_momentum={self.group_momentum} must lie in [0, 1]")
-        if self.regroup_every is not None and self.regroup_every < 1:
-            raise UserError(
-                f"regroup_every={self.regroup_every} must be at least 1 step, or left out for once per epoch"
-            )
 
 
 class Smog(Method):
@@ -111,7 +100,6 @@ class Smog(Method):
     def __init__(self, config: SmogConfig, backbone: Backbone, setting: Setting) -> None:
         super().__init__(backbone, setting)
         self.config, self.clusters = config, config.groups
-        _warn_of_few_images(config.groups, setting.images)
         hidden, dim = config.hidden_dim, config.embedding_dim
         self.projector = nn.Sequential(
             nn.Linear(backbone.feature_dim, hidden),
@@ -292,13 +280,3 @@ def linear_momentum(start: float, end: float, progress: Progress) -> float:
 def _nearest(rows: Tensor, groups: Tensor) -> Tensor:
     """(A, B, D) -> (A, B)."""
     return nearest_group(rows.flatten(0, 1), groups).unflatten(0, rows.shape[:2])
-
-
-def _warn_of_few_images(groups: int, images: int) -> None:
-    """Say so when groups cannot be shared by images: such a run works, but tells single images apart."""
-    if 0 < images < groups and dist.rank() == 0:
-        print(
-            f"warning: groups={groups} is more than the {images} images, so most groups stay empty and the others hold "
-            f"single images; one group per ten images (--method.groups {max(2, images // 10)}) is sensible",
-            file=sys.stderr,
-        )

@@ -32,6 +32,7 @@ from tessella.modules.heads import Projector, Prototypes
 from tessella.modules.memory import FeatureQueue
 from tessella.ops.assignment import harden, sinkhorn
 from tessella.ops.losses import swapped_prediction
+from tessella.ranges import Clusters, NonNegativeInt, Positive, Repeats, Width
 
 OFFICIAL_STD = (0.228, 0.224, 0.225)  # red is 0.228, not 0.229, in the official pre-training and evaluation
 
@@ -41,17 +42,19 @@ class SwavConfig:
     """Settings of SwAV; defaults are the paper's for ImageNet and ResNet-50."""
 
     name: Literal["swav"] = "swav"
-    prototypes: int | tuple[int, ...] = 3000  # several numbers: as many heads; the first one names an image's cluster
-    embedding_dim: int = 128
-    hidden_dim: int = 2048
+    # Several numbers: as many heads; the first one names an image's cluster.
+    prototypes: Clusters | tuple[Clusters, ...] = 3000
+    embedding_dim: Width = 128
+    hidden_dim: Width = 2048
     head_norm: bool = True  # batch norm in the projector; SwAV's w5 has none
-    temperature: float = 0.1
-    epsilon: float = 0.05  # of sinkhorn; smaller is sharper
-    sinkhorn_iterations: int = 3
+    temperature: Positive = 0.1
+    epsilon: Positive = 0.05  # of sinkhorn; smaller is sharper
+    sinkhorn_iterations: Repeats = 3
     codes: Literal["soft", "hard"] = "soft"  # hard: all of a crop's code goes to its largest entry
-    queue_length: int = 0  # past embeddings that join sinkhorn, for batches below about 1000; cut to whole batches
-    queue_from_epoch: int = 15  # filled from this epoch on, used once full
-    freeze_prototypes_steps: int = 313  # about one epoch
+    # Past embeddings that join sinkhorn, for batches below about 1000; cut to whole batches.
+    queue_length: NonNegativeInt = 0
+    queue_from_epoch: NonNegativeInt = 15  # filled from this epoch on, used once full
+    freeze_prototypes_steps: NonNegativeInt = 313  # about one epoch
     # The first group's crops give codes; all crops predict.
     views: ViewSpec = ViewSpec(
         (CropGroup(2, 224, (0.14, 1.0)), CropGroup(6, 96, (0.05, 0.14))), IMAGENET_MEAN, OFFICIAL_STD
@@ -60,8 +63,8 @@ class SwavConfig:
     def __post_init__(self) -> None:
         if self.views.views < 2:
             raise UserError("SwAV needs at least 2 views per image, because every view predicts another one's code")
-        if not self.heads or min(self.heads) < 2:
-            raise UserError(f"prototypes={self.prototypes}: give one or more numbers of prototypes, each at least 2")
+        if not self.heads:
+            raise UserError("prototypes is empty: give one or more numbers of prototypes")
 
     @property
     def heads(self) -> tuple[int, ...]:

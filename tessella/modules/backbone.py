@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tessella.errors import UserError
 from tessella.modules.resnet import LAYERS, ResNet
+from tessella.ranges import Channels, FractionBelowOne
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,12 @@ class BackboneConfig:
     """Which network is trained."""
 
     name: str = "resnet50"  # resnet10, 18, 34, 50, 101, 152; or timm:NAME for a ViT, Swin, ConvNeXt, ...
-    width: int = 64  # channels of our ResNets' stem; 64 is standard, 128 is SwAV's w2
+    width: Channels = 64  # channels of our ResNets' stem; 64 is standard, 128 is SwAV's w2
     # small: 3x3 stride 1, no max-pool, for images of about 32 pixels; small-pool: then a 2x2 max-pool, for about 64
     stem: Literal["imagenet", "small", "small-pool"] = "imagenet"
     recompute: bool = False  # activation checkpointing: less memory, about a third more time
-    drop_path: float = 0.0  # chance that a block of a timm network drops out in training (stochastic depth), at its end
+    # Chance that a block of a timm network drops out in training (stochastic depth), at its end.
+    drop_path: FractionBelowOne = 0.0
     # How a timm network makes one vector of its positions: its own rule (for many ViTs a class token), or their mean.
     pool: Literal["own", "average"] = "own"
 

@@ -21,6 +21,7 @@ from tessella.ops import metrics
 from tessella.ops.kmeans import kmeans
 from tessella.protocols.features import EvalData, progress
 from tessella.protocols.scoring import save_predictions
+from tessella.ranges import PositiveInt, Repeats, Seed
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class ClusteringConfig:
 
     version: ClassVar[int] = 1
     split: Literal["test", "train"] = "test"
-    clusters: int | None = None  # default: as many as the split has classes, times the next
-    clusters_per_class: int = 1  # above 1: over-clustering
-    restarts: int = 10
-    iterations: int = 300
-    seeds: tuple[int, ...] = (0, 1, 2)  # scores are means over these
+    clusters: PositiveInt | None = None  # default: as many as the split has classes, times the next
+    clusters_per_class: PositiveInt = 1  # above 1: over-clustering
+    restarts: Repeats = 10
+    iterations: PositiveInt = 300
+    seeds: tuple[Seed, ...] = (0, 1, 2)  # scores are means over these
 
 
 def clustering(backbone: nn.Module, data: EvalData, config: ClusteringConfig) -> dict[str, Any]:

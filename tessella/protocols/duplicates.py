@@ -9,7 +9,7 @@ A copy that was scaled, encoded anew or slightly brightened is found; one that w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tessella.data.transform import EvalTransform
 from tessella.protocols.features import EvalData, progress
+from tessella.ranges import NonNegativeInt, Range
 
 _SIDE = 64  # pixels to which an image is squashed before it is hashed
 _BITS, _PIXELS = 64, 72  # of a thumbnail
@@ -30,10 +31,10 @@ class DuplicatesConfig:
     """What counts as a near-copy: all three conditions."""
 
     version: ClassVar[int] = 1
-    bits: int = 6  # of 64 that may differ
-    correlation: float = 0.98  # at least; of the thumbnails
-    cosine: float = 0.9  # at least; of features less the train images' mean
-    listed: int = 100  # pairs named in the record
+    bits: Annotated[int, Range(0, 64)] = 6  # of 64 that may differ
+    correlation: Annotated[float, Range(-1, 1)] = 0.98  # at least; of the thumbnails
+    cosine: Annotated[float, Range(-1, 1)] = 0.9  # at least; of features less the train images' mean
+    listed: NonNegativeInt = 100  # pairs named in the record
 
 
 class DifferenceHash(nn.Module):

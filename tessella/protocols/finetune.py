@@ -36,6 +36,16 @@ from tessella.protocols.features import EvalData, Features, apply_to_images, fro
 from tessella.protocols.scoring import classification_scores, save_classification
 from tessella.protocols.subsets import listed_rows, share_rows, stratified_split
 from tessella.protocols.training import Snapshots, SubsetOrder, TrainImages, initial_head, sum_gradients
+from tessella.ranges import (
+    ForwardBatch,
+    NonNegative,
+    Positive,
+    PositiveFraction,
+    PositiveInt,
+    ProperFraction,
+    Repeats,
+    Seed,
+)
 
 _FEW = 0.05  # share of labels up to which the published 1 % settings count; above it those of 10 %
 _REPEATS_OF_FEW = 3
@@ -81,17 +91,17 @@ class FinetuneConfig:
     recipe: Literal["swav", "jigclu-readme", "jigclu-code", "vissl-100", "transfer"] = "swav"
     # Share of the train images whose labels are used, as many of each class; default: all for vissl-100 and transfer,
     # else 1 %.
-    labels: float | None = None
+    labels: PositiveFraction | None = None
     label_list: str | None = None  # file with one image name per line, instead of a share
-    epochs: int | None = None  # default: the recipe's; the drops move along
-    batch_size: int = 256
-    lr: float | None = None  # of the trunk; default: the recipe's for so many labels
-    head_lr: float | None = None  # of the linear layer
-    lrs: tuple[float, ...] = (0.1, 0.03, 0.01, 0.003)  # to choose from, of `transfer`, unless `lr` is given
-    weight_decays: tuple[float, ...] = (0.0, 5e-4)  # to choose from, of `transfer`
-    held_out: float = 0.1  # share of train on which `transfer` picks
-    repeats: int | None = None  # seeds, from `seed` on; default 3 for up to 5 % of the labels, else 1
-    seed: int = 0
+    epochs: PositiveInt | None = None  # default: the recipe's; the drops move along
+    batch_size: ForwardBatch = 256
+    lr: Positive | None = None  # of the trunk; default: the recipe's for so many labels
+    head_lr: Positive | None = None  # of the linear layer
+    lrs: tuple[Positive, ...] = (0.1, 0.03, 0.01, 0.003)  # to choose from, of `transfer`, unless `lr` is given
+    weight_decays: tuple[NonNegative, ...] = (0.0, 5e-4)  # to choose from, of `transfer`
+    held_out: ProperFraction = 0.1  # share of train on which `transfer` picks
+    repeats: Repeats | None = None  # seeds, from `seed` on; default 3 for up to 5 % of the labels, else 1
+    seed: Seed = 0
 
 
 class _Setting(NamedTuple):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tessella.protocols.features import EvalData, gather_rows, rank_rows
 from tessella.protocols.scoring import accuracy_scores, save_classes
+from tessella.ranges import Positive, PositiveInt
 
 _QUERIES = 256, 512  # of one block, at least and at most: enough for an efficient product
 _HEADLINE = (20, 0.07)  # fixed beforehand: the best of several would be picked on the test set
@@ -30,9 +31,9 @@ class KnnConfig:
     """Which neighbourhoods are scored; `top1` is always k 20 at T 0.07."""
 
     version: ClassVar[int] = 1
-    k: tuple[int, ...] = (1, 20, 200)  # k 1 is the plain nearest neighbour, whatever T
-    temperatures: tuple[float, ...] = (0.07, 0.1)
-    chunk: int = 25_000_000  # similarities held at a time; changes the memory, not the result
+    k: tuple[PositiveInt, ...] = (1, 20, 200)  # k 1 is the plain nearest neighbour, whatever T
+    temperatures: tuple[Positive, ...] = (0.07, 0.1)
+    chunk: PositiveInt = 25_000_000  # similarities held at a time; changes the memory, not the result
 
 
 def knn(backbone: nn.Module, data: EvalData, config: KnnConfig) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from tessella.protocols.features import EvalData, Features, assert_unchanged, fr
 from tessella.protocols.scoring import classification_scores, save_classes, save_classification
 from tessella.protocols.subsets import balanced_rows, stratified_split
 from tessella.protocols.training import LabelledBatch, SubsetOrder, TrainImages, initial_head, sum_gradients
+from tessella.ranges import ForwardBatch, Positive, PositiveInt, ProperFraction, Repeats, Seed
 
 _C_VALUES = tuple(10.0**power for power in range(-6, 3))
 _LR_VALUES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -91,15 +92,15 @@ class LinearConfig:
         "simsiam-lars",
         "lightly",
     ] = "fast"
-    epochs: int | None = None  # default: the recipe's; 10 of lr-grid
-    batch_size: int | None = None  # default: the recipe's; 256 of lr-grid
-    lr: float | None = None  # default: the recipe's
+    epochs: PositiveInt | None = None  # default: the recipe's; 10 of lr-grid
+    batch_size: ForwardBatch | None = None  # default: the recipe's; 256 of lr-grid
+    lr: Positive | None = None  # default: the recipe's
     scale_lr: bool = False  # multiply lr by batch_size / the recipe's
-    c: tuple[float, ...] = _C_VALUES  # inverse strengths of the L2 penalty to choose from, ascending
-    lrs: tuple[float, ...] = _LR_VALUES  # learning rates to choose from, ascending
-    held_out: float = 0.1  # share of train on which C or the learning rate is picked
-    iterations: int = 1000  # of L-BFGS, at most, per C
-    seed: int = 0
+    c: tuple[Positive, ...] = _C_VALUES  # inverse strengths of the L2 penalty to choose from, ascending
+    lrs: tuple[Positive, ...] = _LR_VALUES  # learning rates to choose from, ascending
+    held_out: ProperFraction = 0.1  # share of train on which C or the learning rate is picked
+    iterations: PositiveInt = 1000  # of L-BFGS, at most, per C
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,11 @@ class FewLabelsConfig:
     """Probes of a few labelled train images per class."""
 
     version: ClassVar[int] = 1
-    labels_per_class: tuple[int, ...] = (1, 10)
-    draws: int = 10  # random subsets for each number of labels
-    c: float = 0.1  # fixed: so few labels cannot pick it, and more would no longer be few
-    iterations: int = 1000
-    seed: int = 0
+    labels_per_class: tuple[PositiveInt, ...] = (1, 10)
+    draws: Repeats = 10  # random subsets for each number of labels
+    c: Positive = 0.1  # fixed: so few labels cannot pick it, and more would no longer be few
+    iterations: PositiveInt = 1000
+    seed: Seed = 0
 
 
 class LinearHead(NamedTuple):

@@ -34,6 +34,7 @@ from tessella.errors import UserError
 from tessella.ops.philox import permutation, stream_key
 from tessella.protocols.features import EvalData, ImageData, progress
 from tessella.protocols.scoring import save_predictions
+from tessella.ranges import Positive, PositiveInt, Repeats, Seed
 
 PRESENT, ABSENT, DIFFICULT = 1, 0, -1
 _COSTS = tuple(sorted((0.01, 0.1, *(0.5**power for power in range(4, 20)))))
@@ -88,10 +89,10 @@ class SvmConfig:
     """One SVM per class on all train images."""
 
     version: ClassVar[int] = 1
-    costs: tuple[float, ...] = _COSTS  # C to choose from, ascending
-    iterations: int = 2000  # of the solver, at most
+    costs: tuple[Positive, ...] = _COSTS  # C to choose from, ascending
+    iterations: PositiveInt = 2000  # of the solver, at most
     squash: bool = True  # both sides of an image to the transform's size, so that nothing is cut off
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,14 @@ class LowShotConfig:
     """SVMs on a few images of each class."""
 
     version: ClassVar[int] = 1
-    positives: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 96)  # of each class
-    draws: int = 5  # random subsets for each number; within a draw, fewer are a part of more
-    costs: tuple[float, ...] = _COSTS  # C to choose from, ascending
-    few_cost: float = 0.1  # C below `cross_validate_from` positives
-    cross_validate_from: int = 8
-    iterations: int = 2000
+    positives: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32, 64, 96)  # of each class
+    draws: Repeats = 5  # random subsets for each number; within a draw, fewer are a part of more
+    costs: tuple[Positive, ...] = _COSTS  # C to choose from, ascending
+    few_cost: Positive = 0.1  # C below `cross_validate_from` positives
+    cross_validate_from: PositiveInt = 8
+    iterations: PositiveInt = 2000
     squash: bool = True
-    seed: int = 0
+    seed: Seed = 0
 
 
 def svm(backbone: nn.Module, data: EvalData | MultiLabelData, config: SvmConfig) -> dict[str, Any]:

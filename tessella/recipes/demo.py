@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from tessella.data.sources import open_images
 from tessella.engine.launch import cores_at_hand, pick_device
 from tessella.engine.pretrain import pretrain
-from tessella.errors import UserError
 from tessella.evaluation.evaluate import Record, score
 from tessella.protocols.clustering import ClusteringConfig
 from tessella.protocols.features import EvalData
 from tessella.protocols.knn import KnnConfig
 from tessella.protocols.linear import FewLabelsConfig, LinearConfig
+from tessella.ranges import Repeats, checked
 from tessella.recipes import recipe
 from tessella.report.of_run import report
 from tessella.run.checkpoints import write_json_atomic
@@ -63,7 +63,8 @@ class Pixels(nn.Module):
         return x.flatten(1)
 
 
-def demo(out: Path, *, seeds: int = 3, device: Device = "auto") -> Path:
+@checked
+def demo(out: Path, *, seeds: Repeats = 3, device: Device = "auto") -> Path:
     """Pretrain on the embedded digits, print the table, write the report.
 
     Args:
@@ -77,8 +78,6 @@ def demo(out: Path, *, seeds: int = 3, device: Device = "auto") -> Path:
     Raises:
         UserError: the folder is not empty, or an argument is out of range.
     """
-    if seeds < 1:
-        raise UserError(f"seeds={seeds} must be at least 1")
     records: list[Record] = []
     for seed in range(seeds):
         config = dataclasses.replace(recipe("swav_digits"), seed=seed, device=device)

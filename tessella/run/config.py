@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 
@@ -16,7 +17,18 @@ from tessella.errors import UserError
 from tessella.methods import METHODS, MethodConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
-from tessella.text import plain_yaml
+from tessella.ranges import (
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Pixels,
+    PositiveInt,
+    Range,
+    Seed,
+    Threads,
+    check_ranges,
+)
+from tessella.text import plain_yaml, yaml_text
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -31,40 +43,34 @@ class RunConfig:
     recipe: str = ""  # the name it started from
     data: str = ""  # images to train on; labels are never read
     start_from: str = ""  # weights to start from instead of random ones: a run, imported weights, timm:NAME, ...
-    freeze_backbone_steps: int = 0  # in which only the heads learn; batch norm goes on as in training
-    epochs: int = 200
-    batch_size: int = 256  # images per update, over all ranks and micro-batches
-    seed: int = 0
-    image_size: int = 224  # pixels of a whole image at evaluation
-    max_steps: int | None = None  # stop here; the schedule still spans `epochs`
-    accumulate: int = 1  # micro-batches per update; codes and contrasts are computed within a micro-batch
+    freeze_backbone_steps: NonNegativeInt = 0  # in which only the heads learn; batch norm goes on as in training
+    epochs: PositiveInt = 200
+    batch_size: PositiveInt = 256  # images per update, over all ranks and micro-batches
+    seed: Seed = 0
+    image_size: Pixels = 224  # pixels of a whole image at evaluation
+    max_steps: PositiveInt | None = None  # stop here; the schedule still spans `epochs`
+    accumulate: PositiveInt = 1  # micro-batches per update; codes and contrasts are computed within a micro-batch
     device: Device = "auto"
     precision: Literal["auto", "32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it, else 32
     compile: bool = False  # torch.compile the backbone
-    nodes: int = 1  # machines, under torchrun or SLURM
-    workers: int | None = None  # decoding threads per rank; default: the cores at hand
-    max_unreadable: float = 0.01  # share of images that may turn out unreadable before the run stops
-    max_left_out: int = 3  # steps that may be left out because they make NaN or infinite numbers; one more ends the run
-    rank_timeout: float = 40.0  # seconds without a sign of life after which the other ranks give one up; 0: never
-    log_every: int = 20  # steps between log lines
-    checkpoint_minutes: float = 10.0  # between checkpoints; an epoch's end saves too, unless the last save is fresh
+    nodes: Annotated[int, Range(1, 65_536)] = 1  # machines, under torchrun or SLURM
+    workers: Threads | None = None  # decoding threads per rank; default: the cores at hand
+    max_unreadable: Fraction = 0.01  # share of images that may turn out unreadable before the run stops
+    # Steps that may be left out because they make NaN or infinite numbers; one more ends the run.
+    max_left_out: NonNegativeInt = 3
+    rank_timeout: NonNegative = 40.0  # seconds without a sign of life after which the other ranks give one up; 0: never
+    log_every: PositiveInt = 20  # steps between log lines
+    # Between checkpoints; an epoch's end saves too, unless the last save is fresh.
+    checkpoint_minutes: NonNegative = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "nodes", "log_every", "image_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.freeze_backbone_steps < 0:
-            raise UserError(f"freeze_backbone_steps={self.freeze_backbone_steps} must be at least 0")
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"seed={self.seed} must lie in [0, 2**64)")
+        check_ranges(self)
         if self.optimizer.idle_epochs + self.optimizer.warmup_epochs > self.epochs:
             idle = f"optimizer.idle_epochs={self.optimizer.idle_epochs} with " if self.optimizer.idle_epochs else ""
             raise UserError(
                 f"{idle}optimizer.warmup_epochs={self.optimizer.warmup_epochs} is longer than the run of {self.epochs} "
                 "epochs: shorten the warm-up or lengthen the run"
             )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise UserError(f"max_steps={self.max_steps} must be at least 1, or left out")
 
 
 _SHOWN_CHARACTERS = 60  # of a value in a message; views take hundreds
@@ -211,7 +217,7 @@ def from_dict(kind: Any, value: Any, path: str = "config") -> Any:
             raise UserError(f"{path}.name is {name!r}; known methods: {', '.join(METHODS)}")
         kind = METHODS[name][0]
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = _type_hints(typing.cast(Any, kind))
         names = [f.name for f in dataclasses.fields(kind)]
         if not isinstance(value, dict) or set(value) - set(names):
             strange = sorted(set(value) - set(names)) if isinstance(value, dict) else value
@@ -220,7 +226,9 @@ def from_dict(kind: Any, value: Any, path: str = "config") -> Any:
             return kind(**{k: from_dict(hints[k], v, f"{path}.{k}") for k, v in value.items()})  # type: ignore[operator]
         except TypeError as error:
             raise UserError(f"{path} is incomplete: {error}") from None
-    if typing.get_origin(kind) is types.UnionType and isinstance(value, list | tuple):  # of int | tuple the tuple
+    if typing.get_origin(kind) in (types.UnionType, typing.Union) and isinstance(
+        value, list | tuple
+    ):  # of int | tuple the tuple
         kind = next((member for member in typing.get_args(kind) if typing.get_origin(member) is tuple), kind)
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)
@@ -229,6 +237,9 @@ def from_dict(kind: Any, value: Any, path: str = "config") -> Any:
         kinds = [inner[0]] * len(value) if inner[-1] is ... else inner
         return tuple(from_dict(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     return _checked_scalar(kind, value, path)
+
+
+_type_hints = functools.cache(typing.get_type_hints)  # of a tree's classes, which are few
 
 
 def _all_dataclasses(kind: Any) -> bool:
@@ -249,7 +260,7 @@ def _checked_scalar(kind: Any, value: Any, path: str) -> Any:
 
 def to_yaml(config: RunConfig) -> str:
     """The text of a run's config.yaml."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml_text(to_dict(config))
 
 
 def load_config(path: Path) -> RunConfig:

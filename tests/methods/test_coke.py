@@ -18,6 +18,7 @@ from tessella.errors import UserError
 from tessella.methods.coke import Coke, CokeConfig
 from tessella.methods.method import Progress, Setting
 from tessella.modules.backbone import BackboneConfig, build_backbone
+from tessella.run.config import RunConfig
 from tests.methods.tiny import BATCH, averaged_gradients, on_this_rank, random_batch, this_ranks_share
 from tests.ranks import on_ranks
 
@@ -384,8 +385,8 @@ def test_settings_out_of_range_are_refused():
         {"ratio": 1.1}, {"centres": ()}, {"centres": (1,)}, {"assign_clustering": 3}, {"dual_lr": 0.0},
         {"label_slots": 1}, {"average_from_epoch": 0}, {"large_weight": -0.1},
     ):  # fmt: skip
-        with pytest.raises(UserError):
-            CokeConfig(**wrong)
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            RunConfig(CokeConfig(**wrong))
 
 
 # Ranks

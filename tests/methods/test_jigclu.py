@@ -17,6 +17,7 @@ from tessella.methods.method import Progress, Setting
 from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.ops.losses import supervised_contrastive
 from tessella.ops.montage import pool_cells, shuffled_montages, tile_order
+from tessella.run.config import RunConfig
 from tests.methods.tiny import BATCH, averaged_gradients, jigclu, on_this_rank, random_batch, this_ranks_share
 from tests.ranks import on_ranks
 
@@ -121,8 +122,8 @@ def test_the_contrast_has_32_bits_under_autocast():
 
 
 def test_a_montage_of_one_tile_is_refused():
-    with pytest.raises(UserError, match="tiles=1: give 2 or more"):
-        JigcluConfig(tiles=1)
+    with pytest.raises(UserError, match=r"method\.tiles=1 must be at least 2"):
+        RunConfig(JigcluConfig(tiles=1))
 
 
 def one_step() -> dict[str, Tensor]:

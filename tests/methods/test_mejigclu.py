@@ -114,10 +114,6 @@ def test_with_random_slots_the_slot_is_the_category():
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(UserError, match="categories=512 has no meaning with slots=random"):
         MejigcluConfig(slots="random", categories=512)
-    with pytest.raises(UserError, match="partition_seed=-1"):
-        MejigcluConfig(partition_seed=-1)
-    with pytest.raises(UserError, match="tiles=1: give 2 or more"):
-        MejigcluConfig(tiles=1)
 
 
 # --- loss -----------------------------------------------------------------------------------------------------

@@ -377,9 +377,6 @@ def test_an_evaluation_loads_it_without_images_and_assigns_whatever_the_batch():
         ({"views": ViewSpec((CropGroup(2, 16, (0.3, 1.0)),))}, "swap roles"),
         ({"views": ViewSpec((CropGroup(2, 16, (0.3, 1.0)), CropGroup(2, 8, (0.3, 1.0))))}, "swap roles"),
         ({"label_crops": 3}, r"label_crops=3 must lie in \[1, 2\]"),
-        ({"groups": 1}, "at least 2 groups"),
-        ({"group_momentum": (1.0, 1.1)}, "must lie in"),
-        ({"regroup_every": 0}, "at least 1 step"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, object], said: str):
@@ -387,17 +384,14 @@ def test_what_cannot_be_is_refused(settings: dict[str, object], said: str):
         SmogConfig(**settings)
 
 
-def test_more_groups_than_images_train_and_are_warned_of(capsys: pytest.CaptureFixture[str]):
+def test_more_groups_than_images_train():
     method = smog(groups=40)
-    assert "groups=40 is more than the 32 images" in capsys.readouterr().err
     before = method.groups.clone()
     method.prepare(batch_of(method, i) for i in range(4))
     method.epoch_start(START)
     assert torch.equal(method.groups[:, 32:], before[:, 32:])  # 32 rows, each its own centre
     train(method, range(5))
     torch.testing.assert_close(method.groups.norm(dim=-1), torch.ones(3, 40))
-    smog(groups=32)
-    assert capsys.readouterr().err == ""
 
 
 def test_groups_rest_while_the_bank_is_empty():

@@ -17,7 +17,7 @@ from tessella.methods.method import Progress, Setting
 from tessella.methods.swav import Swav, SwavConfig
 from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.ops.assignment import sinkhorn
-from tessella.run.config import from_dict
+from tessella.run.config import RunConfig, from_dict
 from tests.methods.tiny import BATCH, averaged_gradients, on_this_rank, random_batch, swav, this_ranks_share
 from tests.ranks import on_ranks
 
@@ -195,8 +195,8 @@ def test_one_head_or_several_are_read_from_a_saved_run_and_from_the_command_line
 
 @pytest.mark.parametrize("prototypes", [(), 1, (30, 1)])
 def test_fewer_than_two_prototypes_are_refused(prototypes: int | tuple[int, ...]):
-    with pytest.raises(UserError, match="at least 2"):
-        SwavConfig(prototypes=prototypes)
+    with pytest.raises(UserError, match="prototypes"):
+        RunConfig(SwavConfig(prototypes=prototypes))
 
 
 def test_one_view_is_refused():

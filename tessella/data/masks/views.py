@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -29,22 +29,26 @@ from tessella.data.transform import resize_pixels
 from tessella.errors import UserError
 from tessella.ops.augment import normalise, turn_hue
 from tessella.ops.philox import stream_key, uniforms
+from tessella.ranges import Fraction, Pixels, PositiveFraction, Range
 
 _TRIES = 10  # of a crop before one that a single class fills is accepted
 _NUMBERS = 2 + 2 * _TRIES + 9  # uniforms per image; the order in which they are read is part of a figure
+
+
+_Factor: TypeAlias = Annotated[float, Range(0.01, 100)]
 
 
 @dataclass(frozen=True)
 class CropSpec:
     """What a segmenter sees of a training image, and the size at which it sees a test image."""
 
-    size: int = 512  # pixels of the square crop
+    size: Pixels = 512  # pixels of the square crop
     # Longest and shortest side, in pixels, that an image is fitted to, before the random factor and for the test; None:
     # images keep their size.
-    resize: tuple[int, int] | None = (2048, 512)
-    scale: tuple[float, float] = (0.5, 2.0)  # random factor
-    flip: float = 0.5  # chance of a horizontal flip
-    most: float = 0.75  # share of the crop's labelled pixels that one class may fill; 1: any
+    resize: tuple[Pixels, Pixels] | None = (2048, 512)
+    scale: tuple[_Factor, _Factor] = (0.5, 2.0)  # random factor
+    flip: Fraction = 0.5  # chance of a horizontal flip
+    most: PositiveFraction = 0.75  # share of the crop's labelled pixels that one class may fill; 1: any
     distort: bool = True  # brightness, contrast, saturation and hue, each with a chance of one half
 
 

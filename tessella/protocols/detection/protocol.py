@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,19 @@ from tessella.protocols.detection.batches import (
 from tessella.protocols.detection.scores import average_precision, write_json
 from tessella.protocols.features import progress, rank_rows, tensor_digests
 from tessella.protocols.training import Snapshots, from_all_ranks
+from tessella.ranges import (
+    Channels,
+    ForwardBatch,
+    Fraction,
+    FractionBelowOne,
+    NonNegative,
+    NonNegativeInt,
+    Pixels,
+    Positive,
+    PositiveInt,
+    Range,
+    Seed,
+)
 from tessella.text import printable
 
 _FPN_SIZES = (640, 672, 704, 736, 768, 800)
@@ -62,39 +75,36 @@ class DetectionConfig:
     masks: bool = False  # Mask R-CNN instead of Faster R-CNN
     neck: Literal["fpn", "c4"] = "fpn"  # a plain transformer gets a simple pyramid for fpn
     box_head: Literal["4conv1fc", "2fc"] = "4conv1fc"  # of fpn: with batch norm, or without convolutions
-    channels: int = 256  # of the pyramid and of the heads' convolutions
-    fc_dim: int = 1024  # of the box head's fully connected layers
-    anchor_scale: float = 8.0  # side of the anchors in strides of their level: 32 pixels at stride 4
-    rpn_samples: int = 256  # anchors trained on per image
-    box_samples: int = 512  # regions trained on per image
-    pre_nms: tuple[int, int] = (2000, 6000)  # proposals kept per level: in training, in the test
-    post_nms: tuple[int, int] = (1000, 1000)  # and per image after suppression
-    train_sizes: tuple[int, ...] = _FPN_SIZES  # shorter sides in pixels, one is drawn for each image
-    test_size: int = 800
-    longest: int = 1333  # pixels of the longer side, at most; then the shorter one is shorter
-    mirror: float = 0.5  # chance
+    channels: Channels = 256  # of the pyramid and of the heads' convolutions
+    fc_dim: Annotated[int, Range(1, 65_536)] = 1024  # of the box head's fully connected layers
+    anchor_scale: Positive = 8.0  # side of the anchors in strides of their level: 32 pixels at stride 4
+    rpn_samples: PositiveInt = 256  # anchors trained on per image
+    box_samples: PositiveInt = 512  # regions trained on per image
+    pre_nms: tuple[PositiveInt, PositiveInt] = (2000, 6000)  # proposals kept per level: in training, in the test
+    post_nms: tuple[PositiveInt, PositiveInt] = (1000, 1000)  # and per image after suppression
+    train_sizes: tuple[Pixels, ...] = _FPN_SIZES  # shorter sides in pixels, one is drawn for each image
+    test_size: Pixels = 800
+    longest: Pixels = 1333  # pixels of the longer side, at most; then the shorter one is shorter
+    mirror: Fraction = 0.5  # chance
     keep_empty: bool = False  # also train on images without objects; the published runs leave them out
-    batch_size: int = 8  # images per step over all ranks
+    batch_size: ForwardBatch = 8  # images per step over all ranks
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.01
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 1e-4  # norms are spared, as in detectron2
-    iterations: int = 180_000
-    steps: tuple[int, ...] = (120_000, 160_000)  # iterations at which the learning rate drops to a tenth
-    warmup_iterations: int = 1000
-    warmup_factor: float = 0.001  # share of the learning rate at the first iteration
-    precise_bn: int = (
-        200  # training batches that the batch norms' statistics are computed from before the test; 0: none
-    )
-    score_threshold: float = 0.05
-    detections: int = 100  # per image, at most
-    seed: int = 0
+    lr: Positive = 0.01
+    momentum: FractionBelowOne = 0.9  # of SGD
+    weight_decay: NonNegative = 1e-4  # norms are spared, as in detectron2
+    iterations: PositiveInt = 180_000
+    steps: tuple[NonNegativeInt, ...] = (120_000, 160_000)  # iterations at which the learning rate drops to a tenth
+    warmup_iterations: NonNegativeInt = 1000
+    warmup_factor: Fraction = 0.001  # share of the learning rate at the first iteration
+    # Training batches that the batch norms' statistics are computed from before the test; 0: none.
+    precise_bn: NonNegativeInt = 200
+    score_threshold: Fraction = 0.05
+    detections: PositiveInt = 100  # per image, at most
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.batch_size < 1 or not self.train_sizes or min(self.train_sizes) < 1:
-            raise UserError("detection: iterations, batch_size and train_sizes must be at least 1")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UserError(f"detection: lr={self.lr} must be a positive number")
+        if not self.train_sizes:
+            raise UserError("train_sizes is empty: give one or more sizes in pixels")
 
 
 _MOCO_FPN = DetectionConfig(

@@ -16,7 +16,7 @@ import math
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,19 @@ from tessella.protocols.segmentation.files import write_tables
 from tessella.protocols.segmentation.networks import Head, Segmenter, SharedDropout2d, dilate
 from tessella.protocols.segmentation.scores import Judgement, figures, interval, judge
 from tessella.protocols.training import Snapshots, sum_gradients
+from tessella.ranges import (
+    Channels,
+    ForwardBatch,
+    FractionBelowOne,
+    NonNegative,
+    NonNegativeInt,
+    Pixels,
+    Positive,
+    PositiveInt,
+    Range,
+    Repeats,
+    Seed,
+)
 from tessella.text import printable
 
 __all__ = ["RECIPES", "SegmentationConfig", "SegmentationData", "learning_rate", "recipe_name", "segmentation"]
@@ -54,30 +67,30 @@ class SegmentationConfig:
 
     version: ClassVar[int] = 1
     head: Head = "fcn"  # linear: on the frozen backbone
-    channels: int = 512  # of the head
-    convs: int = 2  # 3x3 convolutions of an FCN
+    channels: Channels = 512  # of the head
+    convs: Annotated[int, Range(0, 100)] = 2  # 3x3 convolutions of an FCN
     concatenate: bool = True  # whether an FCN sees the backbone's map again behind them
-    head_dilation: int = 1  # of an FCN's convolutions
-    auxiliary: float = 0.4  # weight of the loss of an FCN on the third map; 0: none
-    auxiliary_channels: int = 256
-    dropout: float = 0.1  # of channels in front of the classes
-    output_stride: int = 8  # of our ResNets, by dilation; networks of timm keep theirs
+    head_dilation: Annotated[int, Range(1, 100)] = 1  # of an FCN's convolutions
+    auxiliary: NonNegative = 0.4  # weight of the loss of an FCN on the third map; 0: none
+    auxiliary_channels: Channels = 256
+    dropout: FractionBelowOne = 0.1  # of channels in front of the classes
+    output_stride: Annotated[int, Range(8, 32)] = 8  # of our ResNets, by dilation; networks of timm keep theirs
     align_corners: bool = False  # of enlarged scores; True in settings with sizes 8 k + 1
     crops: CropSpec = CropSpec()
     optimizer: Literal["sgd", "adamw"] = "sgd"  # momentum 0.9; betas 0.9, 0.999
-    lr: float = 0.01
-    weight_decay: float = 5e-4
+    lr: Positive = 0.01
+    weight_decay: NonNegative = 5e-4
     decay_norm_and_bias: bool = True
     schedule: Literal["poly", "step", "cosine"] = "poly"  # step: x 0.1 after 70 % and after 90 %
-    power: float = 0.9  # of poly
-    final_lr: float = 1e-4  # of poly
-    warmup_iterations: int = 0
-    iterations: int = 20_000
-    batch_size: int = 16
-    window: int | None = None  # pixels of the square windows that test images are judged by; None: whole
-    window_stride: int = 0
-    evaluations: int = 1  # on test, evenly spaced; the last is the result, more show the way there
-    seed: int = 0
+    power: NonNegative = 0.9  # of poly
+    final_lr: NonNegative = 1e-4  # of poly
+    warmup_iterations: NonNegativeInt = 0
+    iterations: PositiveInt = 20_000
+    batch_size: ForwardBatch = 16
+    window: Pixels | None = None  # pixels of the square windows that test images are judged by; None: whole
+    window_stride: Annotated[int, Range(0, 16_384)] = 0
+    evaluations: Repeats = 1  # on test, evenly spaced; the last is the result, more show the way there
+    seed: Seed = 0
 
 
 _CITYSCAPES_769 = SegmentationConfig(
