@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 from tessella.engine.interrupt import EXIT_INTERRUPTED, EXIT_STOPPED, Interrupted, stoppable
+from tessella.engine.ranks import place
 from tessella.errors import EXIT_RANK_LOST, RankLost, UserError
 from tessella.ranges import (
     ForwardBatch,
@@ -349,8 +350,8 @@ def evaluate(
         image_size: pixels of the evaluated crop; default: the run's.
         batch_size: images per forward pass; changes the speed, not the result.
     """
+    from tessella.engine.launch import leave_ranks
     from tessella.evaluation.evaluate import evaluate as score
-    from tessella.evaluation.evaluate import leave_ranks
     from tessella.report.evaluation import print_scores, write_pages
 
     records = score(
@@ -727,14 +728,14 @@ def _tell_written(path: Path, more: str = "") -> None:
 
 def _say(text: str) -> None:
     """One line on standard error, once per machine: another machine's trouble may be its own."""
-    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0:
+    if place().local_rank == 0:
         who = f"tessella (rank {_rank()})" if _rank() else "tessella"
         print(f"{who}: {printable(text)}", file=sys.stderr)
 
 
 def _rank() -> int:
-    """This process's rank as its launcher names it; torch may not be loaded."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
+    """This process's rank; torch may not be loaded."""
+    return place().rank
 
 
 COMMANDS: dict[str, Command] = {

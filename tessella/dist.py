@@ -8,6 +8,8 @@ exactly the gradient of one process that holds the whole batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +54,24 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     torch_dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def shared_errors() -> Iterator[None]:
+    """What goes wrong on one rank is raised on every rank, so that none waits for another in a collective.
+
+    The block itself must hold no collective. Every rank must enter it.
+    """
+    mine = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    first = next((error for error in gather_objects(mine) if error is not None), None)
+    if mine is not None:
+        raise mine
+    if first is not None:
+        raise first
 
 
 @torch.no_grad()

@@ -172,7 +172,7 @@ def test_an_internal_error_keeps_its_traceback(monkeypatch):
         ({"RANK": "0", "LOCAL_RANK": "0"}, "tessella: there is no command"),
         ({"RANK": "1", "LOCAL_RANK": "1"}, ""),
         ({"RANK": "8", "LOCAL_RANK": "0"}, "tessella (rank 8): there is no command"),
-        ({"SLURM_PROCID": "3", "SLURM_LOCALID": "3"}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}, ""),
     ],
 )
 def test_an_error_is_told_once_per_machine(variables, expected, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import warnings
@@ -12,11 +13,12 @@ import torch
 import torch.distributed as torch_dist
 import torch.utils.deterministic
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import SLURMEnvironment
+from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from tessella import dist
+from tessella.engine.ranks import adopt
 from tessella.errors import UserError
 from tessella.run.config import RunConfig
 
@@ -30,10 +32,9 @@ def launch(config: RunConfig) -> Fabric:
         UserError: the device is not there.
     """
     device = pick_device(config.device).type
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    if SLURMEnvironment.detect():
-        ranks_here = int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
-    devices = ranks_here or (torch.cuda.device_count() if device == "cuda" else 1)
+    place = adopt()
+    launched = "RANK" in os.environ
+    devices = place.local_world_size if launched else torch.cuda.device_count() if device == "cuda" else 1
     _meet_anew("nccl" if device == "cuda" else "gloo")
     several = DDPStrategy() if device == "cuda" else RepeatableDDP()
     precision = config.precision
@@ -47,9 +48,34 @@ def launch(config: RunConfig) -> Fabric:
             num_nodes=config.nodes,
             strategy=several if devices * config.nodes > 1 else "auto",
             precision="bf16-mixed" if precision == "bf16" else "32-true",
+            plugins=TorchElasticEnvironment() if launched else LightningEnvironment(),
         )
         fabric.launch()
     return fabric
+
+
+def join_ranks(device: str) -> torch.device:
+    """This rank's device; the ranks that torchrun or srun has started meet, unless they have met before."""
+    on = pick_device(device)
+    place = adopt()
+    if place.world_size == 1 or dist.is_launched():
+        return on
+    if on.type == "cuda":
+        on = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(on)
+    backend = "nccl" if on.type == "cuda" else "gloo"
+    _meet_anew(backend)
+    if not dist.is_launched():
+        torch_dist.init_process_group(backend)
+    # Not earlier: torch cannot start a second group under one torchrun, and another evaluation may follow.
+    atexit.register(leave_ranks)
+    return on
+
+
+def leave_ranks() -> None:
+    """End the process group, if there is one: nothing that ranks share can follow in this process."""
+    if dist.is_launched():
+        torch_dist.destroy_process_group()
 
 
 def _meet_anew(backend: str) -> None:

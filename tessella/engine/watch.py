@@ -44,12 +44,14 @@ _watches = itertools.count()  # alike on all ranks, as these make the same runs 
 class Watch:
     """Watches the other ranks while its block runs. Does nothing in a run of one rank, or without a timeout."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, advice: str = "`tessella resume` goes on from the last checkpoint") -> None:
         """Prepare.
 
         Args:
             timeout: seconds without a sign of life after which a rank is given up; 0: never.
+            advice: what to do when a rank is lost.
         """
+        self._advice = advice
         self._timeout = max(timeout, _SILENT * _BEAT)
         self._on = timeout > 0 and dist.world_size() > 1
         self._doing = (-1, "starts")
@@ -97,7 +99,7 @@ class Watch:
         with _deaf():  # torchrun has noticed, too, and sends SIGTERM
             lost = self._why_it_failed(cause) if isinstance(cause, RuntimeError) else ""
             if lost:
-                self._say(f"{lost}. `tessella resume` goes on from the last checkpoint")
+                self._say(f"{lost}. {self._advice}")
         self._stop.set()
         self._threads[0].join(_BEAT)
         said = f"{type(error).__name__}: {error}".splitlines()[0] if error else ""

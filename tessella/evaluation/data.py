@@ -52,8 +52,9 @@ class Shelf:
         form = {"classes": EvalData, "boxes": detects, "masks": SegmentationData}[task.kind]
         place = form, _place(task.source.train), _place(task.source.test), task.source.label_map, transform
         if place not in self._made:
-            train, test = self._open(task.source.train, "train", task), self._open(task.source.test, "test", task)
-            self._made[place] = self._make(form, train, test, task.source, transform)
+            with dist.shared_errors():
+                train, test = self._open(task.source.train, "train", task), self._open(task.source.test, "test", task)
+                self._made[place] = self._make(form, train, test, task.source, transform)
         return self._made[place]
 
     def _make(self, form: type, train: Any, test: Any, source: Source, transform: EvalTransform) -> Data:

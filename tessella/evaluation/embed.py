@@ -13,9 +13,8 @@ import numpy as np
 
 from tessella import dist
 from tessella.data.sources import ImageSet, open_images
-from tessella.engine.launch import cores_at_hand
+from tessella.engine.launch import cores_at_hand, join_ranks
 from tessella.errors import UserError
-from tessella.evaluation.evaluate import join_ranks
 from tessella.protocols.features import Features, extract
 from tessella.run.checkpoints import write_text_atomic
 from tessella.run.config import to_dict
@@ -57,10 +56,11 @@ def embed(
     Raises:
         UserError: the input cannot be used, or a file is in the way.
     """
-    files = _files(out, labels)
     on = join_ranks(device)
-    loaded = resolve_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
-    images = open_images(data, labels=labels) if isinstance(data, str) else data
+    with dist.shared_errors():
+        files = _files(out, labels)
+        loaded = resolve_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
+        images = open_images(data, labels=labels) if isinstance(data, str) else data
     features = extract(
         loaded.backbone,
         images,
@@ -69,12 +69,11 @@ def embed(
         device=on,
         workers=workers or cores_at_hand(),
     )
-    if dist.rank() == 0:
-        if out.suffix == ".npy":
+    with dist.shared_errors():
+        if dist.rank() == 0 and out.suffix == ".npy":
             _write_npy(files, features, images)
-        else:
+        elif dist.rank() == 0:
             _write_parquet(out, features, images, labels, _origin(loaded, images))
-    dist.barrier()
     return features
 
 

@@ -1,32 +1,30 @@
 """Judge a backbone: one JSON record per protocol, written at once, with other backbones' figures beside it.
 
-    what is asked for -> tasks (`evaluation_plan`) -> their data opened and checked -> backbone, then random init, then
-    supervised on each -> evaluation.json (`records`)
+    what is asked for -> tasks (`plan`) -> their data opened and checked (`data`)
+    -> task by task: the backbone, the same network at random init, a supervised one -> evaluation.json (`records`)
 
 A question that the folder's file has answered before is not asked again.
 """
 
 from __future__ import annotations
 
-import atexit
-import os
+import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from tessella import dist
 from tessella.data.sources import ImageSet
-from tessella.engine.launch import cores_at_hand, pick_device
+from tessella.engine.launch import cores_at_hand, join_ranks
+from tessella.engine.watch import Watch
 from tessella.errors import UserError
 from tessella.evaluation.data import Data, Shelf, described, transform_of
 from tessella.evaluation.plan import Source, Task, plan, read_data_file
@@ -41,8 +39,9 @@ from tessella.run.folder import versions
 from tessella.text import printable
 from tessella.weights.resolve import Loaded, random_twin, resolve_backbone, weights_sha256
 
-__all__ = ["Record", "assign", "evaluate", "join_ranks", "leave_ranks", "score"]
+__all__ = ["Record", "assign", "evaluate", "score"]
 
+_RANK_TIMEOUT = 40.0  # seconds without a sign of life after which the other ranks give one up
 _ASSIGN_ROWS = 4096  # features that a method assigns at a time: (rows, prototypes) scores must fit the device
 _FOLDERS = {"baseline": "random-init", "supervised": "supervised"}  # of predictions, below the backbone's own
 
@@ -75,7 +74,7 @@ def evaluate(
         backbone: a run folder, a weights file, random:NETWORK, or one already loaded.
         train: images to learn from, or their name; what must be known about them, the protocols say.
         test: images to be judged on, or their name.
-        data: instead of both, a file that says which data serve which protocol; see `evaluation_plan`.
+        data: instead of both, a file that says which data serve which protocol; see `plan`.
         label_map: file of classes that count instead of the images' own; see `data.label_map`.
         protocols: names as in `protocols.default_config`, configs of protocols, or "all" for the quick ones that the
             data allow. Default: all with `data`, else kNN, linear, few labels and clustering.
@@ -106,111 +105,140 @@ def evaluate(
         raise UserError(f"a label map belongs into {file.name}: classes: {{label_map: {label_map}}}")
     source = None if file else Source(train, test, None if label_map is None else str(label_map))
     tasks = plan(protocols, source, file, seed=seed, seeds=seeds)
-    records = RecordFile(out)  # before hours of work, not after
     on = join_ranks(device)
-    records.share()
-    with _full_float32():
-        loaded = resolve_backbone(backbone, image_size=image_size, seed=seed) if isinstance(backbone, str) else backbone
-        other = None if supervised is None else resolve_backbone(supervised, image_size=image_size)
-        judging = _Judging(records, Shelf(on, workers or cores_at_hand(), batch_size), again)
-        tasks = judging.checked(tasks + _own_clusters(loaded, tasks), loaded)
-        answered = judging.answer(tasks, loaded)
-        if baseline:
-            for one in dict.fromkeys(task.seed for task in tasks):
-                twin = random_twin(loaded, one)
-                judging.compare({t: r for t, r in answered.items() if tasks[t].seed == one}, tasks, twin, "baseline")
-        if other is not None:
-            judging.compare(answered, tasks, other, "supervised")
-        dist.barrier()  # no rank goes on before the file is there
-    return list(answered.values())
+    with Watch(_RANK_TIMEOUT, "The same command goes on after the last record"), _full_float32():
+        with dist.shared_errors():
+            loaded = (
+                backbone
+                if isinstance(backbone, Loaded)
+                else resolve_backbone(backbone, image_size=image_size, seed=seed)
+            )
+            others: dict[str, Callable[[int], _Judged]] = {}
+            if baseline:
+                others["baseline"] = functools.cache(lambda one: _Judged.of(random_twin(loaded, one)))
+            if supervised is not None:
+                second = _Judged.of(resolve_backbone(supervised, image_size=image_size))
+                others["supervised"] = lambda one: second
+        tasks += _own_clusters(loaded, tasks)
+        with RecordFile.opened(out) as records:
+            shelf = Shelf(on, workers or cores_at_hand(), batch_size)
+            return _Judging(records, shelf, _Judged.of(loaded), others, again).answers(tasks)
 
 
 def score(loaded: Loaded, data: EvalData, configs: Sequence[Any], seed: int) -> list[Record]:
     """One record per protocol; where clustering is asked for, one more for a method that clusters itself."""
-    source = Source(data.train, data.test)
+    source, judged = Source(data.train, data.test), _Judged.of(loaded)
     tasks = [Task(record_name(c), c, protocol_of(c), "classes", source, seed) for c in configs]
-    return [_record(task, loaded, data) for task in tasks + _own_clusters(loaded, tasks)]
+    return [_answer(task, judged, data, _question(task, judged, data)) for task in tasks + _own_clusters(loaded, tasks)]
+
+
+class _Judged(NamedTuple):
+    """A backbone, and the hash of its weights."""
+
+    loaded: Loaded
+    weights: str
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> _Judged:
+        return cls(loaded, weights_sha256(loaded.backbone))
 
 
 class _Judging:
     """Tasks on one shelf of data, answered into one file."""
 
-    def __init__(self, file: RecordFile, shelf: Shelf, again: bool) -> None:
-        self.file, self.shelf, self.again = file, shelf, again
+    def __init__(
+        self,
+        records: RecordFile,
+        shelf: Shelf,
+        judged: _Judged,
+        others: Mapping[str, Callable[[int], _Judged]],
+        again: bool,
+    ) -> None:
+        """Prepare.
 
-    def checked(self, tasks: list[Task], loaded: Loaded) -> list[Task]:
-        """The tasks that the data allow; those that were asked for by name must be among them."""
-        possible = []
+        Args:
+            records: what was answered before, and where answers go.
+            shelf: opens data.
+            judged: the backbone in question.
+            others: part of a record -> for a seed, the backbone whose figures stand there.
+            again: ask what was answered before.
+        """
+        self.records, self.shelf, self.judged, self.others, self.again = records, shelf, judged, others, again
+
+    def answers(self, tasks: Sequence[Task]) -> list[Record]:
+        """One record per task that the data allow; those that were asked for by name must be among them.
+
+        Everything is checked before the first protocol runs.
+        """
+        possible, known = [], []
         for task in tasks:
-            with self._leaving_out(task):
-                data = self.shelf.data(task, loaded.transform)
-                if task.protocol.check is not None and self._known(task, loaded, data) is None:
-                    task.protocol.check(data, task.config)
+            with _leaving_out(task):
+                answered = self._check(task)
                 possible.append(task)
+                known += [task.name] if answered else []
         if not possible:
             raise UserError("the data allow none of these protocols: the lines above say why")
-        return possible
+        if known:
+            _say(f"already in {self.records.out}, not asked again (--again does): {', '.join(dict.fromkeys(known))}")
+        found = []
+        for number, task in enumerate(possible, 1):
+            with _leaving_out(task):
+                found.append(self._judge(task, f"({number} of {len(possible)})"))
+        return found
 
-    def answer(self, tasks: list[Task], loaded: Loaded) -> dict[int, Record]:
-        """Number of the task -> its record."""
-        answered: dict[int, Record] = {}
-        ready = []
-        for number, task in enumerate(tasks):
-            data = self.shelf.data(task, loaded.transform)
-            known = self._known(task, loaded, data)
-            if known is not None:
-                answered[number] = known
-                ready.append(task.name)
-        if ready:
-            _say(f"already in {self.file.out}, not asked again (--again does): {', '.join(dict.fromkeys(ready))}")
-        for number, task in enumerate(tasks):
-            if number not in answered:
-                _say(f"{task.name} ({number + 1} of {len(tasks)})")
-                with self._leaving_out(task):
-                    data = self.shelf.data(task, loaded.transform)
-                    answered[number] = dist.broadcast_object(_record(task, loaded, data, self.file))
-                    self.file.put(answered[number])
-        return dict(sorted(answered.items()))
+    def _check(self, task: Task) -> bool:
+        """Refuse data that do not fit the protocol; whether the task was answered before."""
+        data = self.shelf.data(task, self.judged.loaded.transform)
+        if self._known(_question(task, self.judged, data)) is not None:
+            return True
+        if task.protocol.check is not None:
+            task.protocol.check(data, task.config)
+        return False
 
-    def compare(self, answered: dict[int, Record], tasks: list[Task], other: Loaded, part: str) -> None:
-        """Put another backbone's figures beside the records, under the name `part`."""
-        weights = weights_sha256(other.backbone)
-        for number, record in answered.items():
-            task = tasks[number]
-            if isinstance(task.config, _OwnClustersConfig | DuplicatesConfig):
-                continue  # untrained prototypes mean nothing, and copies are a matter of the images
-            data = self.shelf.data(task, other.transform)
-            asked = record | {"network": to_dict(other.config), "weights": weights, "transform": transform_of(data)}
-            found = None if self.again else self.file.find_part(identity(asked))
-            if found is None:
-                _say(f"{task.name} of {other.name}")
-                start = time.perf_counter()
-                with self._leaving_out(task):
-                    data.predictions = self._below(record, _FOLDERS[part])
-                    scores = finite(task.protocol.function(other.backbone, data, task.config))
-                    seconds = round(time.perf_counter() - start, 3)
-                    found = dist.broadcast_object({"name": other.name, "scores": scores, "seconds": seconds})
-            if found is not None:
-                found = found | {key: asked[key] for key in ("network", "weights", "transform")}
-                record[part] = found | {"name": other.name}
-                self.file.write()
+    def _judge(self, task: Task, place: str) -> Record:
+        """The task's record, with the figures of the other backbones beside it; each is written when it is there."""
+        data = self.shelf.data(task, self.judged.loaded.transform)
+        question = _question(task, self.judged, data)
+        record = self._known(question)
+        if record is None:
+            _say(f"{task.name} {place}")
+            predictions = self.records.predictions(question)
+            record = dist.broadcast_object(_answer(task, self.judged, data, question, self.records.out, predictions))
+            self.records.put(record)
+        for part, other in self.others.items():
+            if not isinstance(task.config, _ALONE):
+                with _leaving_out(task):
+                    self._beside(task, record, part, other(task.seed))
+        return record
 
-    def _known(self, task: Task, loaded: Loaded, data: Data) -> Record | None:
-        return None if self.again else self.file.find(identity(_question(task, loaded, data)))
+    def _beside(self, task: Task, record: Record, part: str, other: _Judged) -> None:
+        """Put another backbone's figures into the record, under the name `part`."""
+        data = self.shelf.data(task, other.loaded.transform)
+        own = {"network": to_dict(other.loaded.config), "weights": other.weights, "transform": transform_of(data)}
+        found = None if self.again else self.records.find_part(identity(record | own))
+        if found is None:
+            _say(f"{task.name} of {other.loaded.name}")
+            start = time.perf_counter()
+            place = record.get("predictions")
+            data.predictions = self.records.out / place / _FOLDERS[part] if self.records.out and place else None
+            scores = finite(task.protocol.function(other.loaded.backbone, data, task.config))
+            found = dist.broadcast_object({"scores": scores, "seconds": round(time.perf_counter() - start, 3)})
+        record[part] = found | own | {"name": other.loaded.name}
+        self.records.write()
 
-    def _below(self, record: Record, folder: str) -> Path | None:
-        place = record.get("predictions")
-        return None if place is None or self.file.out is None else self.file.out / place / folder
+    def _known(self, question: Record) -> Record | None:
+        return None if self.again else self.records.find(identity(question))
 
-    @contextmanager
-    def _leaving_out(self, task: Task) -> Iterator[None]:
-        """What was not asked for by name may fail."""
-        try:
-            yield
-        except UserError as error:
-            if task.required:
-                raise
-            _say(f"left out: {task.name}: {error}")
+
+@contextmanager
+def _leaving_out(task: Task) -> Iterator[None]:
+    """What was not asked for by name may fail."""
+    try:
+        yield
+    except UserError as error:
+        if task.required:
+            raise
+        _say(f"left out: {task.name}: {error}")
 
 
 @dataclass(frozen=True)
@@ -220,12 +248,16 @@ class _OwnClustersConfig:
     version: ClassVar[int] = 1
 
 
+# Untrained prototypes mean nothing, and copies are a matter of the images: no other backbone is asked.
+_ALONE = (_OwnClustersConfig, DuplicatesConfig)
+
+
 def _own_clusters(loaded: Loaded, tasks: Sequence[Task]) -> list[Task]:
     """Where clustering is asked for, a method's own prototypes or groups are compared with the classes too."""
     method = loaded.method
     if method is None or not method.clusters:
         return []
-    protocol = Protocol(_OwnClustersConfig, partial(_score_own, method))
+    protocol = Protocol(_OwnClustersConfig, functools.partial(_score_own, method))
     return [
         task._replace(name="own-clusters", config=_OwnClustersConfig(), protocol=protocol)
         for task in tasks
@@ -255,14 +287,14 @@ def assign(method: Method, features: Tensor, device: torch.device) -> Tensor:
         return torch.cat([method.assign(x.to(device)).cpu() for x in features.split(_ASSIGN_ROWS)])
 
 
-def _question(task: Task, loaded: Loaded, data: Data) -> Record:
+def _question(task: Task, judged: _Judged, data: Data) -> Record:
     """What decides a task's figures."""
     return {
         "protocol": task.name,
         "version": task.config.version,
         "settings": to_dict(task.config),
-        "network": to_dict(loaded.config),
-        "weights": weights_sha256(loaded.backbone),
+        "network": to_dict(judged.loaded.config),
+        "weights": judged.weights,
         "train": {"fingerprint": data.train.fingerprint},
         "test": {"fingerprint": data.test.fingerprint},
         "label_map": getattr(data, "label_map", None),
@@ -271,17 +303,26 @@ def _question(task: Task, loaded: Loaded, data: Data) -> Record:
     }
 
 
-def _record(task: Task, loaded: Loaded, data: Data, file: RecordFile | None = None) -> Record:
-    """The scores with everything that they depend on."""
+def _answer(
+    task: Task, judged: _Judged, data: Data, question: Record, out: Path | None = None, predictions: str | None = None
+) -> Record:
+    """The scores with everything that they depend on.
+
+    Args:
+        task: what to run.
+        judged: on which backbone.
+        data: of the task.
+        question: as `_question` says it.
+        out: folder of the evaluation.
+        predictions: folder below it for what is predicted.
+    """
     start = time.perf_counter()
-    record = _question(task, loaded, data)
-    place = None if file is None else file.predictions(record)
-    data.predictions = None if place is None or file is None or file.out is None else file.out / place
-    scores = finite(task.protocol.function(loaded.backbone, data, task.config))
+    data.predictions = None if out is None or predictions is None else out / predictions
+    scores = finite(task.protocol.function(judged.loaded.backbone, data, task.config))
     facts = {
         "changed": task.changed,
         "kind": task.kind,
-        "backbone": loaded.name,
+        "backbone": judged.loaded.name,
         "train": described(data, "train"),
         "test": described(data, "test"),
         "device": torch.cuda.get_device_name(data.device) if data.device.type == "cuda" else data.device.type,
@@ -289,29 +330,9 @@ def _record(task: Task, loaded: Loaded, data: Data, file: RecordFile | None = No
         "libraries": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 3),
-        "predictions": place,
+        "predictions": predictions,
     }
-    return {"protocol": task.name, "version": task.config.version, "scores": scores} | record | facts
-
-
-def join_ranks(device: str) -> torch.device:
-    """This rank's device; under torchrun, the process group is started unless there is one already."""
-    on = pick_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_launched():
-        return on
-    if on.type == "cuda":
-        on = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(on)
-    torch_dist.init_process_group("nccl" if on.type == "cuda" else "gloo")
-    # Not earlier: torch cannot start a second group under one torchrun, and another evaluation may follow.
-    atexit.register(leave_ranks)
-    return on
-
-
-def leave_ranks() -> None:
-    """End the process group, if there is one: nothing that ranks share can follow in this process."""
-    if dist.is_launched():
-        torch_dist.destroy_process_group()
+    return {"protocol": task.name, "version": task.config.version, "scores": scores} | question | facts
 
 
 def _say(text: str) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tessella import dist
 from tessella.errors import UserError
 from tessella.run.checkpoints import write_json_atomic
+from tessella.run.lock import only_writer
 
 Record = dict[str, Any]
 
 NAME = "evaluation.json"
+LOCK = "evaluation.lock"  # the process that writes here now
 PARTS = ("baseline", "supervised")  # other backbones that answered a record's question
 _ASKED = ("protocol", "version", "settings", "network", "weights", "transform", "seed", "label_map")
 
@@ -35,11 +38,28 @@ class RecordFile:
 
     def __init__(self, out: Path | None) -> None:
         self.out = out
-        self.records = [] if out is None else read_records(out, make=True)
+        self.records = [] if out is None else read_records(out)
 
-    def share(self) -> None:
-        """Every rank sees what rank 0 has read."""
-        self.records = dist.broadcast_object(self.records)
+    @classmethod
+    @contextmanager
+    def opened(cls, out: Path | None) -> Iterator[Self]:
+        """The file of a folder in which no other evaluation writes as long as the block runs; the same on every rank.
+
+        Args:
+            out: the folder, made if it is missing; None for none.
+
+        Raises:
+            UserError: as above, or another evaluation writes there.
+        """
+        with ExitStack() as held:
+            with dist.shared_errors():
+                if out is not None and dist.rank() == 0:
+                    _make(out)
+                    held.enter_context(only_writer(out, LOCK))
+                file = cls(out if dist.rank() == 0 else None)
+            file.out, file.records = out, dist.broadcast_object(file.records)
+            yield file
+            dist.barrier()  # no rank goes on before the file is complete
 
     def find(self, asked: str) -> Record | None:
         """The record of this identity."""
@@ -61,8 +81,9 @@ class RecordFile:
 
     def write(self) -> None:
         """Write the file on rank 0, whole or not at all."""
-        if self.out is not None and dist.rank() == 0:
-            write_json_atomic(self.out / NAME, self.records)
+        with dist.shared_errors():
+            if self.out is not None and dist.rank() == 0:
+                write_json_atomic(self.out / NAME, self.records)
 
     def predictions(self, record: Record) -> str | None:
         """Folder below `out` for what is predicted: named like the record, and no other record's."""
@@ -86,28 +107,33 @@ class RecordFile:
                     yield identity(record | {key: part.get(key, record.get(key)) for key in keys}), part
 
 
-def read_records(out: Path, *, make: bool = False) -> list[Record]:
+def read_records(out: Path) -> list[Record]:
     """The records of a folder; none where there is no file.
-
-    Args:
-        out: the folder.
-        make: make it if it is missing.
 
     Raises:
         UserError: the folder cannot be used, or holds something else of that name.
     """
     path = out / NAME
     try:
-        if make:
-            out.mkdir(parents=True, exist_ok=True)
         records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     except OSError as error:
-        raise UserError(f"cannot use {out} for results: {error.strerror}; choose another --out") from None
+        raise _unusable(out, error) from None
     except (ValueError, RecursionError):
         records = None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{path} is not a list of records of an evaluation: move it away or choose another --out")
     return records
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(out, error) from None
+
+
+def _unusable(out: Path, error: OSError) -> UserError:
+    return UserError(f"cannot use {out} for results: {error.strerror}; choose another --out")
 
 
 def finite(value: Any) -> Any:

@@ -58,7 +58,7 @@ class _Kept(NamedTuple):
 
 @dataclass
 class ImageData:
-    """Images to learn from and to be judged on; remembers the last backbone's features."""
+    """Images to learn from and to be judged on; remembers each backbone's features."""
 
     train: ImageSet
     test: ImageSet
@@ -68,7 +68,7 @@ class ImageData:
     batch_size: int = 256
     predictions: Path | None = None  # folder that receives what each protocol predicts of the test images
     cache: Path | None = None  # folder that keeps features for later evaluations
-    _kept: dict[tuple[str, EvalTransform], _Kept] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[tuple[str, EvalTransform, int], _Kept] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def same_images(self) -> bool:
@@ -81,7 +81,7 @@ class ImageData:
 
     def skipped(self, split: str) -> dict[str, str] | None:
         """Key -> reason of the split's unreadable images; None before its features were asked for."""
-        return next((kept.features.skipped for (name, _), kept in self._kept.items() if name == split), None)
+        return next((kept.features.skipped for (name, *_), kept in self._kept.items() if name == split), None)
 
     def features(self, backbone: nn.Module, split: str, transform: EvalTransform | None = None) -> Features:
         """Features of "train" or "test"; extracted once, and again when the weights have changed.
@@ -91,12 +91,13 @@ class ImageData:
             split: "train" or "test".
             transform: instead of the evaluation's own.
         """
-        place = split, transform or self.transform
+        transform = transform or self.transform
+        place = split, transform, id(backbone)
         digests = tensor_digests(backbone)
         kept = self._kept.get(place)
-        if kept is None or kept.backbone is not backbone or kept.digests != digests:
+        if kept is None or kept.digests != digests:
             self._kept.pop(place, None)  # before the new ones take their memory
-            kept = self._kept[place] = _Kept(backbone, digests, self._find(backbone, digests, *place))
+            kept = self._kept[place] = _Kept(backbone, digests, self._find(backbone, digests, split, transform))
         return kept.features
 
     def _find(self, backbone: nn.Module, digests: dict[str, str], split: str, transform: EvalTransform) -> Features:

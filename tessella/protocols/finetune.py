@@ -208,7 +208,8 @@ def check(data: EvalData, config: FinetuneConfig) -> None:
             f"transfer learns from all labels, and labels={config.labels}: give labels=1, or use the recipe swav"
         )
     if config.label_list is not None:
-        listed_rows(data.train, Path(config.label_list))
+        with dist.shared_errors():  # a machine may lack the list
+            listed_rows(data.train, Path(config.label_list))
 
 
 def _used_share(data: EvalData, config: FinetuneConfig) -> float:

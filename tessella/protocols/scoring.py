@@ -87,7 +87,7 @@ def save_classes(
 def save_predictions(
     folder: Path, name: str, images: ImageSet, rows: NDArray[np.int64], columns: Mapping[str, Iterable[Any]]
 ) -> None:
-    """Write NAME.csv on rank 0: one line per image, its key first; whole or not at all.
+    """Write NAME.csv: one line per image, its key first; whole or not at all. Rank 0 writes, on all ranks together.
 
     Args:
         folder: made if need be.
@@ -100,8 +100,14 @@ def save_predictions(
     Raises:
         UserError: the folder cannot be written.
     """
-    if dist.rank() != 0:
-        return
+    with dist.shared_errors():
+        if dist.rank() == 0:
+            _write_predictions(folder, name, images, rows, columns)
+
+
+def _write_predictions(
+    folder: Path, name: str, images: ImageSet, rows: NDArray[np.int64], columns: Mapping[str, Iterable[Any]]
+) -> None:
     path = folder / f"{name}.csv"
     temporary = folder / f".{name}.{os.getpid()}"
     try:

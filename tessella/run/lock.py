@@ -27,22 +27,23 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 
 @contextlib.contextmanager
-def only_writer(run: Path) -> Iterator[None]:
-    """Be the one process that writes in a run folder.
+def only_writer(run: Path, name: str = NAME) -> Iterator[None]:
+    """Be the one process that writes in a run folder, or in an evaluation's.
 
     Args:
         run: an existing folder.
+        name: of the lock. A run may be evaluated into its own folder while it trains: each has a lock of its own.
 
     Raises:
         UserError: another process writes there, or the folder cannot be written.
     """
-    path = run / NAME
+    path = run / name
     try:
         file = open(path, "ab+", buffering=0)  # noqa: SIM115 (closed below, or by the system)
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}") from None
     with file:
-        _acquire(file, run)
+        _acquire(file, path)
         _describe(file, _this_process())
         try:
             yield
@@ -71,14 +72,14 @@ def refuse_second_writer(run: Path) -> None:
     """
     owner = owner_of(run)
     if owner:
-        raise _in_use(run, owner)
+        raise _in_use(run / NAME, owner)
 
 
-def _acquire(file: BinaryIO, run: Path) -> None:
+def _acquire(file: BinaryIO, path: Path) -> None:
     deadline = time.monotonic() + _PATIENCE
     while not _try(file, fcntl.LOCK_EX):
         if time.monotonic() > deadline:
-            raise _in_use(run, _in_words(_description(file)))
+            raise _in_use(path, _in_words(_description(file)))
         time.sleep(0.05)
 
 
@@ -104,9 +105,9 @@ def _may_live(owner: dict[str, Any]) -> bool:
     return owner.get("began") == _began(owner.get("pid"))
 
 
-def _in_use(run: Path, owner: str) -> UserError:
+def _in_use(path: Path, owner: str) -> UserError:
     return UserError(
-        f"{run} is in use by {owner}: wait for it, or stop it. If it is gone for certain, delete {run / NAME}"
+        f"{path.parent} is in use by {owner}: wait for it, or stop it. If it is gone for certain, delete {path}"
     )
 
 

@@ -46,7 +46,8 @@ def config(method: str) -> RunConfig:
 def train(folder: str, jobs: list[tuple[str, str, str, int]]) -> Trace:
     """Run each (name, name of the run to go on from, method, last step) on all ranks; every step's images and loss."""
     if dist.is_launched():
-        os.environ |= {"LOCAL_RANK": str(dist.rank()), "LOCAL_WORLD_SIZE": str(dist.world_size())}
+        rank, world_size = str(dist.rank()), str(dist.world_size())
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     trace: Trace = {}
     original = engine._forward_backward
     for name, start, method, last in jobs:

@@ -7,17 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
+from tessella import dist
 from tessella.data.boxes.layouts import open_annotations
 from tessella.data.masks.layouts import ArrayMasks
 from tessella.data.transform import EvalTransform
+from tessella.engine.launch import leave_ranks
 from tessella.errors import UserError
-from tessella.evaluation import evaluate as module
 from tessella.evaluation.evaluate import evaluate
+from tessella.evaluation.records import LOCK
 from tessella.modules.backbone import BackboneConfig
 from tessella.protocols import PROTOCOLS, SETTINGS, features
 from tessella.protocols.clustering import ClusteringConfig
 from tessella.protocols.finetune import FinetuneConfig
 from tessella.protocols.knn import KnnConfig
+from tessella.run.lock import only_writer
 from tessella.weights.resolve import Loaded, resolve_backbone, weights_sha256
 from tests.protocols.planted import Tiny, planted_images
 from tests.ranks import on_ranks
@@ -239,7 +242,7 @@ def test_a_protocol_that_trains_is_run_for_each_seed(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(PROTOCOLS, "segmentation", protocol)
     records = evaluate(backbone, masks, masks, protocols=[small], seed=2, seeds=3, workers=1, baseline=True)
-    assert seen == [2, 3, 4, 2, 3, 4]  # and the baseline for each
+    assert seen == [2, 2, 3, 3, 4, 4]  # each with its baseline
     assert [(r["seed"], r["settings"]["seed"], r["baseline"]["name"][-1]) for r in records] == [
         (2, 2, "2"), (3, 3, "3"), (4, 4, "4")]  # fmt: skip
     (tuned,) = run(TINY_RESNET, protocols=[FinetuneConfig(labels=1.0, epochs=1, batch_size=16)], seeds=2)
@@ -288,8 +291,36 @@ def test_two_ranks_write_one_file_with_one_rank_s_figures(tmp_path):
     assert [record["ranks"] for record in records_in(tmp_path / "two")] == [2, 2]
 
 
+def refused_on_two_ranks(folder):
+    """What each rank says when rank 0 alone cannot write."""
+    said = {}
+    for name in ("predictions", "evaluation.json"):
+        out = Path(folder) / name
+        if dist.rank() == 0:
+            out.mkdir(parents=True)
+            (out / "predictions").touch() if name == "predictions" else (out / name).mkdir()
+        dist.barrier()
+        try:
+            run(TINY_RESNET, out=out)
+        except UserError as error:
+            said[name] = str(error)
+    return said
+
+
+def test_what_rank_0_cannot_write_is_an_error_of_every_rank(tmp_path):
+    ranks = on_ranks(2, refused_on_two_ranks, str(tmp_path))
+    assert ranks[0] == ranks[1]
+    assert "cannot write" in ranks[0]["predictions"] and "choose another --out" in ranks[0]["evaluation.json"]
+
+
+def test_a_second_evaluation_into_the_same_folder_is_refused(tmp_path):
+    with only_writer(tmp_path, LOCK), pytest.raises(UserError, match=r"is in use by process \d+ on"):
+        run(out=tmp_path)
+    assert run(out=tmp_path) == records_in(tmp_path)
+
+
 def test_the_group_of_ranks_can_be_left():
-    module.leave_ranks()  # there is none: nothing to do
+    leave_ranks()  # there is none: nothing to do
 
 
 def test_products_are_as_exact_as_before_afterwards():

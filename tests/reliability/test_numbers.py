@@ -241,7 +241,8 @@ def test_a_run_that_may_leave_nothing_out_ends_at_the_first(tmp_path: Path, monk
 
 
 def on_two(folder: str) -> dict[str, Tensor]:
-    os.environ |= {"LOCAL_RANK": str(dist.rank()), "LOCAL_WORLD_SIZE": str(dist.world_size())}
+    rank, world_size = str(dist.rank()), str(dist.world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     with pytest.MonkeyPatch.context() as patch:
         if dist.rank() == 1:  # only this rank sees it
             spoil(patch, {7: ALWAYS})

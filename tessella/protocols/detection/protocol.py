@@ -242,7 +242,9 @@ def detection(backbone: nn.Module, data: DetectionData, config: DetectionConfig)
             )
     boxes, masks, seen, damaged = _detect(detector, data, config)
     skipped = dict(from_all_ranks(list(skipped.items())))
-    scores = dist.broadcast_object(_score(boxes, masks, seen, data, config) if dist.rank() == 0 else None)
+    with dist.shared_errors():
+        found = _score(boxes, masks, seen, data, config) if dist.rank() == 0 else None
+    scores = dist.broadcast_object(found)
     tenth = max(1, len(losses) // 10)
     scores["loss"] = {"first": float(np.mean(losses[:tenth])), "last": float(np.mean(losses[-tenth:]))}
     if damaged:

@@ -201,8 +201,9 @@ def segmentation(backbone: Any, data: SegmentationData, config: SegmentationConf
             judged = _judge(segmenter, data, survey, config, _folder(data))
     way[config.iterations] = float(np.nanmean(judged.iou))
     folder = _folder(data)
-    if folder is not None and dist.rank() == 0:
-        write_tables(folder, data.test, survey.classes, judged.confusion, judged.skipped)
+    with dist.shared_errors():
+        if folder is not None and dist.rank() == 0:
+            write_tables(folder, data.test, survey.classes, judged.confusion, judged.skipped)
     snapshots.drop()
     scores = figures(judged, survey.classes) | {
         "miou_interval": interval(judged.per_image, config.seed),
