@@ -54,6 +54,9 @@ class FileError(UserError, OSError):
     def __str__(self) -> str:
         return str(self.args[0])
 
+    def __reduce__(self) -> tuple[Any, ...]:  # errors travel between ranks
+        return FileError, (str(self), self.strerror, self.errno)
+
 
 # --- reading ------------------------------------------------------------------------------------------------
 
@@ -71,6 +74,8 @@ def open_regular(path: Path | str, limit: int | None = None) -> io.BufferedReade
     try:
         _refuse_special(path, os.stat(path))  # merely opening a device can do something
         descriptor = os.open(path, os.O_RDONLY | _COMMON | _NO_WAITING)
+    except FileError:
+        raise
     except ValueError as error:  # a list may name anything, such as a path with a zero byte
         raise FileError(f"{path!r} cannot be read: no name of a file: {error}", f"no name of a file: {error}") from None
     except OSError as error:
@@ -158,7 +163,7 @@ def _unreadable(path: Path | str, error: OSError) -> OSError:
 
 
 @contextlib.contextmanager
-def writing(path: Path, *, inside: Path | None = None, needed: int = 0) -> Iterator[BinaryIO]:
+def writing(path: Path, *, inside: Path | None = None, needed: int = 0, lasting: bool = True) -> Iterator[BinaryIO]:
     """A file to be filled by the body; it gets its name when the body has ended, and the body did not fail.
 
     In a folder that is itself unfinished (see `new_folder`) it has its name from the start.
@@ -167,6 +172,7 @@ def writing(path: Path, *, inside: Path | None = None, needed: int = 0) -> Itera
         path: of the file. What has this name stays until the new one is complete. The folder must exist.
         inside: an existing folder above `path`: none on the way may be a link, and missing ones are made.
         needed: bytes that will be written, for the message about a full disk.
+        lasting: wait until it is on the disk. False for many small files that can be made again.
 
     Raises:
         FileError: the disk is full, a folder is a link, ...
@@ -183,8 +189,9 @@ def writing(path: Path, *, inside: Path | None = None, needed: int = 0) -> Itera
             try:
                 yield file
                 file.flush()
-                with explain_write_error(path.parent, needed):
-                    os.fsync(descriptor)
+                if lasting:
+                    with explain_write_error(path.parent, needed):
+                        os.fsync(descriptor)
             finally:
                 with contextlib.suppress(OSError):  # of a flush after an error
                     file.close()
@@ -195,14 +202,14 @@ def writing(path: Path, *, inside: Path | None = None, needed: int = 0) -> Itera
             with contextlib.suppress(OSError):
                 folder.remove(name)
             raise
-        if not at_once:
+        if lasting and not at_once:
             with explain_write_error(path.parent, needed):
                 folder.sync()
 
 
-def write_bytes(path: Path, data: bytes, *, inside: Path | None = None) -> None:
+def write_bytes(path: Path, data: bytes, *, inside: Path | None = None, lasting: bool = True) -> None:
     """Write a file, whole or not at all; arguments and errors as `writing`."""
-    with writing(path, inside=inside, needed=len(data)) as file:
+    with writing(path, inside=inside, needed=len(data), lasting=lasting) as file:
         file.write(data)
 
 
@@ -241,9 +248,12 @@ def write_tensors(
     """
     import safetensors.torch
 
-    # Copies on the CPU: safetensors refuses views and tensors that share memory.
-    owned = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, safetensors.torch.save(owned, metadata), inside=inside)
+    write_bytes(path, safetensors.torch.save(owned_tensors(tensors), metadata), inside=inside)
+
+
+def owned_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of each on the CPU: safetensors refuses views and tensors that share memory."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def open_append(path: Path, *, inside: Path | None = None) -> TextIO:
@@ -332,14 +342,18 @@ def make_folder(path: Path, *, inside: Path | None = None) -> None:
         _Folder(path, inside, make=True).close()
 
 
-def refuse_link(path: Path) -> None:
-    """Check that a folder of ours that exists is one.
+def refuse_link(path: Path, *, inside: Path | None = None) -> None:
+    """Check that a folder of ours is one, if it exists.
+
+    Args:
+        path: of the folder.
+        inside: see `writing`.
 
     Raises:
-        FileError: it is a link, or no folder.
+        FileError: it, or one between `inside` and it, is a link or no folder; or it lies outside of `inside`.
     """
     with explain_write_error(path, 0), contextlib.suppress(FileNotFoundError):
-        _Folder(path).close()
+        _Folder(path, inside).close()
 
 
 @contextlib.contextmanager
@@ -451,8 +465,9 @@ class _Folder:
 
     def __init__(self, path: Path, inside: Path | None = None, make: bool = False) -> None:
         root = path if inside is None else inside
-        parts = path.relative_to(root).parts
-        assert ".." not in parts, path
+        parts = path.parts[len(root.parts) :]
+        if path.parts[: len(root.parts)] != root.parts or ".." in parts:
+            raise _refusal(path, "outside of its folder")
         self._path, self._descriptor = root, None
         self._descriptor = self._enter(root)
         try:

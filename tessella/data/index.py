@@ -13,15 +13,12 @@ per machine. Every image has an id that depends on its key alone: it stays when 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import secrets
-import shutil
 import stat
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -34,11 +31,26 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tessella.data.decode import MAX_BYTES, Unreadable, probe, probe_with
+from tessella.files import (
+    exclusive,
+    make_folder,
+    new_folder,
+    open_regular,
+    read_json,
+    read_text,
+    remove,
+    remove_unfinished,
+    write_json,
+    write_text,
+    writing,
+)
 
 _FORMAT = 1  # of the cached files; another number is another cache
 _CHUNK = 64  # headers per task of the pool
 _THREADS = min(32, 4 * (os.cpu_count() or 1))  # reading headers is mostly waiting
 _SAMPLED_FILES = 4096  # so many files vouch for the contents of a folder
+_LONGEST_NAME = 256  # bytes
+_META_BYTES = 4 << 30  # bytes of meta.json, which names every unreadable image
 _ABANDONED_SECONDS = 86_400.0  # a build that is older was killed
 
 Evidence = tuple[str, int, int]  # path, bytes (-1 for a folder), time of last change in ns
@@ -181,17 +193,6 @@ def sample(paths: Sequence[str]) -> list[Evidence]:
     """
     step = -(-len(paths) // _SAMPLED_FILES) or 1
     return [evidence for path in paths[::step] if (evidence := evidence_of(path))]
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock. Where locks do not work, two processes do the same work, which is harmless."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / "lock", "a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager
@@ -351,60 +352,42 @@ def _measure_one(listing: Listing, position: int) -> tuple[int, int, int] | str:
 
 def _save(folder: Path, columns: dict[str, NDArray[Any]], meta: dict[str, Any]) -> None:
     """Write a whole index beside the old one, then point `current` at it: readers never see half of one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(8)
-    temporary, final, pointer = (
-        folder / f"temp-{token}",
-        folder / f"built-{token}",
-        folder / f"temp-{token}.txt",
-    )
-    try:
-        temporary.mkdir()
+    make_folder(folder)
+    final = folder / f"built-{secrets.token_hex(8)}"
+    with new_folder(final) as temporary:
         write_columns(temporary, columns)
-        (temporary / "meta.json").write_text(json.dumps(meta | {"columns": list(columns)}))
-        temporary.rename(final)
-        pointer.write_text(final.name)
-        pointer.replace(folder / "current")
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-        pointer.unlink(missing_ok=True)
-        raise
+        write_json(temporary / "meta.json", meta | {"columns": list(columns)}, indent=None)
+    write_text(folder / "current", final.name)
     _sweep(folder, keep=final.name)
 
 
 def write_columns(folder: Path, columns: dict[str, NDArray[Any]]) -> None:
     """Write each column as NAME.npy, down to the disk."""
     for name, column in columns.items():
-        with open(folder / f"{name}.npy", "wb") as file:
+        with writing(folder / f"{name}.npy", needed=column.nbytes) as file:
             np.save(file, column, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _sweep(folder: Path, keep: str) -> None:
     """Remove superseded indexes (who has one mapped keeps it) and what killed builds left behind."""
-    for entry in folder.iterdir():
-        superseded = entry.name.startswith("built-") and entry.name != keep
-        with contextlib.suppress(OSError):
-            if entry.name.startswith("temp-"):
-                superseded = time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS
-            if superseded and entry.is_dir():
-                shutil.rmtree(entry)
-            elif superseded:
-                entry.unlink()
+    remove_unfinished(folder, older_than=_ABANDONED_SECONDS)
+    for entry in folder.glob("built-*"):
+        if entry.name != keep:
+            remove(entry)
 
 
 def _load(folder: Path, files: Sequence[str]) -> Index | None:
     """The cached index, or None if there is none, it is damaged, or the data have changed since."""
     try:
-        built = folder / (folder / "current").read_text()
-        meta = json.loads((built / "meta.json").read_text())
+        built = folder / read_text(folder / "current", _LONGEST_NAME)
+        meta = read_json(built / "meta.json", _META_BYTES)
         known = meta["files"] + meta["watched"]
         if [path for path, _, _ in meta["files"]] != list(files) or any(
             evidence_of(entry[0]) != tuple(entry) for entry in known
         ):
             return None
+        for name in meta["columns"]:
+            open_regular(built / f"{name}.npy").close()  # numpy would wait for a pipe
         columns = {name: np.load(built / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in meta["columns"]}
         return Index(columns, meta) if _fit_together(columns) else None
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, RecursionError):

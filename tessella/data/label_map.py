@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
 
+from tessella import files
 from tessella.errors import UserError
+from tessella.files import FileError
 
 _CIFAR_RECORD = 2 + 3 * 32 * 32  # bytes: coarse label, fine label, pixels
 _CIFAR_FILES = ("train.bin", "test.bin")
+_CIFAR_BYTES = 1 << 30
 _TABLE_BYTES = 64 << 20
 
 
@@ -27,17 +31,15 @@ def read_label_map(path: Path) -> dict[str, str]:
     """
     try:
         return _of_cifar100(path) if path.is_dir() else _of_table(path)
-    except OSError as error:
+    except FileError as error:
         raise UserError(f"the label map {path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
         raise UserError(f"the label map {path} is no list of classes: {error}") from None
 
 
 def _of_table(path: Path) -> dict[str, str]:
-    if path.stat().st_size > _TABLE_BYTES:
-        raise UserError(f"the label map {path} has more than {_TABLE_BYTES:,} bytes: give one line for each class")
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(map(str.strip, row))]
+    text = io.StringIO(files.read_text(path, _TABLE_BYTES, errors="surrogateescape"), newline="")
+    rows = [[cell.strip() for cell in row] for row in csv.reader(text) if any(map(str.strip, row))]
     if rows and [cell.lower() for cell in rows[0]] == ["class", "superclass"]:
         del rows[0]
     mapping: dict[str, str] = {}
@@ -53,13 +55,14 @@ def _of_table(path: Path) -> dict[str, str]:
 
 def _of_cifar100(folder: Path) -> dict[str, str]:
     fine, coarse = (
-        [line.strip() for line in (folder / f"{kind}_label_names.txt").read_text().splitlines() if line.strip()]
-        for kind in ("fine", "coarse")
+        [line.strip() for line in files.read_text(folder / name, _TABLE_BYTES).splitlines() if line.strip()]
+        for name in ("fine_label_names.txt", "coarse_label_names.txt")
     )
     data = next((folder / name for name in _CIFAR_FILES if (folder / name).is_file()), folder / _CIFAR_FILES[0])
-    if data.stat().st_size % _CIFAR_RECORD:
+    content = files.read_bytes(data, _CIFAR_BYTES)
+    if len(content) % _CIFAR_RECORD:
         raise UserError(f"{data} is no file of CIFAR-100's binary version, or not whole: fetch it again")
-    pairs = np.unique(np.memmap(data, np.uint8, "r").reshape(-1, _CIFAR_RECORD)[:, :2], axis=0)
+    pairs = np.unique(np.frombuffer(content, np.uint8).reshape(-1, _CIFAR_RECORD)[:, :2], axis=0)
     if len(np.unique(pairs[:, 1])) != len(pairs) or pairs[:, 1].max() >= len(fine) or pairs[:, 0].max() >= len(coarse):
         raise UserError(f"{data} and the names beside it contradict each other: fetch the data set again")
     return {fine[small]: coarse[large] for large, small in pairs.tolist()}

@@ -10,11 +10,7 @@ missing, and a pack that was made in two runs equals one that was made in one.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import shutil
 import tarfile
 from contextlib import closing
 from functools import partial
@@ -26,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tessella import files
 from tessella.data.decode import Unreadable, decode
 from tessella.data.index import columns_of, fingerprint_of, progress_bar, write_columns
 from tessella.data.loader import run_ahead
@@ -33,6 +30,7 @@ from tessella.data.sources.images import ImageSet
 from tessella.data.sources.packs import COLUMNS, DESCRIPTION, FORMAT, PACKING, read_description
 from tessella.data.transform import resize_pixels
 from tessella.errors import UserError
+from tessella.files import FileError
 from tessella.ranges import JpegQuality, PackedSide, checked
 
 try:
@@ -45,7 +43,7 @@ IMAGES_PER_SHARD = 8192
 _IMAGES_PER_TASK = 8
 _JPEG_SIDE = 65_500  # pixels; longer sides do not fit the format
 _HEADER = 512  # bytes before a member of a tar
-_HASHED = 2**22  # bytes at a time
+_LIST_LIMIT = 1 << 30  # bytes of a shard's list
 _MEASURED_EVERY = 64  # rows between those whose loss is measured
 
 
@@ -106,7 +104,7 @@ def _verified(out: Path, asked: dict[str, Any]) -> Packed:
     total = sum(shard["bytes"] for shard in description["shards"])
     with progress_bar(f"verifying {out.name}", total, "bytes") as advance:
         for shard in description["shards"]:
-            if _sha256(out / shard["file"]) != shard["sha256"]:
+            if files.sha256(out / shard["file"]) != shard["sha256"]:
                 raise UserError(f"{out / shard['file']} is damaged: delete {out} and pack the images anew")
             advance(shard["bytes"])
     found = {name: description[name] for name in Packed._fields if name in description}
@@ -114,15 +112,15 @@ def _verified(out: Path, asked: dict[str, Any]) -> Packed:
 
 
 def _write(images: ImageSet, out: Path, asked: dict[str, Any], workers: int) -> Packed:
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     begun = out / PACKING
     if begun.exists():
         _check_same(out, _read_json(begun), asked)
     elif any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out")
     else:
-        _write_json(begun, asked)
-    _sweep(out)
+        files.write_json(begun, asked)
+    files.remove_unfinished(out)
     parts = range(0, len(images), IMAGES_PER_SHARD)
     with progress_bar(f"packing {len(images):,} images", len(images)) as advance:
         for number, first in enumerate(parts):
@@ -139,7 +137,6 @@ def _write_shard(
 ) -> None:
     """One tar and, when it is whole, its list of members."""
     file, table, unreadable = out / _shard(number), [], []
-    temporary = file.with_name(f"temp-{file.name}")
     one = partial(encode_for_pack, images, short_side=asked["short_side"], quality=asked["quality"])
 
     def work() -> Any:
@@ -149,24 +146,24 @@ def _write_shard(
             yield (chunk, found), [partial(_fill, one, chunk, found)]
 
     # Twice as many as threads and some are in work at a time, never a shard: memory does not grow with it.
-    with open(temporary, "wb") as target, closing(run_ahead(work(), workers)) as done:
-        with tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for chunk, found in done:
-                for row, image in zip(chunk, found, strict=True):
-                    if isinstance(image, str):
-                        unreadable.append([images.key(row), image])
-                        continue
-                    member = tarfile.TarInfo(f"{row:012d}.jpg")
-                    member.size = len(image.encoded)
-                    offset = tar.offset + _HEADER
-                    tar.addfile(member, BytesIO(image.encoded))
-                    table.append([row, offset, *(len(image.encoded), *image[1:])])
-                advance(len(chunk))
-        target.flush()
-        os.fsync(target.fileno())
-    about = {"file": file.name, "bytes": temporary.stat().st_size, "sha256": _sha256(temporary), "images": len(table)}
-    temporary.replace(file)
-    _write_json(_list_of(out, number), about | {"members": table, "unreadable": unreadable})
+    with (
+        files.writing(file) as target,
+        closing(run_ahead(work(), workers)) as done,
+        tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for chunk, found in done:
+            for row, image in zip(chunk, found, strict=True):
+                if isinstance(image, str):
+                    unreadable.append([images.key(row), image])
+                    continue
+                member = tarfile.TarInfo(f"{row:012d}.jpg")
+                member.size = len(image.encoded)
+                offset = tar.offset + _HEADER
+                tar.addfile(member, BytesIO(image.encoded))
+                table.append([row, offset, *(len(image.encoded), *image[1:])])
+            advance(len(chunk))
+    about = {"file": file.name, "bytes": file.stat().st_size, "sha256": files.sha256(file), "images": len(table)}
+    files.write_json(_list_of(out, number), about | {"members": table, "unreadable": unreadable})
 
 
 def _fill(one: Any, rows: list[int], found: list[_One | str]) -> None:
@@ -235,7 +232,8 @@ def _finish(images: ImageSet, out: Path, asked: dict[str, Any], shards: int) -> 
     )
     columns["source_archive"] = np.repeat(np.arange(shards), [one["images"] for one in lists])
     columns["source_offset"] = offsets
-    _write_index(out, columns)
+    with files.new_folder(out / COLUMNS) as folder:
+        write_columns(folder, columns)
     rest = [member[5:] for one in lists for member in one["members"]]
     losses = [psnr for _, _, psnr in rest if psnr is not None]
     unreadable = sorted([list(entry) for entry in images.unreadable] + [e for one in lists for e in one["unreadable"]])
@@ -253,23 +251,14 @@ def _finish(images: ImageSet, out: Path, asked: dict[str, Any], shards: int) -> 
     description["shards"] = [{name: one[name] for name in ("file", "bytes", "sha256", "images")} for one in lists]
     del description["written"]
     for shard in description["shards"]:  # what lies on the disk, not what was meant to be written
-        if _sha256(out / shard["file"]) != shard["sha256"]:
-            (out / shard["file"]).unlink()
+        if files.sha256(out / shard["file"]) != shard["sha256"]:
+            files.remove(out / shard["file"])
             raise UserError(f"{out / shard['file']} was not stored as it was written: check the disk, then pack again")
-    _write_json(out / DESCRIPTION, description)
-    (out / PACKING).unlink()
+    files.write_json(out / DESCRIPTION, description)
+    files.remove(out / PACKING)
     for number in range(shards):
-        _list_of(out, number).unlink()
+        files.remove(_list_of(out, number))
     return packed
-
-
-def _write_index(out: Path, columns: dict[str, NDArray[Any]]) -> None:
-    folder, temporary = out / COLUMNS, out / f"temp-{COLUMNS}"
-    temporary.mkdir()
-    write_columns(temporary, columns)
-    if folder.exists():  # from a run that was killed between this line and the description
-        shutil.rmtree(folder)
-    temporary.rename(folder)
 
 
 def _check_same(out: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -278,15 +267,6 @@ def _check_same(out: Path, found: dict[str, Any], asked: dict[str, Any]) -> None
         words = {"source": "other images"}
         told = ", ".join(words.get(name, f"{name} {found.get(name)} instead of {asked[name]}") for name in other)
         raise UserError(f"{out} is a pack with {told}: choose another --out, or delete it")
-
-
-def _sweep(out: Path) -> None:
-    """Remove what a killed run left half done."""
-    for entry in out.glob("temp-*"):
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def _is_whole(out: Path, number: int) -> bool:
@@ -305,28 +285,11 @@ def _list_of(out: Path, number: int) -> Path:
     return out / f"shard-{number:05d}.json"
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(_HASHED):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        content = files.read_json(path, _LIST_LIMIT)
+    except FileError:
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: delete {path.parent} and pack the images anew")
     return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f"temp-{path.name}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tessella import dist
+from tessella import dist, files
 from tessella.data.sources import ImageSet, open_images
 from tessella.engine.launch import cores_at_hand, join_ranks
 from tessella.errors import UserError
 from tessella.protocols.features import Features, extract
-from tessella.run.checkpoints import write_text_atomic
 from tessella.run.config import to_dict
 from tessella.text import printable
 from tessella.weights.resolve import Loaded, resolve_backbone, weights_sha256
@@ -56,9 +52,10 @@ def embed(
     Raises:
         UserError: the input cannot be used, or a file is in the way.
     """
+    out = out.parent.resolve() / out.name  # the folders above are the user's own, and may be links
     on = join_ranks(device)
     with dist.shared_errors():
-        files = _files(out, labels)
+        paths = _paths(out, labels)
         loaded = resolve_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
         images = open_images(data, labels=labels) if isinstance(data, str) else data
     features = extract(
@@ -71,36 +68,33 @@ def embed(
     )
     with dist.shared_errors():
         if dist.rank() == 0 and out.suffix == ".npy":
-            _write_npy(files, features, images)
+            _write_npy(paths, features, images)
         elif dist.rank() == 0:
             _write_parquet(out, features, images, labels, _origin(loaded, images))
     return features
 
 
-def _files(out: Path, labels: bool) -> list[Path]:
+def _paths(out: Path, labels: bool) -> list[Path]:
     """What will be written, the main file last; refuses early what cannot be written."""
     if out.suffix not in (".npy", ".parquet"):
         raise UserError(f"{out} ends neither in .npy nor in .parquet: name the format by the ending")
     if out.suffix == ".npy" and labels:
         raise UserError("a .npy file has no place for labels: write .parquet instead, or leave the labels out")
-    files = [out.with_suffix(".keys.txt"), out.with_suffix(".ids.npy"), out] if out.suffix == ".npy" else [out]
-    for file in files:
+    paths = [out.with_suffix(".keys.txt"), out.with_suffix(".ids.npy"), out] if out.suffix == ".npy" else [out]
+    for file in paths:
         if file.exists():
             raise UserError(f"{file} exists already: choose another --out or remove it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out.parent}: {error.strerror}; choose another --out") from None
-    return files
+    files.make_folder(out.parent)
+    return paths
 
 
-def _write_npy(files: list[Path], features: Features, images: ImageSet) -> None:
-    keys, ids, out = files
+def _write_npy(paths: list[Path], features: Features, images: ImageSet) -> None:
+    keys, ids, out = paths
     names = [images.key(int(row)) for row in features.rows]
     escaped = (printable(name.replace("\\", "\\\\")) for name in names)
-    write_text_atomic(keys, "".join(f"{name}\n" for name in escaped))
+    files.write_text(keys, "".join(f"{name}\n" for name in escaped))
     for path, array in ((ids, np.asarray(images.ids)[features.rows]), (out, features.x.numpy())):
-        with _whole_or_not(path) as temporary, temporary.open("wb") as file:
+        with files.writing(path, needed=array.nbytes) as file:
             np.save(file, array, allow_pickle=False)
 
 
@@ -117,7 +111,12 @@ def _write_parquet(out: Path, features: Features, images: ImageSet, labels: bool
     schema = pa.schema([f for f in fields if f[0] != "label" or labels])
     schema = schema.with_metadata({"tessella": json.dumps(origin)})
     dim = features.x.shape[1]
-    with _whole_or_not(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    needed = 4 * features.x.numel()
+    with (
+        files.explain_write_error(out.parent, needed),
+        files.writing(out, needed=needed) as file,
+        pq.ParquetWriter(file, schema) as writer,
+    ):
         for start in range(0, len(features.x), _ROW_GROUP):
             x, rows = (
                 features.x[start : start + _ROW_GROUP].numpy(),
@@ -151,18 +150,3 @@ def _origin(loaded: Loaded, images: ImageSet) -> dict[str, Any]:
         "data": images.name,
         "fingerprint": images.fingerprint,
     }
-
-
-@contextmanager
-def _whole_or_not(path: Path) -> Iterator[Path]:
-    """A temporary file in the same folder that takes the final name once it is complete and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tessella import dist
+from tessella import dist, files
 from tessella.data.sources import ImageSet
 from tessella.engine.launch import cores_at_hand, join_ranks
 from tessella.engine.watch import Watch
@@ -220,7 +220,7 @@ class _Judging:
             _say(f"{task.name} of {other.loaded.name}")
             start = time.perf_counter()
             place = record.get("predictions")
-            data.predictions = self.records.out / place / _FOLDERS[part] if self.records.out and place else None
+            data.predictions = self.records.folder(f"{place}/{_FOLDERS[part]}") if place else None
             scores = finite(task.protocol.function(other.loaded.backbone, data, task.config))
             found = dist.broadcast_object({"scores": scores, "seconds": round(time.perf_counter() - start, 3)})
         record[part] = found | own | {"name": other.loaded.name}
@@ -317,7 +317,11 @@ def _answer(
         predictions: folder below it for what is predicted.
     """
     start = time.perf_counter()
-    data.predictions = None if out is None or predictions is None else out / predictions
+    if out is not None and predictions is not None:
+        files.refuse_link(out / predictions, inside=out)
+        data.predictions = out / predictions
+    else:
+        data.predictions = None
     scores = finite(task.protocol.function(judged.loaded.backbone, data, task.config))
     facts = {
         "changed": task.changed,

@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from tessella import files
 from tessella.data.boxes.layouts import AnnotatedImages, holds_annotations
 from tessella.data.masks.layouts import MaskedImages, open_masks
 from tessella.errors import UserError
+from tessella.files import FileError
 from tessella.protocols import (
     ALL,
     KINDS,
@@ -40,6 +42,7 @@ from tessella.run.config import from_dict, to_dict
 from tessella.text import plain_yaml, printable
 
 DEFAULT = ("knn", "linear", "fewlabels", "clustering")  # without a data file, where nothing is asked for
+_FILE_LIMIT = 4 << 20  # bytes
 _DATA_FIELDS = ("train", "test", "label_map")
 _KNOWN_BY = {  # kind -> what the data must say
     "classes": "the class of each image: one folder per class, or a list with labels",
@@ -138,8 +141,8 @@ def read_data_file(path: Path) -> DataFile:
         UserError: the file cannot be read, or says what no evaluation knows.
     """
     try:
-        content = plain_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        content = plain_yaml(files.read_text(path, _FILE_LIMIT))
+    except FileError as error:
         raise UserError(f"the data file {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"the data file {path} is not YAML: {' '.join(str(error).split())[:300]}") from None

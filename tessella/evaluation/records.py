@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Iterator
@@ -9,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from tessella import dist
+from tessella import dist, files
 from tessella.errors import UserError
-from tessella.run.checkpoints import write_json_atomic
+from tessella.files import FileError
 from tessella.run.lock import only_writer
 
 Record = dict[str, Any]
@@ -19,6 +20,7 @@ Record = dict[str, Any]
 NAME = "evaluation.json"
 LOCK = "evaluation.lock"  # the process that writes here now
 PARTS = ("baseline", "supervised")  # other backbones that answered a record's question
+_LIMIT = 1 << 30  # bytes of the file
 _ASKED = ("protocol", "version", "settings", "network", "weights", "transform", "seed", "label_map")
 
 
@@ -83,7 +85,7 @@ class RecordFile:
         """Write the file on rank 0, whole or not at all."""
         with dist.shared_errors():
             if self.out is not None and dist.rank() == 0:
-                write_json_atomic(self.out / NAME, self.records)
+                files.write_json(self.out / NAME, self.records)
 
     def predictions(self, record: Record) -> str | None:
         """Folder below `out` for what is predicted: named like the record, and no other record's."""
@@ -92,6 +94,17 @@ class RecordFile:
         taken = {other.get("predictions") for other in self.records if identity(other) != identity(record)}
         names = (f"predictions/{record['protocol']}" + (f"-{i}" if i > 1 else "") for i in range(1, len(taken) + 2))
         return next(name for name in names if name not in taken)
+
+    def folder(self, place: str) -> Path | None:
+        """The folder that a record names; the record may come from somebody else.
+
+        Raises:
+            UserError: it leads out of `out`, or a folder on the way is a link.
+        """
+        if self.out is None:
+            return None
+        files.refuse_link(self.out / place, inside=self.out)
+        return self.out / place
 
     def _answers(self) -> Iterator[tuple[str, Record]]:
         for record in self.records:
@@ -115,11 +128,11 @@ def read_records(out: Path) -> list[Record]:
     """
     path = out / NAME
     try:
-        records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    except OSError as error:
-        raise _unusable(out, error) from None
-    except (ValueError, RecursionError):
-        records = None
+        records = files.read_json(path, _LIMIT)
+    except FileError as error:
+        if error.errno not in (None, errno.ENOENT):
+            raise _unusable(out, error) from None
+        records = [] if error.errno == errno.ENOENT else None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{path} is not a list of records of an evaluation: move it away or choose another --out")
     return records
@@ -127,7 +140,7 @@ def read_records(out: Path) -> list[Record]:
 
 def _make(out: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        files.make_folder(out)
     except OSError as error:
         raise _unusable(out, error) from None
 

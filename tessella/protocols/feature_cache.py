@@ -13,9 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
-import time
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tessella import files
+
 _FORMAT = 1  # of the files; another number is another key
 _LIMIT = 32 << 30  # bytes of the whole folder: ImageNet's features by a ResNet-50 take 11
 _SHARE_OF_FREE = 0.5  # of the disk's free space that one entry may take
+_ABOUT_LIMIT = 1 << 30  # bytes of about.json, which names every unreadable image
 _ABANDONED_SECONDS = 86_400.0  # a half-written entry that is older was killed
 
 
@@ -63,13 +64,16 @@ def load(folder: Path, key: str, *, verify: bool = True) -> Stored | None:
     """
     entry = folder / key
     try:
-        about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
-        if verify and any(_sha256(entry / name) != about["sha256"][name] for name in ("x.npy", "rows.npy")):
+        files.refuse_link(entry)
+        about = files.read_json(entry / "about.json", _ABOUT_LIMIT)
+        for name in ("x.npy", "rows.npy"):
+            files.open_regular(entry / name).close()  # numpy would wait for a pipe
+        if verify and any(files.sha256(entry / name) != about["sha256"][name] for name in ("x.npy", "rows.npy")):
             return None
         # Copy on write: torch refuses arrays that it may not write to.
         x = np.load(entry / "x.npy", mmap_mode="c", allow_pickle=False)
         rows = np.load(entry / "rows.npy", allow_pickle=False)
-        os.utime(entry / "about.json")
+        os.utime(entry)  # used now
         if x.dtype != np.float32 or x.ndim != 2 or rows.shape != x.shape[:1]:
             return None
         return Stored(torch.from_numpy(x), rows, dict(about["skipped"]))
@@ -79,25 +83,18 @@ def load(folder: Path, key: str, *, verify: bool = True) -> Stored | None:
 
 def save(folder: Path, key: str, stored: Stored) -> None:
     """Write an entry whole or not at all, in place of an older one; a full disk costs the entry, not the evaluation."""
-    temporary = folder / f"temp-{secrets.token_hex(8)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         if not _make_room(folder, stored.x.numel() * 4 + stored.rows.nbytes):
             return
-        temporary.mkdir()
-        digests = {}
-        for name, array in (("x.npy", stored.x.numpy()), ("rows.npy", stored.rows)):
-            with (temporary / name).open("wb") as file:
-                np.save(file, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            digests[name] = _sha256(temporary / name)
-        about = {"sha256": digests, "skipped": stored.skipped}
-        (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        _discard(folder / key)
-        temporary.rename(folder / key)
+        with files.new_folder(folder / key) as temporary:
+            digests = {}
+            for name, array in (("x.npy", stored.x.numpy()), ("rows.npy", stored.rows)):
+                with files.writing(temporary / name, needed=array.nbytes) as file:
+                    np.save(file, array, allow_pickle=False)
+                digests[name] = files.sha256(temporary / name)
+            files.write_json(temporary / "about.json", {"sha256": digests, "skipped": stored.skipped}, indent=None)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if not (folder / key).exists():  # else another process was faster
             warnings.warn(
                 f"features cannot be kept in {folder} ({error.strerror}), so they are extracted anew each time: set "
@@ -109,32 +106,17 @@ def save(folder: Path, key: str, stored: Stored) -> None:
 def _make_room(folder: Path, needed: int) -> bool:
     """Whether an entry of so many bytes may be written, after the longest unused ones have gone for it."""
     entries = []
+    files.remove_unfinished(folder, older_than=_ABANDONED_SECONDS)
     for path in folder.iterdir():
         with contextlib.suppress(OSError):  # another process may have removed it
-            about = path / "about.json"
-            used = (about if about.exists() else path).stat().st_mtime
-            if path.name.startswith("temp-"):
-                if time.time() - used > _ABANDONED_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
+            if files.is_unfinished(path):
                 continue
-            entries.append((used, sum(file.stat().st_size for file in path.iterdir()), path))
+            entries.append((path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir()), path))
     total = sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):
         if total + needed <= _LIMIT:
             break
-        _discard(path)
+        with contextlib.suppress(OSError):
+            files.remove(path)
         total -= size
     return needed <= _LIMIT and needed <= _SHARE_OF_FREE * shutil.disk_usage(folder).free
-
-
-def _discard(entry: Path) -> None:
-    """Take an entry away at once: nobody may find a part of it."""
-    with contextlib.suppress(OSError):
-        gone = entry.with_name(f"temp-{secrets.token_hex(8)}")
-        entry.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

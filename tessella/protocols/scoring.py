@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessella import dist
+from tessella import dist, files
 from tessella.data.sources import ImageSet
-from tessella.errors import UserError
 from tessella.ops.metrics import per_class_accuracy, topk_correct, wilson_interval
 from tessella.protocols.features import EvalData
 from tessella.text import cell
@@ -108,24 +106,15 @@ def save_predictions(
 def _write_predictions(
     folder: Path, name: str, images: ImageSet, rows: NDArray[np.int64], columns: Mapping[str, Iterable[Any]]
 ) -> None:
-    path = folder / f"{name}.csv"
-    temporary = folder / f".{name}.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.writer(file)
-            writer.writerow(["key", *columns])
-            keys = (images.key(int(row)) for row in rows)
-            for line in zip(keys, *columns.values(), strict=True):
-                writer.writerow([cell(value) if isinstance(value, str) else value for value in line])
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another folder for the predictions") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    files.make_folder(folder)
+    with files.writing(folder / f"{name}.csv") as file:
+        text = io.TextIOWrapper(file, newline="", encoding="utf-8", errors="backslashreplace")
+        writer = csv.writer(text)
+        writer.writerow(["key", *columns])
+        keys = (images.key(int(row)) for row in rows)
+        for line in zip(keys, *columns.values(), strict=True):
+            writer.writerow([cell(value) if isinstance(value, str) else value for value in line])
+        text.detach()
 
 
 def _names(numbers: Tensor, classes: Sequence[str]) -> list[str]:

@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tessella import files
 from tessella.data.sources import ImageSet
 from tessella.errors import UserError
+from tessella.files import FileError
 from tessella.ops.philox import permutation, stream_key
 
 _LIST_BYTES = 256 << 20  # of a list file; ImageNet's 10 % are 3 MB
@@ -94,11 +96,9 @@ def listed_rows(images: ImageSet, path: Path) -> Tensor:
         UserError: the list cannot be read, is empty, or names an image that is not there or not the only one.
     """
     try:
-        if path.stat().st_size > _LIST_BYTES:
-            raise UserError(f"{path} has more than {_LIST_BYTES:,} bytes: a list holds one file name per line")
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise UserError(f"the list {path} cannot be read: {error.strerror}") from None
+        lines = files.read_text(path, _LIST_BYTES, errors="surrogateescape").splitlines()
+    except FileError as error:
+        raise UserError(f"the list {path} cannot be read: {error.strerror}; it holds one file name per line") from None
     wanted = [line.strip().removeprefix("./") for line in lines if line.strip()]
     if not wanted:
         raise UserError(f"the list {path} is empty: it should hold one file name per line")

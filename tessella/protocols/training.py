@@ -11,22 +11,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.distributed as torch_dist
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tessella import dist
+from tessella import dist, files
 from tessella.data.loader import Loader
 from tessella.data.views import CropGroup, Photometry, ViewSpec
 from tessella.errors import UserError
@@ -183,6 +180,7 @@ class Snapshots:
             asked: anything that JSON can hold: all that the training depends on.
         """
         key = hashlib.sha256(json.dumps([_SNAPSHOT_FORMAT, asked], sort_keys=True).encode()).hexdigest()[:40]
+        self._root = folder or Path()
         self._folder = None if folder is None else folder / "training" / key
         self._saved_at = time.monotonic()
 
@@ -227,34 +225,30 @@ class Snapshots:
         """
         if self._folder is None or not self.due(last=last):
             return
-        tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+        tensors = dict(model.state_dict())
         for number, parameter in enumerate(_parameters(solver)):
             for key, value in solver.state[parameter].items():
                 if isinstance(value, Tensor):
-                    tensors[f"solver {number} {key}"] = value.detach().cpu().contiguous()
-        path = self._folder / f"{name}.safetensors"
-        temporary = path.with_suffix(f".{os.getpid()}")
+                    tensors[f"solver {number} {key}"] = value
         with contextlib.suppress(OSError, SafetensorError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(tensors, temporary, {"state": json.dumps(state)})
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())  # a name that is there after a power cut must mean the whole file
-            temporary.replace(path)
+            files.make_folder(self._root)
+            path = self._folder / f"{name}.safetensors"
+            files.write_tensors(path, tensors, {"state": json.dumps(state)}, inside=self._root)
             self._saved_at = time.monotonic()
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
     def drop(self) -> None:
         """The evaluation is complete: nothing of this is needed any more."""
         dist.barrier()  # no rank may still look for it
         if self._folder is not None and dist.rank() == 0:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                files.remove(self._folder, inside=self._root)
             with contextlib.suppress(OSError):  # other trainings may still be kept beside it
                 self._folder.parent.rmdir()
 
 
 def _read_snapshot(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     try:
+        files.open_regular(path).close()  # safetensors would wait for a pipe
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, json.loads((file.metadata() or {})["state"])

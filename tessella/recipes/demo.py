@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tessella import files
 from tessella.data.sources import open_images
 from tessella.engine.launch import cores_at_hand, pick_device
 from tessella.engine.pretrain import pretrain
@@ -26,7 +27,6 @@ from tessella.protocols.linear import FewLabelsConfig, LinearConfig
 from tessella.ranges import Repeats, checked
 from tessella.recipes import recipe
 from tessella.report.of_run import report
-from tessella.run.checkpoints import write_json_atomic
 from tessella.run.config import Device
 from tessella.weights.resolve import Loaded, random_twin, resolve_backbone
 
@@ -91,7 +91,7 @@ def demo(out: Path, *, seeds: Repeats = 3, device: Device = "auto") -> Path:
             pixels = Loaded(Pixels(transform.size), config.backbone, transform, None, "raw pixels")
             records += score(pixels, data, _PROTOCOLS, seed)
         records += score(random_twin(loaded, seed), data, _PROTOCOLS, seed) + score(loaded, data, _PROTOCOLS, seed)
-    write_json_atomic(out / "evaluation.json", records)
+    files.write_json(out / "evaluation.json", records)
     print_table(records)
     page = report(out, device=device)
     print(f"\nReport: {page}\nNext:   tessella scan IMAGES, then tessella pretrain swav_cpu --data IMAGES --out RUN")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tessella import files
 from tessella.errors import UserError
 from tessella.evaluation.records import NAME, read_records
 from tessella.report.evaluation import (
@@ -26,7 +27,7 @@ from tessella.report.evaluation import (
     question_of,
 )
 from tessella.report.figures import Value, columns, label, values_over_seeds
-from tessella.report.page import literal, render, short, write_text
+from tessella.report.page import literal, render, short
 
 _PAGES = (".md", ".html")
 
@@ -88,7 +89,7 @@ def compare(folders: Sequence[Path], out: Path | None = None) -> Comparison:
         print(literal(remark))
     if out is not None:
         text = _markdown(found) if out.suffix == ".md" else render("compare.html.j2", {"found": found})
-        write_text(out, text)
+        files.write_text(out.parent.resolve() / out.name, text)  # folders above may be links: they are the user's own
     return found
 
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tessella import files
 from tessella.evaluation.records import PARTS, read_records
 from tessella.report.figures import Value, chance, columns, label, values_over_seeds
-from tessella.report.page import literal, render, short, write_text
+from tessella.report.page import literal, render, short
 from tessella.report.published import METHODS, Reported, reported
 
 Record = Mapping[str, Any]
@@ -97,10 +98,10 @@ def write_pages(out: Path) -> list[Path]:
         UserError: there are no records, or the disk refuses.
     """
     tables = tables_of(read_records(out))
-    write_text(out / "evaluation.md", in_markdown(tables))
+    files.write_text(out / "evaluation.md", in_markdown(tables))
     names = dict.fromkeys(table.backbone for table in tables)
     title = ", ".join(names) if len(names) < 4 else f"{len(names)} backbones"
-    write_text(
+    files.write_text(
         out / "evaluation.html", render("evaluation.html.j2", {"title": title, "tables": tables, "methods": METHODS})
     )
     return [out / "evaluation.md", out / "evaluation.html"]

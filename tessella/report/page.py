@@ -1,15 +1,13 @@
-"""How every page is written: templates that escape all they show, and a file that is whole or not there."""
+"""How every page is made: templates that escape all they show."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from tessella.errors import UserError
 from tessella.text import printable
 
 
@@ -30,21 +28,6 @@ def render(template: str, content: dict[str, Any]) -> str:
     )
     environment.filters["short"] = short
     return environment.get_template(template).render(content)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all.
-
-    Raises:
-        UserError: the disk refuses.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.unlink(missing_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def literal(value: Any) -> Any:

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
+from tessella import files
 from tessella.data.decode import Unreadable
 from tessella.data.sources import ImageSet
 from tessella.data.views import CropGroup, ViewPlan, ViewSpec, draw
@@ -89,17 +90,17 @@ class Album:
 
     def __init__(self, folder: Path) -> None:
         if folder.is_symlink():  # in a stranger's run it may lead to pictures that are not ours to delete
-            folder.unlink()
-        folder.mkdir(exist_ok=True)
+            files.remove(folder)
+        files.make_folder(folder)
         for left_over in folder.glob("*.png"):  # of an earlier report, perhaps of other clusters
-            left_over.unlink()
+            files.remove(left_over)
         self.folder = folder
 
     def add(self, name: str, pixels: Pixels, text: str) -> Picture:
         """Save a picture as `name`.png. `text` says what it shows."""
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
-        (self.folder / f"{name}.png").write_bytes(buffer.getvalue())
+        files.write_bytes(self.folder / f"{name}.png", buffer.getvalue(), lasting=False)
         source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
         return Picture(source, pixels.shape[1], pixels.shape[0], text)
 

@@ -22,17 +22,20 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from tessella import files
 from tessella.data.sources import ImageSet
 from tessella.data.views import ViewSpec
 from tessella.errors import UserError
 from tessella.report.charts import Chart, bar_chart, line_chart
-from tessella.report.page import render, write_text
+from tessella.report.page import render
 from tessella.report.pictures import Album, Cluster, Example, Picture, show_clusters, show_views
 from tessella.report.scores import score_tables
 from tessella.run.lock import owner_of
 
 _METHODS = {"swav": "SwAV", "jigclu": "JigClu", "mejigclu": "MEJigClu", "smog": "SMoG", "coke": "CoKe"}
 _CLUSTER_FIELDS = ("prototypes", "groups", "centres")  # what methods call the number of their clusters
+_CONFIG_LIMIT = 4 << 20  # bytes of config.yaml
+_LIMIT = 2 << 30  # bytes of any other file
 _SHOWN_UNREADABLE = 500
 _MOST_SETTINGS = 500
 _DEEPEST_SETTING = 12
@@ -160,11 +163,8 @@ def write_report(
             f"{len(clusters)} cluster numbers for {len(images)} images: give one per image, in the order of the rows"
         )
     found = _read(run)
-    try:
-        page = render("run.html.j2", _content(found, images, spec, clusters))
-    except OSError as error:  # of its pictures
-        raise UserError(f"cannot write the report into {run}: {error.strerror or error}") from None
-    write_text(run / "report.html", page)
+    page = render("run.html.j2", _content(found, images, spec, clusters))
+    files.write_text(run / "report.html", page)
     return run / "report.html"
 
 
@@ -208,8 +208,8 @@ def _content(
 
 def _read(run: Path) -> _Run:
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        config = yaml.safe_load(files.read_text(run / "config.yaml", _CONFIG_LIMIT))
+    except (OSError, yaml.YAMLError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{run} is not a run folder: it has no readable config.yaml; give the --out of a run")
@@ -228,7 +228,7 @@ def _read(run: Path) -> _Run:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return files.read_text(path, _LIMIT, errors="replace")
     except OSError:
         return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import types
 import typing
@@ -13,7 +14,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 
+from tessella import files
 from tessella.errors import UserError
+from tessella.files import FileError
 from tessella.methods import METHODS, MethodConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
@@ -73,6 +76,7 @@ class RunConfig:
             )
 
 
+_LIMIT = 4 << 20  # bytes of config.yaml
 _SHOWN_CHARACTERS = 60  # of a value in a message; views take hundreds
 
 # What a resumed run may be given anew. Every field is in one class; `*` stands for the rest of a part.
@@ -270,14 +274,16 @@ def load_config(path: Path) -> RunConfig:
         UserError: the file is missing, is not YAML, or does not describe a run.
     """
     try:
-        value = plain_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = plain_yaml(files.read_text(path, _LIMIT))
+    except FileError as error:
+        if error.errno != errno.ENOENT:
+            raise
         if (path.parent / "import.json").exists():
             raise UserError(
                 f"{path.parent} holds imported weights, not a run: there is nothing to go on with. A new run starts "
                 f"from them with `tessella pretrain RECIPE --data DATA --out RUN --start-from {path.parent}`"
             ) from None
         raise UserError(f"{path.parent} is not a run folder: it has no {path.name}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:300]}") from None
     return from_dict(RunConfig, value, path.name)

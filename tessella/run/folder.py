@@ -14,7 +14,6 @@ RUN/lock                  the process that writes here now
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import sys
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessella import dist
+from tessella import dist, files
 from tessella.data.sources import ImageSet
 from tessella.errors import UserError
 from tessella.methods.method import Method, Progress
@@ -37,6 +36,7 @@ from tessella.ops import compiled
 from tessella.run import checkpoints as checkpoint_files
 from tessella.run import images_seen, lock
 from tessella.run.config import RunConfig, from_dict, load_config, refuse_changes, to_dict, to_yaml
+from tessella.run.log import TENSORBOARD
 from tessella.run.monitor import Monitor
 from tessella.text import printable
 
@@ -51,6 +51,7 @@ _KEPT = 2  # checkpoints
 _BEFORE_STEPS = {  # what a run's folder holds before its first step
     *(lock.NAME, "environment.json", "start.json", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"),
 }
+_LIMIT = 1 << 20  # bytes of environment.json
 
 Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # tensors and facts, as they were saved
 
@@ -66,7 +67,7 @@ class Start(NamedTuple):
     def write(self, run: Path) -> None:
         """Keep it in the run folder, if there was a source."""
         if self.source:
-            checkpoint_files.write_json_atomic(run / "start.json", self._asdict())
+            files.write_json(run / "start.json", self._asdict())
 
 
 class State(NamedTuple):
@@ -119,12 +120,11 @@ class RunFolder:
         if not enabled:
             yield
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from None
+        files.make_folder(self.path)
         with lock.only_writer(self.path):
-            checkpoint_files.remove_unfinished(self.path)
+            files.remove_unfinished(self.path)
+            for folder in (self.checkpoints, self.path / TENSORBOARD):
+                files.refuse_link(folder)
             yield
 
     def begin(self, config: RunConfig, start: Start) -> None:
@@ -134,12 +134,11 @@ class RunFolder:
             UserError: the folder holds something, or cannot be written.
         """
         self.refuse_taken()
-        with checkpoint_files.explain_write_error(self.path, 0):
-            self.checkpoints.mkdir(exist_ok=True)
-        self.metrics.unlink(missing_ok=True)
-        checkpoint_files.write_json_atomic(self.path / "environment.json", environment())
+        files.make_folder(self.checkpoints)
+        files.remove(self.metrics)
+        files.write_json(self.path / "environment.json", environment())
         start.write(self.path)
-        checkpoint_files.write_text_atomic(self.path / "config.yaml", to_yaml(config))
+        files.write_text(self.path / "config.yaml", to_yaml(config))
 
     def _has_begun(self) -> bool:
         return (self.path / "config.yaml").exists()
@@ -150,17 +149,16 @@ class RunFolder:
             return False
         if not self.path.is_dir():
             return True
-        found = {entry.name for entry in self.path.iterdir() if not checkpoint_files.is_unfinished(entry)}
+        found = {entry.name for entry in self.path.iterdir() if not files.is_unfinished(entry)}
         ours = lock.NAME in found or self._has_begun()
         return bool(found - _BEFORE_STEPS if ours else found) or any(self.checkpoints.glob("*")) or self._has_steps()
 
     def _has_steps(self) -> bool:
         """Whether a step stands in the log."""
-        try:
-            with self.metrics.open("rb") as log:
-                return any(b'"kind": "step"' in line for line in log)
-        except FileNotFoundError:
+        if not self.metrics.exists():
             return False
+        with files.open_regular(self.metrics) as log:
+            return any(b'"kind": "step"' in line for line in log)
 
     def go_on_as(self, saved: RunConfig, config: RunConfig, allowed: Collection[str]) -> None:
         """Compare the configuration with what the newest checkpoint was computed with; the same on every rank.
@@ -178,7 +176,7 @@ class RunFolder:
         if refuse_changes(before, config, allowed):
             self._config_changed = True
             if dist.rank() == 0:
-                checkpoint_files.write_text_atomic(self.path / "config.yaml", to_yaml(config))
+                files.write_text(self.path / "config.yaml", to_yaml(config))
 
     def save_is_due(self, minutes: float, epoch_is_over: bool) -> bool:
         """Whether enough time has passed since the last save. An epoch's end is a good moment, if that is not fresh."""
@@ -197,12 +195,12 @@ class RunFolder:
         kept = 2 if isinstance(state.optimizer, torch.optim.AdamW) else 1  # by the optimiser, for each value
         one = sum(t.nbytes for t in state.method.state_dict().values()) + kept * values
         there = len(list(self.checkpoints.glob("step-*")))
-        checkpoint_files.refuse_full_disk(self.path, max(1, _KEPT + 1 - there) * one)
+        files.refuse_full_disk(self.path, max(1, _KEPT + 1 - there) * one)
 
     def _warn_of_other_views(self) -> None:
         """Say so if compiled kernels make the views that torch made before, or the other way round."""
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            before = json.loads((self.path / "environment.json").read_text(encoding="utf-8")).get("views")
+            before = files.read_json(self.path / "environment.json", _LIMIT).get("views")
             if before in _MAKERS and before != compiled.in_words():
                 _warn(
                     f"views were made by {_MAKERS[before]} when the run began, now by {_MAKERS[compiled.in_words()]}: "
@@ -325,8 +323,9 @@ class RunFolder:
 
     def _sync_log(self) -> None:
         """A power cut must not take lines of the log from before a checkpoint; the run would not write them again."""
-        with contextlib.suppress(FileNotFoundError), self.metrics.open("rb") as log:
-            os.fsync(log.fileno())
+        if self.metrics.exists():
+            with files.open_regular(self.metrics) as log:
+                os.fsync(log.fileno())
 
     def write_backbone(self, method: Method) -> None:
         """The product of a complete run: the backbone alone.
@@ -334,12 +333,12 @@ class RunFolder:
         Raises:
             UserError: it cannot be written.
         """
-        checkpoint_files.write_tensors_atomic(self.backbone, dict(method.backbone.state_dict()))
+        files.write_tensors(self.backbone, dict(method.backbone.state_dict()))
 
     def _write_unreadable(self, unreadable: dict[str, str]) -> None:
         """List images that could not be used. Names are written on one line, escaped where needed."""
         lines = (f"{printable(key)}\t{printable(reason)}\n" for key, reason in sorted(unreadable.items()))
-        checkpoint_files.write_text_atomic(self.path / "unreadable.txt", "".join(lines))
+        files.write_text(self.path / "unreadable.txt", "".join(lines))
 
 
 def _ids(images: ImageSet) -> Tensor:

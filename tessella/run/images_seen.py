@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tessella import files
 from tessella.data.decode import Unreadable
 from tessella.data.sources import ImageSet
-from tessella.run.checkpoints import write_tensors_atomic
 from tessella.text import printable
 
 NAME = "images.safetensors"
@@ -74,7 +74,7 @@ def remember(run: Path, images: ImageSet) -> None:
         "name_offsets": _tensor(offsets),
         "fingerprint": _tensor(np.frombuffer(images.fingerprint.encode(), dtype=np.uint8)),
     }
-    write_tensors_atomic(path, tensors)
+    files.write_tensors(path, tensors)
 
 
 def difference(run: Path, images: ImageSet, before: str) -> Difference | None:
@@ -144,6 +144,7 @@ def _name(saved: dict[str, NDArray[np.int64]], row: int) -> str:
 def _fingerprint_in(path: Path) -> str:
     """Of the images that a file is about; empty if it is missing or damaged."""
     try:
+        files.open_regular(path).close()  # safetensors would wait for a pipe
         with safe_open(path, "pt") as file:
             return bytes(file.get_tensor("fingerprint").tolist()).decode("ascii", "replace")
     except (OSError, SafetensorError, ValueError):

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from filelock import lock_descriptor
+
+from tessella import files
 from tessella.errors import UserError
 from tessella.text import printable
 
 NAME = "lock"  # of the file in the run folder
 
-_PATIENCE = 1.0  # seconds; `owner_of` holds the lock for a moment too
+_PATIENCE = 1.0  # seconds; who only looks holds the lock for a moment too
+_PATIENCE_TO_LOOK = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -35,20 +38,19 @@ def only_writer(run: Path, name: str = NAME) -> Iterator[None]:
         name: of the lock. A run may be evaluated into its own folder while it trains: each has a lock of its own.
 
     Raises:
-        UserError: another process writes there, or the folder cannot be written.
+        UserError: another process writes there, the folder cannot be written, or its lock is no file of ours.
     """
-    path = run / name
+    file = files.open_own(run / name, os.O_RDWR | os.O_CREAT)
     try:
-        file = open(path, "ab+", buffering=0)  # noqa: SIM115 (closed below, or by the system)
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}") from None
-    with file:
-        _acquire(file, path)
+        if not _acquire(file, _PATIENCE):
+            raise _in_use(run / name, _in_words(_description(file)))
         _describe(file, _this_process())
         try:
             yield
         finally:
             _describe(file, {})
+    finally:
+        os.close(file)
 
 
 def owner_of(run: Path) -> str:
@@ -58,8 +60,9 @@ def owner_of(run: Path) -> str:
         run: a run folder; it may be read-only or missing.
     """
     try:
-        with open(run / NAME, "rb") as file:
-            return "" if _try(file, fcntl.LOCK_SH) else _in_words(_description(file))
+        with files.open_regular(run / NAME) as file:
+            free = _acquire(file.fileno(), _PATIENCE_TO_LOOK)
+            return "" if free else _in_words(_description(file.fileno()))
     except OSError:
         return ""
 
@@ -75,25 +78,23 @@ def refuse_second_writer(run: Path) -> None:
         raise _in_use(run / NAME, owner)
 
 
-def _acquire(file: BinaryIO, path: Path) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while not _try(file, fcntl.LOCK_EX):
+def _acquire(file: int, patience: float) -> bool:
+    """Whether the lock is ours within so many seconds; it is then held until the file is closed."""
+    deadline = time.monotonic() + patience
+    while not _try(file):
         if time.monotonic() > deadline:
-            raise _in_use(path, _in_words(_description(file)))
-        time.sleep(0.05)
+            return False
+        time.sleep(0.02)
+    return True
 
 
-def _try(file: BinaryIO, kind: int) -> bool:
-    """Whether nobody else holds the lock; it is then held until the file is closed."""
+def _try(file: int) -> bool:
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return lock_descriptor(file, blocking=False)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         return not _may_live(_description(file))
-    return True
 
 
 def _may_live(owner: dict[str, Any]) -> bool:
@@ -128,17 +129,19 @@ def _began(pid: Any) -> str | None:
         return None
 
 
-def _describe(file: BinaryIO, owner: dict[str, Any]) -> None:
+def _describe(file: int, owner: dict[str, Any]) -> None:
     """Name the owner. Words only: a full disk or a folder that has gone is no reason to stop here."""
     with contextlib.suppress(OSError):
-        file.truncate(0)
-        file.write(json.dumps(owner).encode("ascii") if owner else b"")
+        os.ftruncate(file, 0)
+        os.lseek(file, 0, os.SEEK_SET)
+        # The first byte is what Windows locks, and then nobody else can read it.
+        os.write(file, b" " + json.dumps(owner).encode("ascii") if owner else b"")
 
 
-def _description(file: BinaryIO) -> dict[str, Any]:
-    file.seek(0)
+def _description(file: int) -> dict[str, Any]:
     try:
-        owner = json.loads(file.read(4096))
+        os.lseek(file, 1, os.SEEK_SET)
+        owner = json.loads(os.read(file, 4096))
     except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import secrets
 import time
 import warnings
 from collections.abc import Mapping
@@ -22,8 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from tessella import files
+from tessella.files import explain_write_error
 from tessella.methods.method import Progress
-from tessella.run.checkpoints import explain_write_error, write_text_atomic
 from tessella.run.monitor import Alarm
 from tessella.text import printable
 
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 10.0  # on a console that is not a terminal
+TENSORBOARD = "tensorboard"  # name of the folder
+
+_LIMIT = 2 << 30  # bytes of metrics.jsonl
 
 
 class RunLog:
@@ -74,9 +79,8 @@ class RunLog:
     def _open(self, resume_step: int) -> None:
         path = self._folder / "metrics.jsonl"
         _drop_lines_after(path, resume_step)
-        # Closed by `close`; line-buffered, so that a killed process has lost no line.
-        self._file: TextIO = open(path, "a", encoding="ascii", buffering=1)  # noqa: SIM115
-        self._tensorboard = _open_tensorboard(self._folder / "tensorboard", resume_step)
+        self._file: TextIO = files.open_append(path)  # closed by `close`
+        self._tensorboard = _open_tensorboard(self._folder / TENSORBOARD, resume_step)
 
     def go_back(self, progress: Progress) -> None:
         """Drop the lines of later steps, which the run makes again.
@@ -208,10 +212,10 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """Drop lines of steps after `step`, and those that a killed process left incomplete."""
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = files.read_text(path, _LIMIT, errors="replace")
     kept = "".join(line + "\n" for line in text.splitlines() if _step_of(line) <= step)
     if kept != text:
-        write_text_atomic(path, kept)
+        files.write_text(path, kept)
 
 
 def _step_of(line: str) -> float:
@@ -232,7 +236,10 @@ def _open_tensorboard(folder: Path, resume_step: int) -> Any:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-    return SummaryWriter(folder, purge_step=resume_step + 1 if resume_step else None)
+    files.make_folder(folder)
+    # TensorBoard opens its file by name: nobody may guess that name and put a link there.
+    unpredictable = f".{secrets.token_hex(8)}"
+    return SummaryWriter(folder, purge_step=resume_step + 1 if resume_step else None, filename_suffix=unpredictable)
 
 
 def _summary(values: dict[str, float], timing: dict[str, float]) -> str:

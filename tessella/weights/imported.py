@@ -7,15 +7,14 @@ FOLDER/heads.safetensors     the rest of the method: heads, prototypes, centres;
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
+from tessella import files
 from tessella.errors import UserError
+from tessella.files import FileError
 from tessella.methods import MethodConfig
 from tessella.modules.backbone import BackboneConfig
-from tessella.run.checkpoints import write_json_atomic, write_tensors_atomic
 from tessella.run.config import from_dict, to_dict
 from tessella.weights.files import read_file
 from tessella.weights.layouts import Origin
@@ -23,6 +22,7 @@ from tessella.weights.official import Official, Row, read_official
 
 FACTS = "import.json"
 FORMAT = 1  # of the folder
+_LIMIT = 64 << 20  # bytes of import.json
 _BACKBONE = "backbone."
 
 
@@ -50,18 +50,15 @@ def import_weights(file: Path, out: Path, origin: Origin | Literal["auto"] = "au
     facts = {
         "format": FORMAT,
         "file": file.name,
-        "sha256": _sha256(file),
+        "sha256": files.sha256(file),
         **{name: to_dict(getattr(official, name)) for name in ("origin", "title", "backbone", "method", "whole")},
         "report": [row._asdict() for row in official.report],
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_tensors_atomic(out / "backbone.safetensors", net)
-        if heads:
-            write_tensors_atomic(out / "heads.safetensors", heads)
-        write_json_atomic(out / FACTS, facts)  # last: with it the folder counts
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+    files.make_folder(out)
+    files.write_tensors(out / "backbone.safetensors", net)
+    if heads:
+        files.write_tensors(out / "heads.safetensors", heads)
+    files.write_json(out / FACTS, facts)  # last: with it the folder counts
     return official
 
 
@@ -106,15 +103,10 @@ def report_lines(official: Official) -> list[str]:
 
 def _facts(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Import the file again") from None
+        facts = files.read_json(path, _LIMIT)
+    except FileError as error:
+        raise UserError(f"{error}. Import the file again") from None
     expected = {"format", "origin", "title", "backbone", "method", "whole", "report"}
     if not isinstance(facts, dict) or facts.get("format") != FORMAT or not expected <= set(facts):
         raise UserError(f"{path} is not what this Tessella writes (format {FORMAT}). Import the file again")
     return facts
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -143,7 +143,7 @@ def test_a_data_file_that_is_not_there_or_no_text_is_told(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_data_file(tmp_path / "nothing.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="is not YAML"):
+    with pytest.raises(UserError, match="cannot be read: not UTF-8 text"):
         read_data_file(tmp_path / "bytes.yaml")
 
 

@@ -17,7 +17,7 @@ def cache(tmp_path):
 
 
 def entries(cache):
-    return sorted(path for path in (cache / "features").iterdir() if not path.name.startswith("temp-"))
+    return sorted(path for path in (cache / "features").iterdir() if not path.name.startswith(".saving-"))
 
 
 def test_a_second_evaluation_takes_the_same_bits_from_the_disk(cache):
@@ -107,8 +107,8 @@ def test_the_folder_is_bounded_and_the_longest_unused_goes(cache, monkeypatch):
     (first,) = entries(cache)
     eval_data(cache=cache).features(Tiny(1), "train")
     for age, entry in enumerate(entries(cache)):
-        os.utime(entry / "about.json", (1000 + age, 1000 + age))
-    os.utime(first / "about.json", (2000, 2000))
+        os.utime(entry, (1000 + age, 1000 + age))
+    os.utime(first, (2000, 2000))
     eval_data(cache=cache).features(Tiny(2), "train")
     assert len(entries(cache)) == 2 and first in entries(cache)
 
@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_not_the_evaluation(tmp_
 
 def test_what_a_killed_process_left_is_swept(cache):
     eval_data(cache=cache).features(Tiny(), "train")
-    old, young = cache / "features" / "temp-old", cache / "features" / "temp-young"
+    old, young = cache / "features" / ".saving-old", cache / "features" / ".saving-young"
     for folder in (old, young):
         folder.mkdir()
     os.utime(old, (1000, 1000))

@@ -38,9 +38,9 @@ def failing_writes(monkeypatch: pytest.MonkeyPatch, code: int, after: int, where
     opened: dict[int, str] = {}
     count, real_open, real_write = 0, os.open, os.write
 
-    def recorded(path: Any, *args: Any, **kwargs: Any) -> int:
-        descriptor = real_open(path, *args, **kwargs)
-        opened[descriptor] = str(path)
+    def recorded(path: Any, *args: Any, dir_fd: int | None = None, **kwargs: Any) -> int:
+        descriptor = real_open(path, *args, dir_fd=dir_fd, **kwargs)
+        opened[descriptor] = f"{opened.get(dir_fd, '') if dir_fd is not None else ''}/{path}"
         return descriptor
 
     def write(descriptor: int, data: Any) -> int:
@@ -62,7 +62,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint_and_the_run_goes_on_when_there
 ):
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        failing_writes(patch, code, after=12, where="step-")
+        failing_writes(patch, code, after=12, where="checkpoints/.saving-")
         assert main(pretrain_words("jigclu", folder)) == 2
     said = capsys.readouterr().err
     assert re.search(r"cannot write [\d,]{6,} bytes in '.*checkpoints': .*; [\d,]+ bytes are free.*make room", said)
@@ -118,11 +118,11 @@ def test_a_real_full_disk_keeps_the_last_checkpoint(
 
 
 def make_read_only(run: Path, patch: pytest.MonkeyPatch) -> None:
-    failing_writes(patch, errno.EROFS, after=1, where="step-")
+    failing_writes(patch, errno.EROFS, after=1, where="checkpoints/.saving-")
 
 
 def make_stale(run: Path, patch: pytest.MonkeyPatch) -> None:
-    failing_writes(patch, errno.ESTALE, after=1, where="step-")
+    failing_writes(patch, errno.ESTALE, after=1, where="checkpoints/.saving-")
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_before_and_ends_the_same(
 def test_a_run_killed_between_its_last_save_and_its_last_removal_is_tidied(finished: Path, tmp_path: Path):
     other = Path(shutil.copytree(finished, tmp_path / "run"))
     save(other / "checkpoints", 8, *load(other / "checkpoints" / LAST))
-    for name in (".discarded-step-00000007", ".saving-step-00000010"):
+    for name in (".saving-0", ".saving-step-00000010"):
         shutil.copytree(other / "checkpoints" / BEFORE, other / "checkpoints" / name)
     assert main(["resume", str(other)]) == 0
     assert_same_runs(finished, other)

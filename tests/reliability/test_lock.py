@@ -127,7 +127,7 @@ def test_without_locks_a_recycled_process_id_is_free_and_another_host_is_not(
 ):
     with only_writer(tmp_path):
         owner = json.loads((tmp_path / "lock").read_text())
-    (tmp_path / "lock").write_text(json.dumps(owner | {field: value}))
+    (tmp_path / "lock").write_text(f" {json.dumps(owner | {field: value})}")
     if free:
         with only_writer(tmp_path):
             pass
@@ -137,7 +137,7 @@ def test_without_locks_a_recycled_process_id_is_free_and_another_host_is_not(
 
 
 def test_what_a_lock_file_says_is_shown_without_control_characters(tmp_path: Path):
-    (tmp_path / "lock").write_text(json.dumps({"host": "\x1b[2Jx", "pid": "\n", "since": 3}))
+    (tmp_path / "lock").write_text(' {"host": "\\u001b[2Jx", "pid": "\\n", "since": 3}')
     with (tmp_path / "lock").open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert owner_of(tmp_path) == "process \\n on \\x1b[2Jx, which began at 3"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import time
 
 from tessella.data.decode import MAX_BYTES, Unreadable
 from tessella.data.index import Index
 from tessella.data.sources.images import ImageSet
+from tessella.files import FileError, read_bytes
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
@@ -46,31 +46,13 @@ def read_file(path: str, size: int | None = None, limit: int = MAX_BYTES) -> byt
     """
     for wait in (*_RETRY_SECONDS, None):
         try:
-            _check_regular(os.stat(path))  # merely opening a device can do something
-            with open(path, "rb", opener=_without_waiting) as file:
-                status = os.fstat(file.fileno())
-                _check_regular(status)
-                if size is None and status.st_size > limit:
-                    raise Unreadable(f"the file has {status.st_size:,} bytes, more than the limit of {limit:,}")
-                # No more than it had when it was opened: another program may write to it without end.
-                return file.read(status.st_size if size is None else min(size, status.st_size))
-        except OSError as error:
+            return read_bytes(path, limit, size)
+        except FileError as error:
             if wait is None or error.errno not in _PASSING_ERRORS:
-                raise Unreadable(f"the file cannot be read: {error.strerror}") from error
+                told = f"the file cannot be read: {error.strerror}" if error.errno else str(error.strerror)
+                raise Unreadable(told) from error
             time.sleep(wait)
-        except ValueError as error:  # a list may name anything, such as a path with a zero byte
-            raise Unreadable(f"no name of a file: {error}") from None
     raise AssertionError("unreachable")
-
-
-def _check_regular(status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise Unreadable("not a regular file")
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Opening a pipe would wait for its other end, but for a flag that regular files do not notice."""
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def names_in(folder: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import decimal
+import io
 import os
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,14 @@ from tessella.data.sources.files import IMAGE_SUFFIXES, FileImages, read_file
 from tessella.data.sources.images import ImageSet
 from tessella.data.sources.messages import shown
 from tessella.errors import UserError
+from tessella.files import open_regular, read_bytes
 
 LIST_SUFFIXES = (".csv", ".parquet")
 _PATH_COLUMNS = ("path", "file", "image", "filename")
 _LABEL_COLUMNS = ("label", "class")
 _LABELS = (str, bytes, int, float, bool, type(None), datetime.date, decimal.Decimal)
 _MAX_ROWS = 10**9
+_MAX_CSV_BYTES = 64 << 30
 _MAX_PATH = 2**15  # characters; no system knows longer ones
 _ROWS_AT_ONCE = 2**16
 
@@ -65,10 +68,11 @@ def _list_of_file(data: str, path: str) -> Listing:
 
 def _read_csv(data: str, path: str) -> tuple[list[str], list[Any]]:
     """Paths and label values (None for none). Without a header line, the first cell ends like an image."""
-    with open(path, "rb") as encoded:
-        if encoded.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"{shown(data)} is in UTF-16: save the list as UTF-8")
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+    if read_bytes(path, _MAX_CSV_BYTES, size=2) in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{shown(data)} is in UTF-16: save the list as UTF-8")
+    with io.TextIOWrapper(
+        open_regular(path, _MAX_CSV_BYTES), newline="", encoding="utf-8-sig", errors="surrogateescape"
+    ) as file:
         try:
             rows = [row for row in csv.reader(file) if row]
         except csv.Error as error:
@@ -94,6 +98,7 @@ def _read_parquet(data: str, path: str) -> tuple[list[str], list[Any]]:
     import pyarrow.parquet as parquet
 
     try:
+        open_regular(path).close()  # pyarrow would wait for a pipe
         schema = parquet.read_schema(path)
         names = schema.names
         path_column, label_column = _columns_of_list([name.lower() for name in names])

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from tessella.data.decode import MAX_BYTES, Unreadable
-from tessella.data.index import Index, Listing, cache_folder, cached_index, exclusive
+from tessella.data.index import Index, Listing, cache_folder, cached_index
 from tessella.data.sources.files import read_file
 from tessella.data.sources.images import ArrayImages, ImageSet
 from tessella.data.sources.messages import check_split
 from tessella.errors import UserError
+from tessella.files import exclusive
 
 _BOTH = {"train": {"train": True}, "test": {"train": False}}
 # name -> class in torchvision.datasets, {split: constructor's arguments}; the first split is the default
@@ -75,7 +76,7 @@ def _load_torchvision(data: str, class_name: str, arguments: dict[str, Any]) -> 
     with contextlib.suppress(Exception):  # each class says "not found" in its own way
         return load(download=False)
     try:
-        with exclusive(root):  # one download for all ranks of a machine
+        with exclusive(root.resolve()):  # one download for all ranks of a machine
             return load(download=True)
     except Exception as error:
         raise UserError(

@@ -9,7 +9,6 @@ Keys are the source's, so that ids, and with them every random decision about an
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,13 @@ from tessella.data.sources.archives import TarImages
 from tessella.data.sources.messages import part_not_found, shown
 from tessella.data.sources.tars import Archives
 from tessella.errors import UserError
+from tessella.files import open_regular, read_json
 
 FORMAT = 1
 DESCRIPTION, PACKING, COLUMNS = "pack.json", "packing.json", "index"  # PACKING: one that is being written
 
 _NEEDED = {"ids", "sizes", "labels", "byte_sizes", "key_bytes", "key_offsets", "source_archive", "source_offset"}
+_DESCRIPTION_BYTES = 1 << 30  # which names every unreadable image
 _LEVELS_LISTED = 100_000  # keys that are looked at for parts to propose
 
 
@@ -70,7 +71,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{shown(str(folder))} is a pack that is not finished: give the same `tessella pack` once more")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, _DESCRIPTION_BYTES)
         number = content["format"]
         names = [shard["file"] for shard in content["shards"] if isinstance(shard["bytes"], int)]
         whole = len(names) == len(content["shards"]) and all(Path(name).name == name for name in names)
@@ -87,6 +88,8 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def _columns(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
     try:
+        for name in _NEEDED:
+            open_regular(folder / COLUMNS / f"{name}.npy").close()  # numpy would wait for a pipe
         columns = {
             name: np.load(folder / COLUMNS / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _NEEDED
         }

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import io
 import os
-import secrets
 import shutil
 import tarfile
 import threading
@@ -21,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tessella import files
 from tessella.data.decode import Unreadable
-from tessella.data.index import exclusive, progress_bar
+from tessella.data.index import progress_bar
 from tessella.errors import UserError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -135,26 +135,25 @@ def tar_on_disk(path: str, cache: Path) -> str:
     copy = folder / f"{status.st_size}-{status.st_mtime_ns}.tar"
     if copy.exists():
         return str(copy)
-    with exclusive(folder):
+    with files.exclusive(folder):
         if not copy.exists():
             _decompress(path, copy, status.st_size)
             for old in folder.glob("*.tar"):
                 if old != copy:
-                    old.unlink(missing_ok=True)
+                    files.remove(old)
     return str(copy)
 
 
 def _decompress(path: str, copy: Path, compressed_bytes: int) -> None:
     """Decompress under a temporary name in the same folder, then rename: the copy is whole or absent."""
     shown = os.path.basename(path)
-    temporary = copy.with_name(f"temp-{secrets.token_hex(8)}")
     try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(copy.parent)
         _check_space(path, copy.parent, compressed_bytes)
         with (
-            open(path, "rb") as packed,
+            files.open_regular(path) as packed,
             gzip.GzipFile(fileobj=packed) as unpacked,
-            open(temporary, "wb") as target,
+            files.writing(copy, needed=compressed_bytes) as target,
             progress_bar(f"decompressing {shown} once", compressed_bytes, "bytes") as advance,
         ):
             position, most = 0, max(_ALWAYS_ALLOWED, _MAX_RATIO * compressed_bytes)
@@ -167,9 +166,6 @@ def _decompress(path: str, copy: Path, compressed_bytes: int) -> None:
                     )
                 advance(packed.tell() - position)
                 position = packed.tell()
-            target.flush()
-            os.fsync(target.fileno())
-        temporary.replace(copy)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged or incomplete ({error}): fetch it again") from error
     except OSError as error:
@@ -177,13 +173,11 @@ def _decompress(path: str, copy: Path, compressed_bytes: int) -> None:
             f"{path} cannot be decompressed into {copy.parent} ({error.strerror}): set TESSELLA_CACHE to a"
             " folder with room, or decompress it yourself and name the .tar"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_space(path: str, folder: Path, compressed_bytes: int) -> None:
     """Refuse at once what cannot fit. Gzip stores the size modulo 2**32, so this is a lower bound."""
-    with open(path, "rb") as file:
+    with files.open_regular(path) as file:
         file.seek(max(0, compressed_bytes - 4))
         needed = max(int.from_bytes(file.read(4), "little"), compressed_bytes)
     free = shutil.disk_usage(folder).free

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tessella import dist
+from tessella import dist, files
 from tessella.data.boxes.layouts import AnnotatedImages
 from tessella.data.boxes.outlines import mask_coder
 from tessella.data.sampler import check_shares
@@ -42,7 +42,7 @@ from tessella.protocols.detection.batches import (
     test_plans,
     training_plans,
 )
-from tessella.protocols.detection.scores import average_precision, write_json
+from tessella.protocols.detection.scores import average_precision
 from tessella.protocols.features import progress, rank_rows, tensor_digests
 from tessella.protocols.training import Snapshots, from_all_ranks
 from tessella.ranges import (
@@ -514,10 +514,10 @@ def _score(
     truth = data.test.truth(seen, masks=config.masks)
     counted = sum(not annotation["iscrowd"] for annotation in truth["annotations"])
     if data.predictions is not None:
-        write_json(data.predictions, "ground_truth.json", truth)
-        write_json(data.predictions, "detections.json", boxes)
-        if config.masks:
-            write_json(data.predictions, "masks.json", masks)
+        files.make_folder(data.predictions)
+        content = {"ground_truth": truth, "detections": boxes} | ({"masks": masks} if config.masks else {})
+        for name, value in content.items():
+            files.write_json(data.predictions / f"{name}.json", value, indent=None)
     scores: dict[str, Any] = {}
     kinds: list[tuple[str, Literal["bbox", "segm"], list[dict[str, Any]]]] = [("box", "bbox", boxes)]
     if config.masks:

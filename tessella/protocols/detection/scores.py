@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import secrets
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from tessella.errors import UserError
-from tessella.text import printable
 
 # Our names for the places of COCOeval's summary.
 _SUMMARY = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5, "ar100": 8}
@@ -63,22 +59,3 @@ def average_precision(
         if (precision[:, :, k] >= 0).all()
     }
     return figures, per_class
-
-
-def write_json(folder: Path, name: str, value: Any) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    temporary = folder / f".{name}.{secrets.token_hex(4)}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(value, allow_nan=False), encoding="ascii")
-        temporary.replace(folder / name)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {printable(str(folder / name))}: {error.strerror}; give another folder for the predictions"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -5,19 +5,17 @@ FOLDER/NAME.png    classes.txt    confusion.csv (pixels)    files.csv (predictio
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import io
-import secrets
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tessella import files
 from tessella.data.masks.layouts import MaskedImages
-from tessella.errors import UserError
 from tessella.text import cell, printable
 
 _LONGEST_NAME = 200  # bytes of one part of a file name
@@ -50,13 +48,14 @@ def _safe(part: str) -> str:
     return raw[: _LONGEST_NAME - 17].decode(errors="ignore") + "-" + digest
 
 
-def write_mask(path: Path, mask: NDArray[np.int64]) -> None:
-    """One predicted mask, values below 255."""
+def write_mask(folder: Path, key: str, mask: NDArray[np.int64]) -> None:
+    """The predicted mask of the image of this key, values below 255."""
     from PIL import Image
 
     encoded = io.BytesIO()
     Image.fromarray(mask.astype(np.uint8)).save(encoded, "PNG")  # gray, not palette: every reader gives the numbers
-    _write(path, encoded.getvalue())
+    files.make_folder(folder)
+    files.write_bytes(folder / prediction_name(key), encoded.getvalue(), inside=folder, lasting=False)
 
 
 def write_tables(
@@ -71,15 +70,16 @@ def write_tables(
         confusion: (classes, classes) pixels: row the truth, column the prediction.
         skipped: keys of images without a prediction.
     """
-    _write(folder / "classes.txt", _encoded("".join(f"{printable(name)}\n" for name in classes)))
+    files.make_folder(folder)
+    files.write_bytes(folder / "classes.txt", _encoded("".join(f"{printable(name)}\n" for name in classes)))
     table = [["truth \\ predicted", *classes]]
     table += [[name, *map(str, row)] for name, row in zip(classes, confusion.tolist(), strict=True)]
-    _write(folder / "confusion.csv", _csv(table))
-    files = [["prediction", "image", "mask"]]
+    files.write_bytes(folder / "confusion.csv", _csv(table))
+    named = [["prediction", "image", "mask"]]
     for row, key in enumerate(images.keys):
         if key not in skipped:
-            files.append([prediction_name(key), *images.source_names(row)])
-    _write(folder / "files.csv", _csv(files))
+            named.append([prediction_name(key), *images.source_names(row)])
+    files.write_bytes(folder / "files.csv", _csv(named))
 
 
 def _csv(rows: list[list[str]]) -> bytes:
@@ -90,16 +90,3 @@ def _csv(rows: list[list[str]]) -> bytes:
 
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write predictions to {path.parent}: {error.strerror}; give another folder") from None

@@ -18,7 +18,7 @@ from tessella.errors import UserError
 from tessella.ops.philox import stream_key, uniforms
 from tessella.protocols.features import gather_rows, progress, rank_rows
 from tessella.protocols.segmentation.data import SegmentationData
-from tessella.protocols.segmentation.files import prediction_name, write_mask
+from tessella.protocols.segmentation.files import write_mask
 from tessella.protocols.segmentation.networks import Segmenter
 from tessella.protocols.training import from_all_ranks
 from tessella.text import printable
@@ -98,7 +98,7 @@ def judge(
             with torch.inference_mode():
                 predicted = predict(segmenter, item, window, stride)
             if folder is not None:
-                write_mask(folder / prediction_name(data.test.keys[item.row]), predicted.cpu().numpy())
+                write_mask(folder, data.test.keys[item.row], predicted.cpu().numpy())
             truth = torch.from_numpy(item.mask).to(data.device).long()
             counted = truth != IGNORE
             found = torch.bincount(truth[counted] * classes + predicted[counted], minlength=classes * classes)
