@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -121,10 +121,12 @@ def evaluate(
     seeds: Repeats | None = None,
     again: bool = False,
     label_map: str | Path | None = None,
+    images: str | Path | None = None,
     device: str = "auto",
     workers: Threads | None = None,
     seed: Seed = 0,
     image_size: Pixels | None = None,
+    interpolation: Literal["bilinear", "bicubic"] | None = None,
     batch_size: ForwardBatch = 256,
 ) -> list[dict[str, Any]]:
     """Score a backbone by some protocols and print the main figures.
@@ -143,10 +145,12 @@ def evaluate(
         seeds: trainings of each protocol that trains a network.
         again: compute anew what `out` has already.
         label_map: a .csv of class,superclass; the superclasses count.
+        images: of COCO files that do not lie near them: their folder or archive.
         device: auto, cpu, cuda or mps.
         workers: decoding threads; default: the cores at hand.
         seed: of every random choice of the protocols.
         image_size: pixels of the evaluated crop; default: the run's.
+        interpolation: bilinear or bicubic, to resize images for every backbone; default: as each was trained.
         batch_size: images per forward pass; changes the speed, not the result.
 
     Returns:
@@ -161,6 +165,7 @@ def evaluate(
         _named_or_opened(test),
         data=None if data is None else Path(data),
         label_map=None if label_map is None else Path(label_map),
+        images=None if images is None else str(images),
         protocols=protocols,
         out=None if out is None else Path(out),
         baseline=baseline,
@@ -170,6 +175,7 @@ def evaluate(
         seed=seed,
         seeds=seeds,
         image_size=image_size,
+        interpolation=interpolation,
         batch_size=batch_size,
         again=again,
     )

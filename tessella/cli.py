@@ -318,10 +318,12 @@ def evaluate(
     seeds: Repeats | None = None,
     again: bool = False,
     label_map: Path | None = None,
+    images: str | None = None,
     device: Device = "auto",
     workers: Threads | None = None,
     seed: Seed = 0,
     image_size: Pixels | None = None,
+    interpolation: Literal["bilinear", "bicubic"] | None = None,
     batch_size: ForwardBatch = 256,
 ) -> int:
     """Judge a backbone on labelled images: by classes, boxes of objects, or masks.
@@ -344,10 +346,12 @@ def evaluate(
         seeds: trainings of each protocol that trains a network, for a mean and a spread.
         again: compute anew what OUT has already.
         label_map: a .csv of class,superclass; the superclasses count.
+        images: of COCO files that do not lie near them: their folder or archive.
         device: where to run.
         workers: decoding threads; default: the cores at hand.
         seed: of every random choice of the protocols.
         image_size: pixels of the evaluated crop; default: the run's.
+        interpolation: bilinear or bicubic, to resize images for every backbone; default: as each was trained.
         batch_size: images per forward pass; changes the speed, not the result.
     """
     from tessella.engine.launch import leave_ranks
@@ -360,6 +364,7 @@ def evaluate(
         test,
         data=data,
         label_map=label_map,
+        images=images,
         protocols=protocols,
         out=out,
         baseline=baseline,
@@ -369,6 +374,7 @@ def evaluate(
         seed=seed,
         seeds=seeds,
         image_size=image_size,
+        interpolation=interpolation,
         batch_size=batch_size,
         again=again,
     )

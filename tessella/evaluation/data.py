@@ -20,17 +20,22 @@ from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.evaluation.plan import Source, Task
 from tessella.protocols import DetectionData, EvalData, MultiLabelData, SegmentationData
+from tessella.protocols.duplicates import DuplicatesConfig, duplicates
+from tessella.protocols.features import ImageData
+from tessella.protocols.lowshot import ChosenImages
 from tessella.run.config import to_dict
 from tessella.text import printable
 
+_PAIRS = 12  # near-copies that a record names
 _REASONS = 20  # files left out that a record names
 
 Data = EvalData | MultiLabelData | DetectionData | SegmentationData
 
-_OPENERS: dict[str, tuple[type, Callable[[str, Any], Any]]] = {  # kind -> what its sets are, how a name is opened
-    "classes": (ImageSet, lambda name, split: open_images(name, labels=True)),
-    "boxes": (AnnotatedImages, open_annotations),
-    "masks": (MaskedImages, open_masks),
+# kind -> what its sets are, how the name of one is opened
+_OPENERS: dict[str, tuple[type, Callable[[str, Any, Source], Any]]] = {
+    "classes": (ImageSet, lambda name, split, source: open_images(name, labels=True)),
+    "boxes": (AnnotatedImages, lambda name, split, source: open_annotations(name, split, source.images)),
+    "masks": (MaskedImages, lambda name, split, source: open_masks(name, split)),
 }
 
 
@@ -41,6 +46,8 @@ class Shelf:
         self.device, self.workers, self.batch_size = device, workers, batch_size
         self._sets: dict[tuple[Any, ...], Any] = {}
         self._made: dict[tuple[Any, ...], Data] = {}
+        self._copies: dict[tuple[str, str], dict[str, Any] | None] = {}
+        self._said: set[str] = set()
 
     def data(self, task: Task, transform: EvalTransform) -> Data:
         """What the task's protocol takes beside a backbone that sees images by this transform.
@@ -50,11 +57,14 @@ class Shelf:
         """
         detects = DetectionData if "classes" not in task.protocol.kinds else MultiLabelData
         form = {"classes": EvalData, "boxes": detects, "masks": SegmentationData}[task.kind]
-        place = form, _place(task.source.train), _place(task.source.test), task.source.label_map, transform
+        source = task.source
+        place = form, _place(source.train), _place(source.test), source.label_map, source.images, transform
         if place not in self._made:
             with dist.shared_errors():
                 train, test = self._open(task.source.train, "train", task), self._open(task.source.test, "test", task)
-                self._made[place] = self._make(form, train, test, task.source, transform)
+                data = self._made[place] = self._make(form, train, test, task.source, transform)
+            for warning in getattr(data, "warnings", ()):
+                self._warn(warning)
         return self._made[place]
 
     def _make(self, form: type, train: Any, test: Any, source: Source, transform: EvalTransform) -> Data:
@@ -67,17 +77,42 @@ class Shelf:
         label_map = None if source.label_map is None else read_label_map(Path(source.label_map))
         return EvalData(train, test, transform, label_map=label_map, **shared)
 
+    def near_copies(self, data: Data) -> dict[str, Any] | None:
+        """How many test images are near-copies of train images, for the record; None where it cannot be seen."""
+        place = data.train.fingerprint, data.test.fingerprint
+        if place not in self._copies:
+            images = _plain(data, self.batch_size)
+            self._copies[place] = None if images is None else duplicates(None, images, DuplicatesConfig(listed=_PAIRS))
+        return self._copies[place]
+
+    def _warn(self, text: str) -> None:
+        """Say it once."""
+        if text not in self._said and dist.rank() == 0:
+            print(printable(f"warning: {text}"), file=sys.stderr)
+        self._said.add(text)
+
     def _open(self, name: Any, split: str, task: Task) -> Any:
         kind, opener = _OPENERS[task.kind]
         if not isinstance(name, str):
             if not isinstance(name, kind):
                 raise UserError(f"{task.name} needs {task.kind} of images: give the name of a data set that has them")
             return name
-        place = task.kind, name, "" if task.kind == "classes" else split
+        place = task.kind, name, "" if task.kind == "classes" else split, task.source.images
         if place not in self._sets:
-            self._sets[place] = opener(name, split)
+            self._sets[place] = opener(name, split, task.source)
             _tell_unreadable(self._sets[place])
         return self._sets[place]
+
+
+def _plain(data: Data, batch_size: int) -> ImageData | None:
+    """The images of an evaluation without what is known about them."""
+    if isinstance(data, ImageData):
+        return data
+    if isinstance(data, SegmentationData):
+        return None
+    train, test = ChosenImages(data.train), ChosenImages(data.test)
+    options: dict[str, Any] = {"device": data.device, "workers": data.workers, "batch_size": batch_size}
+    return ImageData(train, test, EvalTransform.of(32), cache=cache_folder(), **options)
 
 
 def _tell_unreadable(images: Any) -> None:

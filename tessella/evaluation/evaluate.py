@@ -8,6 +8,7 @@ A question that the folder's file has answered before is not asked again.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import time
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from tessella import dist, files
 from tessella.data.sources import ImageSet
+from tessella.data.transform import Interpolation
 from tessella.engine.launch import cores_at_hand, join_ranks
 from tessella.engine.watch import Watch
 from tessella.errors import UserError
@@ -33,7 +35,7 @@ from tessella.methods.method import Method
 from tessella.protocols import EvalData, Protocol, protocol_of, record_name
 from tessella.protocols.clustering import score_assignments
 from tessella.protocols.duplicates import DuplicatesConfig
-from tessella.protocols.features import frozen
+from tessella.protocols.features import ImageData, frozen
 from tessella.run.config import to_dict
 from tessella.run.folder import versions
 from tessella.text import printable
@@ -53,6 +55,7 @@ def evaluate(
     *,
     data: Path | None = None,
     label_map: Path | None = None,
+    images: str | None = None,
     protocols: Sequence[Any] = (),
     out: Path | None = None,
     baseline: bool = False,
@@ -62,6 +65,7 @@ def evaluate(
     seed: int = 0,
     seeds: int | None = None,
     image_size: int | None = None,
+    interpolation: Interpolation | None = None,
     batch_size: int = 256,
     again: bool = False,
 ) -> list[Record]:
@@ -76,6 +80,7 @@ def evaluate(
         test: images to be judged on, or their name.
         data: instead of both, a file that says which data serve which protocol; see `plan`.
         label_map: file of classes that count instead of the images' own; see `data.label_map`.
+        images: of COCO files that do not lie near them: their folder or archive.
         protocols: names as in `protocols.default_config`, configs of protocols, or "all" for the quick ones that the
             data allow. Default: all with `data`, else kNN, linear, few labels and clustering.
         out: folder of `evaluation.json` and `predictions/`; records of other questions stay.
@@ -86,14 +91,16 @@ def evaluate(
         seed: of every random choice of the protocols, and of the random init.
         seeds: trainings of each protocol that trains a network, from `seed` on; default: as its setting says.
         image_size: pixels of the evaluated crop; default: the run's.
+        interpolation: bilinear or bicubic, for every backbone; default: each network's own.
         batch_size: images per forward pass of a rank.
         again: ask anew what the file of `out` has answered.
 
     Returns:
         One record per protocol, and per seed where each is a training of its own: protocol, changed (from the
         protocol's setting), version, kind, scores, settings, backbone, network, weights, train, test, label_map,
-        transform, seed, device, ranks, libraries, date, seconds (the first protocol's include the features),
-        predictions; and `baseline` and `supervised`, with name, weights, network, transform and scores.
+        transform, seed, device, ranks, warnings about the data, libraries, date, seconds (the first protocol's include
+        the features), predictions; near_copies, the test images that are near-copies of train images; and `baseline`
+        and `supervised`, with name, weights, network, transform and scores.
 
     Raises:
         UserError: the input cannot be used; the text says what to change.
@@ -103,7 +110,9 @@ def evaluate(
     file = None if data is None else read_data_file(data)
     if file is not None and label_map is not None:
         raise UserError(f"a label map belongs into {file.name}: classes: {{label_map: {label_map}}}")
-    source = None if file else Source(train, test, None if label_map is None else str(label_map))
+    if file is not None and images is not None:
+        raise UserError(f"the images of a COCO file belong into {file.name}: boxes: {{images: {images}}}")
+    source = None if file else Source(train, test, None if label_map is None else str(label_map), images)
     tasks = plan(protocols, source, file, seed=seed, seeds=seeds)
     on = join_ranks(device)
     with Watch(_RANK_TIMEOUT, "The same command goes on after the last record"), _full_float32():
@@ -113,11 +122,12 @@ def evaluate(
                 if isinstance(backbone, Loaded)
                 else resolve_backbone(backbone, image_size=image_size, seed=seed)
             )
+            loaded = _resized(loaded, interpolation)
             others: dict[str, Callable[[int], _Judged]] = {}
             if baseline:
                 others["baseline"] = functools.cache(lambda one: _Judged.of(random_twin(loaded, one)))
             if supervised is not None:
-                second = _Judged.of(resolve_backbone(supervised, image_size=image_size))
+                second = _Judged.of(_resized(resolve_backbone(supervised, image_size=image_size), interpolation))
                 others["supervised"] = lambda one: second
         tasks += _own_clusters(loaded, tasks)
         with RecordFile.opened(out) as records:
@@ -130,6 +140,13 @@ def score(loaded: Loaded, data: EvalData, configs: Sequence[Any], seed: int) -> 
     source, judged = Source(data.train, data.test), _Judged.of(loaded)
     tasks = [Task(record_name(c), c, protocol_of(c), "classes", source, seed) for c in configs]
     return [_answer(task, judged, data, _question(task, judged, data)) for task in tasks + _own_clusters(loaded, tasks)]
+
+
+def _resized(loaded: Loaded, interpolation: Interpolation | None) -> Loaded:
+    """The backbone, with images that are resized by another rule."""
+    if interpolation is None:
+        return loaded
+    return loaded._replace(transform=dataclasses.replace(loaded.transform, interpolation=interpolation))
 
 
 class _Judged(NamedTuple):
@@ -203,7 +220,8 @@ class _Judging:
         if record is None:
             _say(f"{task.name} {place}")
             predictions = self.records.predictions(question)
-            record = dist.broadcast_object(_answer(task, self.judged, data, question, self.records.out, predictions))
+            answer = _answer(task, self.judged, data, question, self.records.out, predictions)
+            record = dist.broadcast_object(answer | {"near_copies": self.shelf.near_copies(data)})
             self.records.put(record)
         for part, other in self.others.items():
             if not isinstance(task.config, _ALONE):
@@ -322,6 +340,8 @@ def _answer(
         data.predictions = out / predictions
     else:
         data.predictions = None
+    if isinstance(data, ImageData):
+        data.title = task.name
     scores = finite(task.protocol.function(judged.loaded.backbone, data, task.config))
     facts = {
         "changed": task.changed,
@@ -331,6 +351,7 @@ def _answer(
         "test": described(data, "test"),
         "device": torch.cuda.get_device_name(data.device) if data.device.type == "cuda" else data.device.type,
         "ranks": dist.world_size(),
+        "warnings": list(getattr(data, "warnings", ())),
         "libraries": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 3),

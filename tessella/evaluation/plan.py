@@ -1,7 +1,7 @@
 """What an evaluation runs, and on which data: from words, or from a file that names the data of each kind.
 
     classes: {train: photos/train, test: photos/test, label_map: superclasses.csv}
-    boxes: coco-mini.tar::coco-mini
+    boxes: {train: train.json, test: val.json, images: photos}
     masks: {train: streets, test: streets}
     protocols:
       linear-swav: {epochs: 20}
@@ -43,7 +43,12 @@ from tessella.text import plain_yaml, printable
 
 DEFAULT = ("knn", "linear", "fewlabels", "clustering")  # without a data file, where nothing is asked for
 _FILE_LIMIT = 4 << 20  # bytes
-_DATA_FIELDS = ("train", "test", "label_map")
+_DATA_FIELDS: dict[Kind, tuple[str, ...]] = {
+    "classes": ("train", "test", "label_map"),
+    "boxes": ("train", "test", "images"),
+    "masks": ("train", "test"),
+}
+_ALL_DATA_FIELDS = ("train", "test", "label_map", "images")
 _KNOWN_BY = {  # kind -> what the data must say
     "classes": "the class of each image: one folder per class, or a list with labels",
     "boxes": "boxes of objects: a folder or archive in COCO's or VOC's format",
@@ -58,6 +63,7 @@ class Source:
     train: Any
     test: Any
     label_map: str | None = None  # of classes; see `data.label_map`
+    images: str | None = None  # of a COCO file, where they are not near it
 
 
 class Section(NamedTuple):
@@ -172,17 +178,17 @@ def _source(value: Any, path: str, kind: Kind) -> Source:
         return Source(value, value)
     if not isinstance(value, dict):
         raise UserError(f"{path} is {value!r}; expected train: DATA and test: DATA")
-    value = _table(value, path, _DATA_FIELDS if kind == "classes" else _DATA_FIELDS[:2])
+    value = _table(value, path, _DATA_FIELDS[kind])
     for name in ("train", "test"):
         if not isinstance(value.get(name), str):
             raise UserError(f"{path}.{name} is {value.get(name)!r}; expected the name of a data set")
-    return Source(value["train"], value["test"], _label_map(value, path))
+    return Source(value["train"], value["test"], _name(value, path, "label_map"), _name(value, path, "images"))
 
 
 def _section(value: Any, path: str, protocol: Protocol) -> Section:
     value = {} if value is None else _table(value, path)
     fields = [field.name for field in dataclasses.fields(protocol.config)]
-    settings = {name: given for name, given in value.items() if name not in _DATA_FIELDS}
+    settings = {name: given for name, given in value.items() if name not in _ALL_DATA_FIELDS}
     for name in settings:
         if name not in fields:
             raise UserError(
@@ -192,15 +198,15 @@ def _section(value: Any, path: str, protocol: Protocol) -> Section:
         raise UserError(f"{path}.seed: seeds are given for the whole evaluation, by --seed and --seeds")
     source = None
     if "train" in value or "test" in value:
-        data = {name: value[name] for name in _DATA_FIELDS if name in value}
+        data = {name: value[name] for name in _ALL_DATA_FIELDS if name in value}
         source = _source(data, path, "classes" if "classes" in protocol.kinds else protocol.kinds[0])
     return Section(settings, source)
 
 
-def _label_map(value: dict[str, Any], path: str) -> str | None:
-    found = value.get("label_map")
+def _name(value: dict[str, Any], path: str, field: str) -> str | None:
+    found = value.get(field)
     if found is not None and not isinstance(found, str):
-        raise UserError(f"{path}.label_map is {found!r}; expected the name of a file")
+        raise UserError(f"{path}.{field} is {found!r}; expected the name of a file or folder")
     return found
 
 

@@ -87,7 +87,7 @@ SETTINGS: dict[str, Any] = {
     **{
         f"finetune-{name}-{percent}": FinetuneConfig(recipe=name, labels=percent / 100)  # type: ignore[arg-type]
         for name in finetuning.RECIPES
-        if name not in finetuning.FOR_ALL_LABELS
+        if name not in (*finetuning.FOR_ALL_LABELS, "small")
         for percent in (1, 10)
     },
     "finetune-vissl-100": FinetuneConfig(recipe="vissl-100"),
@@ -98,9 +98,9 @@ SETTINGS: dict[str, Any] = {
     **{f"detection-{name}": config for name, config in detecting.RECIPES.items()},
     **{f"segmentation-{name}": config for name, config in segmenting.RECIPES.items()},
     # For small images and two cores: more and smaller steps, fewer values to try.
-    "finetune-small-1": FinetuneConfig(labels=0.01, batch_size=32),
-    "finetune-small-10": FinetuneConfig(labels=0.1, batch_size=32),
-    "finetune-small-100": FinetuneConfig(labels=1.0, batch_size=64, epochs=5),
+    "finetune-small-1": FinetuneConfig("small", labels=0.01, batch_size=32),
+    "finetune-small-10": FinetuneConfig("small", labels=0.1, batch_size=32),
+    "finetune-small-100": FinetuneConfig("small", labels=1.0, batch_size=64, epochs=5),
     "transfer-small": FinetuneConfig(
         recipe="transfer", batch_size=64, epochs=5, lrs=(0.1, 0.03), weight_decays=(5e-4,)
     ),

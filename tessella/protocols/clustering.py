@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from tessella.errors import UserError
 from tessella.ops import metrics
 from tessella.ops.kmeans import kmeans
 from tessella.protocols.features import EvalData, progress
-from tessella.protocols.scoring import save_predictions
+from tessella.protocols.scoring import permuted, save_predictions
 from tessella.ranges import PositiveInt, Repeats, Seed
 
 
@@ -57,11 +58,14 @@ def clustering(backbone: nn.Module, data: EvalData, config: ClusteringConfig) ->
         found[f"cluster_{seed}"] = assignments.tolist()
     if data.predictions is not None:
         names = [data.classes[i] for i in features.labels.tolist()]
-        name = f"{clustering_name(config)}-{config.split}"
+        name = data.file_name(f"{clustering_name(config)}-{config.split}")
         save_predictions(data.predictions, name, data.images(config.split), features.rows, {"label": names} | found)
-    scores: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
+    names = [name for name in runs[0] if name != "permuted"]
+    scores: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in names}
+    chance = [run["permuted"] for run in runs]
+    scores["permuted"] = {name: float(np.mean([one[name] for one in chance])) for name in chance[0]}
     if len(runs) > 1:
-        scores["std"] = {name: float(np.std([run[name] for run in runs], ddof=1)) for name in runs[0]}
+        scores["std"] = {name: float(np.std([run[name] for run in runs], ddof=1)) for name in names}
     return scores | {"split": config.split, "clusters": k, "classes": len(present)}
 
 
@@ -70,7 +74,7 @@ def clustering_name(config: ClusteringConfig) -> str:
     return "overclustering" if config.clusters_per_class > 1 else "clustering"
 
 
-def score_assignments(assignments: Tensor, labels: Tensor, clusters: int) -> dict[str, float]:
+def score_assignments(assignments: Tensor, labels: Tensor, clusters: int) -> dict[str, Any]:
     """Agreement of hard assignments with labels, k-means's or a method's own.
 
     Args:
@@ -82,21 +86,29 @@ def score_assignments(assignments: Tensor, labels: Tensor, clusters: int) -> dic
     Returns:
         `nmi` (arithmetic mean), `ari`, `purity` (accuracy when each cluster is named after its majority),
         `used_clusters`, `perplexity` of the cluster sizes,
-        `largest_share`; first of all `accuracy`, where there are as many clusters as classes.
+        `largest_share`; first of all `accuracy`, where there are as many clusters as classes. `permuted`: what the
+        agreements are on average when the labels are put in a random order.
 
     Raises:
         UserError: there is no image.
     """
     if not len(labels):
         raise UserError("there are no images to score: give a test set with at least one readable image")
+    sizes = assignments.bincount(minlength=clusters).numpy()
+    by_chance = permuted(lambda order: _agreement(assignments, labels[torch.from_numpy(order)], clusters), len(labels))
+    return _agreement(assignments, labels, clusters) | {
+        "permuted": by_chance,
+        "used_clusters": float((sizes > 0).sum()),
+        "perplexity": metrics.perplexity(sizes),
+        "largest_share": float(sizes.max() / sizes.sum()),
+    }
+
+
+def _agreement(assignments: Tensor, labels: Tensor, clusters: int) -> dict[str, float]:
     table = metrics.contingency(assignments, labels, clusters, int(labels.max()) + 1)
-    sizes = table.sum(axis=1)
     scores = {"accuracy": metrics.clustering_accuracy(table)} if table.shape[0] == table.shape[1] else {}
     return scores | {
         "nmi": metrics.normalised_mutual_information(table),
         "ari": metrics.adjusted_rand_index(table),
         "purity": metrics.purity(table),
-        "used_clusters": float((sizes > 0).sum()),
-        "perplexity": metrics.perplexity(sizes),
-        "largest_share": float(sizes.max() / sizes.sum()),
     }

@@ -31,12 +31,14 @@ from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.protocols import feature_cache
 from tessella.protocols.feature_cache import Stored
+from tessella.text import printable
 
 T = TypeVar("T")
 
 _GATHER_ROWS = 8192  # rows of one rank that travel at a time: the device never holds the whole result
 _IN_MEMORY = 1 << 30  # bytes; a larger matrix of features lies in a file while it is made
 _LINE_SECONDS = 30.0  # between two lines about progress where there is no terminal
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}  # no names of classes
 _SPOT_CHECKS = 8  # images whose kept features are compared with new ones
 _SPOT_TOLERANCE = 0.01  # relative; TF32 and other batch sizes move features by less
 
@@ -66,6 +68,7 @@ class ImageData:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     workers: int = 2
     batch_size: int = 256
+    title: str = ""  # of the protocol that runs: what its files are called
     predictions: Path | None = None  # folder that receives what each protocol predicts of the test images
     cache: Path | None = None  # folder that keeps features for later evaluations
     _kept: dict[tuple[str, EvalTransform, int], _Kept] = field(default_factory=dict, init=False, repr=False)
@@ -74,6 +77,10 @@ class ImageData:
     def same_images(self) -> bool:
         """Whether train and test are one set, so that an image must not be its own neighbour."""
         return self.train.fingerprint == self.test.fingerprint
+
+    def file_name(self, default: str, more: str = "") -> str:
+        """What a file of predictions is called: as the protocol, or `default` where that has no title; then `more`."""
+        return (self.title or default) + more
 
     def images(self, split: str) -> ImageSet:
         """The images of "train" or "test"."""
@@ -178,6 +185,35 @@ class EvalData(ImageData):
         self.classes, self._labels = _common_classes(self.train, self.test)
         if self.label_map is not None:
             self.classes, self._labels = _mapped_classes(self.classes, self._labels, self.label_map)
+        self.warnings = self._check_classes()
+
+    def _check_classes(self) -> list[str]:
+        """What a reader of the figures must know about the classes.
+
+        Raises:
+            UserError: train and test have no class in common.
+        """
+        train, test = ({self.classes[i] for i in self._labels[split].unique().tolist()} for split in ("train", "test"))
+        if not train & test:
+            raise UserError(
+                f"{self.train.name} and {self.test.name} have no class in common: train has {_some(train)}, test has "
+                f"{_some(test)}. Give both the same names of classes, or a label map"
+            )
+        warnings = []
+        if self.same_images:
+            warnings.append(
+                "train and test are the same images: kNN leaves each image out of its own neighbours, but every probe "
+                "has learned from the images that it is judged on"
+            )
+        for mine, others, here, there in ((train, test, "train", "test"), (test, train, "test", "train")):
+            if mine - others:
+                warnings.append(f"classes of {here} that {there} lacks: {_some(mine - others)}")
+        if {name.lower() for name in train | test} <= _SPLITS:
+            warnings.append(
+                f"the classes are {_some(train | test)}, which are usual names of parts of a data set: "
+                "name those folders as --train and --test, not the one above them"
+            )
+        return warnings
 
     def labels(self, split: str) -> Tensor:
         """(rows of the set,) int64 in [0, len(classes)), numbered alike in "train" and "test"."""
@@ -185,6 +221,12 @@ class EvalData(ImageData):
 
     def _labelled(self, found: Features, split: str) -> Features:
         return found._replace(labels=self._labels[split][torch.from_numpy(found.rows)])
+
+
+def _some(names: set[str]) -> str:
+    """A few of the names."""
+    shown = sorted(names)[:5]
+    return printable(", ".join(shown)) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def extract(

@@ -8,6 +8,8 @@
     jigclu-code     few labels, 100 epochs: what its script does, which gives the trunk's learning rate to both
     vissl-100       all labels, 105 epochs: VISSL's
     transfer        another data set, all labels: VISSL's; rate and weight decay picked on held-out train images
+    small           ours, for few and small images: the linear layer's rate is picked on held-out train images, and
+                    there are enough epochs for 200 steps
 
 The last epoch is the result; the best one on the test set stands beside it under a name that says so. With few labels
 the spread is large, so that the result is the mean over three seeds. The linear layer starts from N(0, 0.01²), also
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +83,11 @@ RECIPES = {
     "jigclu-code": Recipe(Rates(0.02, 0.02), Rates(0.01, 0.01), 100, (30, 60, 90), 0.1, partial=False),
     "vissl-100": _VISSL,
     "transfer": _VISSL,
+    "small": Recipe(Rates(0.02, 0.5), Rates(0.01, 0.2), 20, (12, 16), 0.2),
 }
+_PICKS = ("transfer", "small")  # recipes that try several settings on held-out train images
+_SMALL_HEADS = (5.0, 0.5, 0.05)  # learning rates of the linear layer that `small` tries: SwAV's, and lower ones
+_SMALL_STEPS = 200  # of `small`, at least: a subset of 12 images makes one step per epoch
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,13 @@ class FinetuneConfig:
     """Which fine-tuning, on which labels, and what differs from the recipe."""
 
     version: ClassVar[int] = 1
-    recipe: Literal["swav", "jigclu-readme", "jigclu-code", "vissl-100", "transfer"] = "swav"
+    recipe: Literal["swav", "jigclu-readme", "jigclu-code", "vissl-100", "transfer", "small"] = "swav"
     # Share of the train images whose labels are used, as many of each class; default: all for vissl-100 and transfer,
     # else 1 %.
     labels: PositiveFraction | None = None
     label_list: str | None = None  # file with one image name per line, instead of a share
-    epochs: PositiveInt | None = None  # default: the recipe's; the drops move along
+    # Default: the recipe's, and for `small` as many as 200 steps take; the drops move along.
+    epochs: PositiveInt | None = None
     batch_size: ForwardBatch = 256
     lr: Positive | None = None  # of the trunk; default: the recipe's for so many labels
     head_lr: Positive | None = None  # of the linear layer
@@ -153,15 +161,15 @@ def finetune(backbone: nn.Module, data: EvalData, config: FinetuneConfig) -> dic
     scores: dict[str, Any] = {}
     setting = _setting(config, len(subsets[0]) / len(data.train))
     with frozen(backbone):  # every tensor is compared afterwards; the copies learn
-        if config.recipe == "transfer":
+        if config.recipe in _PICKS:
             setting, scores = _pick_setting(backbone, data, config, subsets[0], snapshots)
         test_rows = np.arange(len(data.test))
         runs, figures = [], []
         for i, rows in enumerate(subsets):
             run, judged = _train(backbone, data, config, setting, rows, ("test", test_rows), config.seed + i, snapshots)
             labels = data.labels("test")[torch.from_numpy(judged.rows)]
-            name = finetune_name(config) + (f"-seed{config.seed + i}" if i else "")
-            save_classification(data, name, judged.rows, labels, run.logits)
+            more = f"-seed{config.seed + i}" if repeats > 1 else ""
+            save_classification(data, finetune_name(config), judged.rows, labels, run.logits, more)
             runs.append(run)
             figures.append(classification_scores(run.logits, labels, data.classes))
     snapshots.drop()
@@ -238,17 +246,13 @@ def _setting(config: FinetuneConfig, share: float) -> _Setting:
 def _pick_setting(
     backbone: nn.Module, data: EvalData, config: FinetuneConfig, rows: Tensor, snapshots: Snapshots
 ) -> tuple[_Setting, dict[str, Any]]:
-    """The learning rate and weight decay that score most on a held-out part of the train images."""
-    scale = config.batch_size / 256
-    lrs = [lr * scale for lr in config.lrs] if config.lr is None else [config.lr]
-    settings = [
-        _Setting(Rates(lr, lr if config.head_lr is None else config.head_lr), decay)
-        for lr in lrs
-        for decay in config.weight_decays
-    ]
+    """The setting that scores most on a held-out part of the train images."""
+    settings = _settings_to_try(config, len(rows) / len(data.train))
     if len(settings) == 1:
         return settings[0], {}
     fit, held = stratified_split(data.labels("train")[rows], config.held_out, config.seed)
+    if not len(held) and config.recipe == "small":
+        return settings[-1], {}  # one image of each class: nothing can be held out, and the lowest rate is safe
     if not len(held):
         raise UserError("transfer picks its learning rate on held-out train images: give two or more per class")
     trials = []
@@ -259,8 +263,33 @@ def _pick_setting(
         loss = float(F.cross_entropy(run.logits, labels).nan_to_num(torch.inf))
         trials.append((run.top1[-1], -loss))
     best = max(range(len(settings)), key=lambda i: trials[i])
-    names = [f"lr {setting.rates.trunk:g}, weight decay {setting.weight_decay:g}" for setting in settings]
+    names = [
+        f"lr {setting.rates.trunk:g}, "
+        + (f"head lr {setting.rates.head:g}" if config.recipe == "small" else f"weight decay {setting.weight_decay:g}")
+        for setting in settings
+    ]
     return settings[best], {"held_out_top1": {name: top1 for name, (top1, _) in zip(names, trials, strict=True)}}
+
+
+def _settings_to_try(config: FinetuneConfig, share: float) -> list[_Setting]:
+    """Those of a recipe that picks, without what the config decides; the first is the recipe's boldest."""
+    if config.recipe == "small":
+        usual = _setting(config, share)
+        heads = _SMALL_HEADS if config.head_lr is None else (config.head_lr,)
+        return [usual._replace(rates=Rates(usual.rates.trunk, head)) for head in heads]
+    scale = config.batch_size / 256
+    lrs = [lr * scale for lr in config.lrs] if config.lr is None else [config.lr]
+    return [
+        _Setting(Rates(lr, lr if config.head_lr is None else config.head_lr), decay)
+        for lr in lrs
+        for decay in config.weight_decays
+    ]
+
+
+def _epochs(config: FinetuneConfig, steps_per_epoch: int) -> int:
+    if config.epochs is not None or config.recipe != "small":
+        return config.epochs or RECIPES[config.recipe].epochs
+    return max(RECIPES[config.recipe].epochs, -(-_SMALL_STEPS // steps_per_epoch))
 
 
 def _train(
@@ -277,9 +306,9 @@ def _train(
 ) -> tuple[_Result, Features]:
     """One training; what is judged is the readable images among the rows `judged` of a split."""
     recipe = RECIPES[config.recipe]
-    epochs = config.epochs or recipe.epochs
     # Equal parts, because a batch norm over all ranks counts on them.
     order = SubsetOrder(rows, data.train.ids, config.batch_size, seed, partial=recipe.partial, equal=True)
+    epochs = _epochs(config, order.steps_per_epoch)
     images = TrainImages(data, order, seed)
     model = _classifier(backbone, len(data.classes), seed, data.device)
     solver = torch.optim.SGD(
@@ -312,6 +341,12 @@ def _train(
     notes = list(images.notes)
     if not found.x.isfinite().all():
         notes.append(f"the fine-tuning diverged at learning rate {setting.rates.trunk:g}: give a lower lr")
+    guessing = math.log(len(data.classes))
+    if not losses[-1] <= guessing:  # also when it is NaN
+        notes.append(
+            f"failed: the training ended at a loss of {losses[-1]:.2f}, and guessing has {guessing:.2f}; the figure "
+            "says nothing about the backbone. Give a lower lr and head_lr"
+        )
     return _Result(found.x, losses, top1, notes), found
 
 
@@ -382,17 +417,19 @@ def _summary(
         scores["top1_of_seeds"] = [figure["top1"] for figure in figures]
     else:
         scores["top1_interval"] = figures[0]["top1_interval"]
+    scores["permuted"] = {name: float(np.mean([figure["permuted"][name] for figure in figures])) for name in names}
     ids = np.concatenate([np.asarray(data.train.ids)[subset.numpy()] for subset in subsets])
     notes = sorted({note for run in runs for note in run.notes})
     return scores | {
-        "per_class": figures[0]["per_class"],
+        **{name: figures[0][name] for name in ("per_class", "mistakes")},
         "best_test_top1": float(np.mean([max(run.top1) for run in runs])),
         "train_images": len(subsets[0]),
         "subset": _hash(torch.from_numpy(ids)),
         "lr": setting.rates.trunk,
         "head_lr": setting.rates.head,
         "weight_decay": setting.weight_decay,
-        "epochs": config.epochs or RECIPES[config.recipe].epochs,
+        "epochs": len(runs[0].losses),
+        "failed": any(note.startswith("failed") for note in notes),
         "loss_first": _mean_loss(run.losses[0] for run in runs),
         "loss_last": _mean_loss(run.losses[-1] for run in runs),
         "notes": notes,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessella.protocols.features import EvalData, gather_rows, rank_rows
-from tessella.protocols.scoring import accuracy_scores, save_classes
+from tessella.protocols.scoring import accuracy_scores, permuted_accuracy, save_classes
 from tessella.ranges import Positive, PositiveInt
 
 _QUERIES = 256, 512  # of one block, at least and at most: enough for an efficient product
@@ -67,11 +67,13 @@ def knn(backbone: nn.Module, data: EvalData, config: KnnConfig) -> dict[str, Any
         setting: gather_rows(predicted.cpu(), len(test.x), data.device) for setting, predicted in predictions.items()
     }
     headline = predictions[min(_HEADLINE[0], most), _HEADLINE[1]]
-    scores = accuracy_scores(headline == test.labels, test.labels, data.classes)
+    scores = accuracy_scores(headline, test.labels, data.classes)
     named = {
         "k1" if k == 1 else f"k{k}_T{temperature:g}": found for (k, temperature), found in predictions.items()
     }  # for the plain nearest neighbour every temperature says the same
     scores |= {name: float((found == test.labels).double().mean()) for name, found in named.items()}
+    chance = {name: permuted_accuracy(found, test.labels, len(data.classes)) for name, found in named.items()}
+    scores["permuted"] |= chance
     save_classes(data, "knn", test.rows, test.labels, {"predicted": headline} | named)
     scores["leave_one_out"] = loo
     clipped = sorted({k for k in (*config.k, _HEADLINE[0]) if k > most})

@@ -30,7 +30,7 @@ from tessella.ops.metrics import topk_correct
 from tessella.ops.philox import permutation, stream_key
 from tessella.optim import LARC
 from tessella.protocols.features import EvalData, Features, assert_unchanged, frozen, progress, tensor_digests
-from tessella.protocols.scoring import classification_scores, save_classes, save_classification
+from tessella.protocols.scoring import classification_scores, permuted_accuracy, save_classes, save_classification
 from tessella.protocols.subsets import balanced_rows, stratified_split
 from tessella.protocols.training import LabelledBatch, SubsetOrder, TrainImages, initial_head, sum_gradients
 from tessella.ranges import ForwardBatch, Positive, PositiveInt, ProperFraction, Repeats, Seed
@@ -165,9 +165,9 @@ def few_labels(backbone: nn.Module, data: EvalData, config: FewLabelsConfig) -> 
     assert train.labels is not None and test.labels is not None
     shift, scale = standardisation(train.x)
     x, test_x = (train.x - shift) / scale, ((test.x - shift) / scale).to(data.device)
-    scores: dict[str, Any] = {}
+    scores: dict[str, Any] = {"permuted": {}}
     for count in config.labels_per_class:
-        results, predicted = [], {}
+        results, predicted, chance = [], {}, []
         for draw in progress(range(config.draws), f"{count} labels per class", config.draws):
             rows = balanced_rows(train.labels, count, config.seed, draw)
             head = fit_logistic(
@@ -180,8 +180,10 @@ def few_labels(backbone: nn.Module, data: EvalData, config: FewLabelsConfig) -> 
             logits = F.linear(test_x, *head).cpu()
             predicted[f"predicted_{draw}"] = logits.argmax(dim=1)
             results.append(float(topk_correct(logits, test.labels, 1).double().mean()))
-        save_classes(data, f"fewlabels-{count}", test.rows, test.labels, predicted)
+            chance.append(permuted_accuracy(logits.argmax(dim=1), test.labels, len(data.classes)))
+        save_classes(data, "fewlabels", test.rows, test.labels, predicted, f"-{count}")
         scores[f"top1_{count}"] = float(np.mean(results))
+        scores["permuted"][f"top1_{count}"] = float(np.mean(chance))
         scores[f"std_{count}"] = float(np.std(results, ddof=1)) if len(results) > 1 else 0.0
     return scores
 

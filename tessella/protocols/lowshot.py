@@ -33,7 +33,7 @@ from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.ops.philox import permutation, stream_key
 from tessella.protocols.features import EvalData, ImageData, progress
-from tessella.protocols.scoring import save_predictions
+from tessella.protocols.scoring import permuted, save_predictions
 from tessella.ranges import Positive, PositiveInt, Repeats, Seed
 
 PRESENT, ABSENT, DIFFICULT = 1, 0, -1
@@ -125,7 +125,7 @@ def svm(backbone: nn.Module, data: EvalData | MultiLabelData, config: SvmConfig)
         chosen[column] = _pick_cost(problem.train_x, y, config.costs, config)
         scores[:, column] = _decide(problem.train_x, y, problem.test_x, chosen[column], config)
     scores, chosen = _sum_over_ranks(scores, data), _sum_over_ranks(chosen, data)
-    _save(data, "svm", problem, scores)
+    _save(data, data.file_name("svm"), problem, scores)
     result = _judged(problem, scores)
     return result | {
         "c": {data.classes[i]: float(chosen[i]) for i in problem.learnable},
@@ -154,6 +154,7 @@ def lowshot(backbone: nn.Module, data: EvalData | MultiLabelData, config: LowSho
     result: dict[str, Any] = {}
     rounds = [(k, draw) for k in asked for draw in range(config.draws)]
     found: dict[int, list[float]] = {}
+    chance: dict[int, list[float]] = {}
     for k, draw in progress(rounds, "low-shot SVMs", len(rounds)):
         scores = np.zeros(problem.test_y.shape)
         for column in _my_classes(problem):
@@ -163,13 +164,14 @@ def lowshot(backbone: nn.Module, data: EvalData | MultiLabelData, config: LowSho
             cost = config.few_cost if few else _pick_cost(x, y, config.costs, config)
             scores[:, column] = _decide(x, y, problem.test_x, cost, config)
         scores = _sum_over_ranks(scores, data)
-        if draw == 0:
-            _save(data, f"lowshot-{k}", problem, scores)
+        _save(data, data.file_name("lowshot", f"-{k}-draw{draw}"), problem, scores)
         judged = _judged(problem, scores)
         found.setdefault(k, []).append(judged["map"])
+        chance.setdefault(k, []).append(judged["permuted"]["map"])
     for k, values in found.items():
         result[f"map_{k}"] = float(np.mean(values))
         result[f"std_{k}"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    result["permuted"] = {f"map_{k}": float(np.mean(values)) for k, values in chance.items()}
     result["cross_validated"] = [k for k in asked if k >= config.cross_validate_from]
     result["transform"] = asdict(problem.transform)
     left = [k for k in config.positives if k > most]
@@ -309,7 +311,14 @@ def _judged(problem: _Problem, scores: Matrix) -> dict[str, Any]:
     if len(per_class) < len(problem.classes):
         left = [name for name in problem.classes if name not in per_class]
         notes = [f"{len(left)} classes without train or test images are not in the mean, for example {left[0]}"]
-    return {"map": float(np.mean(list(per_class.values()))), "per_class": per_class, "notes": notes}
+    columns = [i for i in problem.learnable if problem.classes[i] in per_class]
+
+    def mean_precision(order: NDArray[np.int64]) -> dict[str, float]:
+        shown = problem.test_y[order]
+        return {"map": float(np.mean([average_precision(scores[:, i], shown[:, i]) for i in columns]))}
+
+    result = mean_precision(np.arange(len(scores)))
+    return result | {"per_class": per_class, "notes": notes, "permuted": permuted(mean_precision, len(scores))}
 
 
 def _save(data: EvalData | MultiLabelData, name: str, problem: _Problem, scores: Matrix) -> None:

@@ -4,21 +4,49 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tessella import dist, files
 from tessella.data.sources import ImageSet
 from tessella.ops.metrics import per_class_accuracy, topk_correct, wilson_interval
+from tessella.ops.philox import permutation, stream_key
 from tessella.protocols.features import EvalData
 from tessella.text import cell
 
 _TOP = 5
+_LISTED = 20  # kinds of mistakes
+
+
+def permuted(score: Callable[[NDArray[np.int64]], Mapping[str, float]], n: int, draws: int = 10) -> dict[str, float]:
+    """What figures are worth when the labels of the test images are put in a random order: mean over some orders.
+
+    Args:
+        score: from an order of n rows, the figures of the labels in this order.
+        n: number of labels.
+        draws: orders tried, the same each time.
+    """
+    key = stream_key(0, "permuted")
+    found = [score(permutation(key, np.arange(n), draw)) for draw in range(draws)]
+    return {name: float(np.mean([scores[name] for scores in found])) for name in found[0]}
+
+
+def permuted_accuracy(predicted: Tensor, labels: Tensor, classes: int) -> float:
+    """The accuracy to expect when the labels are put in a random order, exactly.
+
+    Args:
+        predicted: (n,) or (n, k) int64: the class, or the k classes of which one may be right; -1 is never right.
+        labels: (n,) int64 in [0, classes).
+        classes: number of classes.
+    """
+    shares = torch.bincount(labels, minlength=classes).double() / max(1, len(labels))
+    return float((shares[predicted.clamp(min=0)] * (predicted >= 0)).view(len(labels), -1).sum(dim=1).mean())
 
 
 def classification_scores(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
@@ -31,55 +59,88 @@ def classification_scores(logits: Tensor, labels: Tensor, classes: Sequence[str]
 
     Returns:
         `top1`, its 95 % `top1_interval`, `top5` (with more than five classes), `mean_per_class` over the classes that
-        have test images, `per_class` by name; all in [0, 1].
+        have test images, `per_class` by name; all in [0, 1]. `mistakes` are the most
+        frequent confusions, each [class, taken for, number of images]. Also `permuted`: what the same predictions
+        score on average when the labels are put in a random order.
     """
-    hits = topk_correct(logits, labels, 1)
-    scores = accuracy_scores(hits, labels, classes)
+    top = top_classes(logits)
+    scores = accuracy_scores(top[:, 0], labels, classes)
     if len(classes) > _TOP:
         scores["top5"] = float(topk_correct(logits, labels, _TOP).double().mean())
+        scores["permuted"]["top5"] = permuted_accuracy(top, labels, len(classes))
     return scores
 
 
-def accuracy_scores(hits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
-    """As `classification_scores`, from (n,) bool: which images were classified right."""
+def top_classes(logits: Tensor) -> Tensor:
+    """The five most likely classes of each image, or as many as there are: (n, 5) int64; -1 where a value is NaN."""
+    top = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices
+    top[logits.isnan().any(dim=1)] = -1
+    return top
+
+
+def accuracy_scores(predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """As `classification_scores`, from one class per image, (n,) int64; -1 is wrong."""
+    hits = predicted == labels
     top1 = float(hits.double().mean())
+    there = torch.bincount(labels, minlength=len(classes)) > 0
+    guessed = torch.bincount(predicted[predicted >= 0], minlength=len(classes)).double() / max(1, len(labels))
     per_class = per_class_accuracy(hits, labels, len(classes))
     return {
         "top1": top1,
         "top1_interval": list(wilson_interval(top1, len(labels))),
         "mean_per_class": float(per_class.nanmean()),
         "per_class": {name: x for name, x in zip(classes, per_class.tolist(), strict=True) if not np.isnan(x)},
+        "mistakes": _mistakes(predicted, labels, classes),
+        "permuted": {
+            "top1": permuted_accuracy(predicted, labels, len(classes)),
+            "mean_per_class": float(guessed[there].mean()),
+        },
     }
 
 
-def save_classification(data: EvalData, name: str, rows: NDArray[np.int64], labels: Tensor, logits: Tensor) -> None:
+def _mistakes(predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> list[list[Any]]:
+    """The most frequent confusions: [class, taken for, number of images], at most 20."""
+    wrong = (predicted != labels) & (predicted >= 0)
+    pairs, counts = (labels * len(classes) + predicted)[wrong].unique(return_counts=True)
+    most = counts.argsort(descending=True, stable=True)[:_LISTED]
+    return [[classes[pairs[i] // len(classes)], classes[pairs[i] % len(classes)], int(counts[i])] for i in most]
+
+
+def save_classification(
+    data: EvalData, name: str, rows: NDArray[np.int64], labels: Tensor, logits: Tensor, more: str = ""
+) -> None:
     """Write NAME.csv: key, label, predicted, and the classes that come second to fifth.
 
     Args:
         data: says whether and where.
-        name: of the protocol.
+        name: of the protocol, unless the data have its title.
         rows: (n,) of the test images.
         labels: (n,) int64.
         logits: (n, C); where one is NaN, the columns of the prediction are empty.
+        more: what tells this file from the protocol's others.
     """
     if data.predictions is None:
         return
-    top = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices
-    top[logits.isnan().any(dim=1)] = -1
+    top = top_classes(logits)
     columns: dict[str, Iterable[Any]] = {"label": _names(labels, data.classes)}
     for place in range(top.shape[1]):
         columns["predicted" if place == 0 else f"top{place + 1}"] = _names(top[:, place], data.classes)
-    save_predictions(data.predictions, name, data.test, rows, columns)
+    save_predictions(data.predictions, data.file_name(name, more), data.test, rows, columns)
 
 
 def save_classes(
-    data: EvalData, name: str, rows: NDArray[np.int64], labels: Tensor, predicted: Mapping[str, Tensor]
+    data: EvalData,
+    name: str,
+    rows: NDArray[np.int64],
+    labels: Tensor,
+    predicted: Mapping[str, Tensor],
+    more: str = "",
 ) -> None:
     """Write NAME.csv: key, label, and a column of predicted classes for each name in `predicted`, (n,) int64 each."""
     if data.predictions is not None:
         columns = {"label": labels} | dict(predicted)
         named = {title: _names(numbers, data.classes) for title, numbers in columns.items()}
-        save_predictions(data.predictions, name, data.test, rows, named)
+        save_predictions(data.predictions, data.file_name(name, more), data.test, rows, named)
 
 
 def save_predictions(

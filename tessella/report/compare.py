@@ -6,9 +6,10 @@ the train and test images. Where it was not, the remarks say in what it differs.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,10 @@ from tessella.report.evaluation import (
 )
 from tessella.report.figures import Value, columns, label, values_over_seeds
 from tessella.report.page import literal, render, short
+from tessella.run.config import FREE_FIELDS, RunConfig, load_config, to_dict
 
 _PAGES = (".md", ".html")
+_CHANGES = 12  # settings that are named
 
 
 class Column(NamedTuple):
@@ -37,6 +40,7 @@ class Column(NamedTuple):
 
     title: str
     network: str
+    run: RunConfig | None  # how it was trained, if it was evaluated into the folder of its run
     records: list[Record]
 
 
@@ -127,8 +131,12 @@ def _columns(folder: Path, records: list[Record]) -> list[Column]:
     for record in records:
         groups.setdefault((record.get("backbone"), record.get("weights")), []).append(record)
     name = folder.resolve().name
+    run = None
+    if len(groups) == 1:
+        with contextlib.suppress(UserError):  # a folder of an evaluation alone, or a run of another version
+            run = load_config(folder / "config.yaml")
     return [
-        Column(name if len(groups) == 1 else f"{name}: {backbone}", network_of(group[-1]), group)
+        Column(name if len(groups) == 1 else f"{name}: {backbone}", network_of(group[-1]), run, group)
         for (backbone, _), group in groups.items()
     ]
 
@@ -167,11 +175,44 @@ def _remarks(every: list[Column], groups: list[dict[int, list[Record]]]) -> list
                 names = (" and ".join(every[number].title for number in part) for part in (one, other))
                 what = _difference(next(iter(one.values()))[-1], next(iter(other.values()))[-1])
                 remarks.append(f"{protocol}: {next(names)} is not compared with {next(names)}: {what}")
+    remarks += _trainings(every)
     sizes = {column.title: size for column in every if (size := _size(column)) is not None}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{title} {size}" for title, size in sizes.items())
         remarks.append(f"the backbones see images at different sizes, in pixels: {told}")
     return remarks
+
+
+def _trainings(every: list[Column]) -> list[str]:
+    """How the backbones were trained, and in which settings they differ from the first."""
+    runs = [(column.title, column.run) for column in every if column.run is not None]
+    remarks = [
+        f"{title}: {run.recipe or 'a run of its own'}, {type(run.method).__name__.removesuffix('Config')}, "
+        f"{run.epochs} epochs on {short(run.data)}"
+        for title, run in runs
+    ]
+    settings = [_settings(run) for _, run in runs]
+    for (title, _), own in zip(runs[1:], settings[1:], strict=True):
+        changed = [
+            f"{name} {own.get(name)}" for name in sorted({*own, *settings[0]}) if own.get(name) != settings[0].get(name)
+        ]
+        more = f" and {len(changed) - _CHANGES} more" if len(changed) > _CHANGES else ""
+        if changed:
+            remarks.append(f"{title} differs from {runs[0][0]} in {', '.join(changed[:_CHANGES])}{more}")
+    return remarks
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    """Dotted name -> value of what decides the result."""
+
+    def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if not isinstance(value, dict):
+            yield name, value
+            return
+        for key, child in value.items():
+            yield from leaves(child, f"{name}.{key}" if name else key)
+
+    return {name: value for name, value in leaves(to_dict(run), "") if name.partition(".")[0] not in FREE_FIELDS}
 
 
 def _difference(one: Record, other: Record) -> str:

@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 
 from tessella import files
 from tessella.evaluation.records import PARTS, read_records
-from tessella.report.figures import Value, chance, columns, label, values_over_seeds
+from tessella.report.figures import Value, columns, facts, is_number, label, values_over_seeds
 from tessella.report.page import literal, render, short
 from tessella.report.published import METHODS, Reported, reported
 
 Record = Mapping[str, Any]
 
 _SEEDS = ("seed", "seeds", "repeats")  # settings in which trainings of one question may differ
+_PICKED = {"c": "C", "lr": "lr", "head_lr": "head lr", "weight_decay": "weight decay"}  # names among scores, in words
+_WORST = 5  # classes and mistakes that are named
+OWN, CHANCE = "this backbone", "labels shuffled"  # heads of columns
 _HEADS = {"baseline": "random init", "supervised": "supervised"}
 
 
@@ -30,6 +33,7 @@ class Row(NamedTuple):
 
     figure: str
     value: Value
+    chance: str  # the same predictions with the labels in a random order; empty if it is not known
     others: list[Value | None]  # of the table's other backbones
     published: list[tuple[str, str]]  # for each method of the table a figure and its footnote, or two empty texts
     gain: str  # points above random init; empty without it
@@ -40,7 +44,7 @@ class Question(NamedTuple):
 
     protocol: str
     changed: str  # what differs from the setting that the name stands for
-    seeds: str  # over which the spread is, empty if there is one alone
+    seeds: str  # over which the spread is, or how it was judged; empty if there is nothing to say
     rows: list[Row]
     notes: list[str]
 
@@ -54,12 +58,14 @@ class Table(NamedTuple):
     test: str
     facts: str  # sizes and chance, as sentences
     heads: list[str]  # of the other backbones
-    methods: list[str]  # with published figures for any of the rows
+    methods: list[str]  # with published figures of the same data for any of the rows
     questions: list[Question]
     footnotes: list[tuple[str, str]]  # letter, where a published figure is from
+    elsewhere: list[str]  # published figures of other data, one line each
     gains: bool  # whether random init is among the others
     yours: str  # the setting that those are not of
     details: list[tuple[str, str]]  # name, value
+    copies: list[tuple[str, str]]  # test and train image of some near-copies
 
 
 def tables_of(records: Iterable[Any]) -> list[Table]:
@@ -112,13 +118,22 @@ def print_scores(records: Iterable[Record]) -> None:
     tables = tables_of(records)
     for table in tables:
         title = f"{table.backbone} on {short(table.test)}"
-        heads = ["protocol", "figure", "score", *table.heads]
+        heads = ["protocol", "figure", OWN, CHANCE, *table.heads]
         rows = [
-            [question.protocol if number == 0 else "", row.figure, str(row.value), *map(_text, row.others)]
+            [
+                question.protocol + _brackets(question) if number == 0 else "",
+                *(row.figure, f"{row.value}" + (f" ({row.gain})" if row.gain else ""), row.chance or "–"),
+                *map(_text, row.others),
+            ]
             for question in table.questions
             for number, row in enumerate(question.rows)
         ]
         print_table(title if len(tables) > 1 or sys.stdout.isatty() else "", heads, rows)
+        print(literal(table.facts))
+        for question in table.questions:
+            for note in question.notes:
+                if note.startswith("failed"):
+                    print(literal(f"{question.protocol}: {note}"))
 
 
 def in_markdown(tables: Sequence[Table]) -> str:
@@ -127,7 +142,8 @@ def in_markdown(tables: Sequence[Table]) -> str:
     for table in tables:
         lines += [f"## {markdown(table.backbone)} on {markdown(short(table.test))}", ""]
         lines += [markdown(f"{table.network}. Learned from {table.train}, judged on {table.test}. {table.facts}"), ""]
-        heads = ["protocol", "figure", "score", *map(markdown, table.heads), *(METHODS[name] for name in table.methods)]
+        heads = ["protocol", "figure", OWN, CHANCE, *map(markdown, table.heads)]
+        heads += [f"{METHODS[name]}, published" for name in table.methods]
         lines += [cells(heads), cells(["---", "---", *["---:"] * (len(heads) - 2)])]
         for question in table.questions:
             name = f"{markdown(question.protocol)}{markdown(_brackets(question))}"
@@ -135,13 +151,18 @@ def in_markdown(tables: Sequence[Table]) -> str:
                 score = f"{row.value}" + (f" ({row.gain})" if row.gain else "")
                 published = [f"{value} ({note})" if value else "–" for value, note in row.published]
                 first = name if number == 0 else ""
-                lines.append(cells([first, row.figure, score, *map(_text, row.others), *published]))
+                lines.append(cells([first, row.figure, score, row.chance or "–", *map(_text, row.others), *published]))
         lines.append("")
         lines += [f"- ({letter}) {markdown(text)}" for letter, text in table.footnotes]
         lines += [f"- {markdown(table.yours)}"] if table.footnotes else []
         notes = [f"- {markdown(q.protocol)}: {markdown(note)}" for q in table.questions for note in q.notes]
         lines += [*([""] if table.footnotes else []), *(["Notes:", "", *notes, ""] if notes else [])]
         lines += [f"{markdown(name)}: {markdown(value)}  " for name, value in table.details]
+        if table.copies:
+            lines += ["", "Near-copies, test and train image:", ""]
+            lines += [f"- {markdown(one)}, {markdown(other)}" for one, other in table.copies]
+        if table.elsewhere:
+            lines += ["", "Published on other data, for orientation only:", "", *map(_bullet, table.elsewhere)]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -149,7 +170,8 @@ def in_markdown(tables: Sequence[Table]) -> str:
 _LEGEND = (
     "Per cent; higher is better. ± is the standard deviation over seeds or draws, [ , ] the 95 % interval for one "
     "backbone on other images of this kind; a figure with neither was measured once. In brackets the difference to "
-    "random init. Published figures are of other settings, which the letters name."
+    "random init. Labels shuffled: what the same predictions score when the labels of the test images are put in a "
+    "random order. A published figure was got in the setting that its letter names."
 )
 
 
@@ -168,7 +190,18 @@ def _table(records: list[Record]) -> Table:
     chosen = [one_per_seed(group) for group in groups.values()]
     train, test = (str(part_of(first, split).get("name", "?")) for split in ("train", "test"))
     notes = _Footnotes()
-    published = [[_published(group[-1], name) for name in _names(group)] for group in chosen]
+    test_set = part_of(first, "test")
+    size = test_set.get("images"), test_set.get("classes")
+    every = [[(name, _published(group[-1], name)) for name in _names(group)] for group in chosen]
+    published = [[{m: one for m, one in found.items() if one.same_data(*size)} for _, found in rows] for rows in every]
+    elsewhere = [
+        f"{group[-1].get('protocol')}, {label(name)}: {METHODS[m]} {_published_text(one.value)} "
+        f"({one.setting}; {one.source})"
+        for group, rows in zip(chosen, every, strict=True)
+        for name, found in rows
+        for m, one in found.items()
+        if not one.same_data(*size)
+    ]
     methods = [m for m in METHODS if any(m in found for rows in published for found in rows)]
     questions = [_question(group, parts, rows, methods, notes) for group, rows in zip(chosen, published, strict=True)]
     return Table(
@@ -176,14 +209,16 @@ def _table(records: list[Record]) -> Table:
         network=network_of(first),
         train=train,
         test=test,
-        facts=chance(records),
+        facts=facts(records),
         heads=[_head(records, name) for name in parts],
         methods=methods,
         questions=[question for question in questions if question.rows],
         footnotes=[(letter, text) for text, letter in notes.letters.items()],
+        elsewhere=elsewhere,
         gains="baseline" in parts,
         yours=f"Yours: {short(test)}, {network_of(first)}.",
         details=_details(records),
+        copies=_copies(records),
     )
 
 
@@ -220,16 +255,43 @@ def _question(
             (_published_text(found[m].value), notes.letter(found[m])) if m in found else ("", "") for m in methods
         ]
         gain = difference(values[name], others.get("baseline", {}).get(name))
-        rows.append(Row(label(name), values[name], [other.get(name) for other in others.values()], beside, gain))
-    told = dict.fromkeys(str(note) for record in group for note in _list(record["scores"].get("notes")))
+        value = values[name]
+        by_chance = "" if value.chance is None else f"{100 * value.chance:.1f}"
+        rows.append(Row(label(name), value, by_chance, [other.get(name) for other in others.values()], beside, gain))
+    told = [str(note) for record in group for note in _list(record["scores"].get("notes"))]
+    notes_of_all = dict.fromkeys([*told, *_findings(group[-1]["scores"])])
     changed = part_of(group[-1], "changed")
+    how = [f"{len(group)} seeds"] if len(group) > 1 else []
+    how += ["leave-one-out"] if group[-1]["scores"].get("leave_one_out") is True else []
     return Question(
         str(group[-1].get("protocol")),
         ", ".join(f"{name} {_plain(value)}" for name, value in changed.items()),
-        f"{len(group)} seeds" if len(group) > 1 else "",
+        "; ".join(how),
         rows,
-        list(told),
+        list(notes_of_all),
     )
+
+
+def _findings(scores: Mapping[str, Any]) -> list[str]:
+    """What was picked on train images, the classes that are hardest, and what they are taken for."""
+    lines = []
+    tried = part_of(scores, "held_out_top1")
+    picked = [f"{words} {scores[name]:g}" for name, words in _PICKED.items() if tried and is_number(scores.get(name))]
+    if picked:
+        lines.append(f"picked on held-out train images: {', '.join(picked)} (of {len(tried)} settings)")
+    classes = {str(name): value for name, value in part_of(scores, "per_class").items() if is_number(value)}
+    worst = sorted(classes, key=lambda name: classes[name])[:_WORST]
+    if len(classes) > 2:
+        lines.append("hardest classes: " + ", ".join(f"{name} {100 * classes[name]:.1f}" for name in worst))
+    mistakes = [one for one in _list(scores.get("mistakes")) if isinstance(one, list) and len(one) == 3][:_WORST]
+    if mistakes:
+        lines.append("most frequent mistakes: " + ", ".join(f"{a} taken for {b} ({n} images)" for a, b, n in mistakes))
+    return lines
+
+
+def _copies(records: list[Record]) -> list[tuple[str, str]]:
+    pairs = _list(part_of(records[-1], "near_copies").get("pairs"))
+    return [(str(pair.get("test")), str(pair.get("train"))) for pair in pairs if isinstance(pair, Mapping)]
 
 
 def _published_text(value: float) -> str:
@@ -258,11 +320,24 @@ def _details(records: list[Record]) -> list[tuple[str, str]]:
     seconds = sum(record["seconds"] for record in records if isinstance(record.get("seconds"), int | float))
     versions = ", ".join(f"{name} {libraries[name]}" for name in ("tessella", "torch") if libraries.get(name))
     return [
+        *([("Label map", _mapping(last))] if last.get("label_map") else []),
         ("Weights", f"sha256 {str(last.get('weights', '?'))[:16]}"),
         ("Train images", f"sha256 {str(part_of(last, 'train').get('fingerprint', '?'))[:16]}"),
         ("Test images", f"sha256 {str(part_of(last, 'test').get('fingerprint', '?'))[:16]}"),
         ("Computed", f"{last.get('device', '?')}, {last.get('ranks', 1)} rank(s), {seconds:,.0f} seconds; {versions}"),
     ]
+
+
+def _mapping(record: Record) -> str:
+    """Which classes count as one."""
+    groups: dict[str, list[str]] = {}
+    for name, counts_as in part_of(record, "label_map").items():
+        groups.setdefault(str(counts_as), []).append(str(name))
+    return "; ".join(f"{name}: {', '.join(members)}" for name, members in groups.items())
+
+
+def _bullet(text: str) -> str:
+    return f"- {markdown(text)}"
 
 
 def difference(value: Value | None, other: Value | None) -> str:

@@ -47,6 +47,7 @@ class Value(NamedTuple):
     mean: float
     std: float | None = None  # sample formula
     interval: tuple[float, float] | None = None  # 95 %
+    chance: float | None = None  # what the same predictions score with the labels in a random order
 
     @property
     def text(self) -> str:
@@ -68,7 +69,7 @@ class Value(NamedTuple):
 
 def values_of(scores: Mapping[str, Any]) -> dict[str, Value]:
     """Name -> figure, those that a table shows, in its order; what is not a number is passed over."""
-    return {name: Value(scores[name], *_spread(scores, name)) for name in _shown(scores)}
+    return {name: Value(scores[name], *_spread(scores, name), _chance(scores, name)) for name in _shown(scores)}
 
 
 def values_over_seeds(every: Sequence[Mapping[str, Any]]) -> dict[str, Value]:
@@ -77,8 +78,13 @@ def values_over_seeds(every: Sequence[Mapping[str, Any]]) -> dict[str, Value]:
         return values_of(every[0])
     parts = [values_of(scores) for scores in every]
     shared = [name for name in parts[0] if all(name in part for part in parts)]
-    found = {name: [part[name].mean for part in parts] for name in shared}
-    return {name: Value(statistics.fmean(values), statistics.stdev(values)) for name, values in found.items()}
+    found = {}
+    for name in shared:
+        values = [part[name].mean for part in parts]
+        chances = [chance for part in parts if (chance := part[name].chance) is not None]
+        chance = statistics.fmean(chances) if chances else None
+        found[name] = Value(statistics.fmean(values), statistics.stdev(values), None, chance)
+    return found
 
 
 def label(name: str) -> str:
@@ -112,6 +118,21 @@ def _order(name: str) -> tuple[float, int]:
     return list(_LABELS).index("k1") + 0.5, int(number[1]) if number else 0
 
 
+def _near_copies(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = [copies for record in records if isinstance(copies := record.get("near_copies"), Mapping)]
+    count, share = (found[-1].get(name) if found else None for name in ("near_duplicates", "near_duplicate_share"))
+    if not is_number(count) or not is_number(share):
+        return []
+    if not count:
+        return ["No test image has a near-copy among the train images."]
+    verb = "image is a near-copy" if count == 1 else "images are near-copies"
+    return [f"{count:,} test {verb} of train images ({100 * share:.1f} %): there, scores measure memory."]  # type: ignore[operator]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _spread(scores: Mapping[str, Any], name: str) -> tuple[float | None, tuple[float, float] | None]:
     stds = scores.get("std")
     found = stds.get(name) if isinstance(stds, Mapping) else None
@@ -126,8 +147,14 @@ def _spread(scores: Mapping[str, Any], name: str) -> tuple[float | None, tuple[f
     return None, None
 
 
-def chance(records: Iterable[Mapping[str, Any]]) -> str:
-    """How many test images there were, and what guessing would score, as sentences."""
+def _chance(scores: Mapping[str, Any], name: str) -> float | None:
+    permuted = scores.get("permuted")
+    found = permuted.get(name) if isinstance(permuted, Mapping) else None
+    return float(found) if is_number(found) else None  # type: ignore[arg-type]
+
+
+def facts(records: Sequence[Mapping[str, Any]]) -> str:
+    """How many test images there were, what guessing would score, and what else touches every score, as sentences."""
     sentences = []
     tests = [record["test"] for record in records if isinstance(record.get("test"), Mapping)]
     images = next((t["images"] for t in tests if is_number(t.get("images")) and t["images"] > 0), None)
@@ -139,4 +166,7 @@ def chance(records: Iterable[Mapping[str, Any]]) -> str:
         sentences.append(f"{skipped:,.0f} more could not be read.")
     if classes and all(record.get("kind", "classes") == "classes" for record in records):
         sentences.append(f"Guessing one of {classes:,.0f} classes would score {100 / classes:.1f} %.")
+    sentences += _near_copies(records)
+    warnings = [warning for record in records for warning in _list(record.get("warnings"))]
+    sentences += [f"Beware: {warning}." for warning in dict.fromkeys(map(str, warnings))]
     return " ".join(sentences)

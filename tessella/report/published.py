@@ -89,6 +89,19 @@ PUBLISHED: dict[str, tuple[Score, ...]] = {
 METHODS = {"jigclu": "JigClu", "mejigclu": "MEJigClu", "swav": "SwAV", "smog": "SMoG", "coke": "CoKe"}
 
 
+# Test images and classes by which published data are recognised.
+_DATA = {
+    "ImageNet": (50_000, 1000),
+    "CIFAR-10": (10_000, 10),
+    "COCO 2017": (5000, 80),
+    "VOC2007": (4952, 20),
+    "VOC07+12": (4952, 20),
+    "VOC2012": (1449, 21),
+    "Cityscapes": (500, 19),
+    "ADE20K": (2000, 150),
+}
+
+
 class Reported(NamedTuple):
     """What a method has published for a protocol."""
 
@@ -96,6 +109,10 @@ class Reported(NamedTuple):
     value: float  # per cent
     setting: str  # data, network, length of the pretraining: where it differs from the reader's
     source: str
+
+    def same_data(self, images: Any, classes: Any) -> bool:
+        """Whether a test set of so many images and classes can be the one that this figure is of."""
+        return _DATA.get(self.setting.partition(",")[0]) == (images, classes)
 
 
 # What belongs to no recipe, because the papers do not say all of its settings or other people ran it:

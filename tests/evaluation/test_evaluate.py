@@ -10,6 +10,7 @@ from PIL import Image
 from tessella import dist
 from tessella.data.boxes.layouts import open_annotations
 from tessella.data.masks.layouts import ArrayMasks
+from tessella.data.sources import ArrayImages
 from tessella.data.transform import EvalTransform
 from tessella.engine.launch import leave_ranks
 from tessella.errors import UserError
@@ -150,6 +151,59 @@ def test_a_foreign_evaluation_file_is_not_overwritten(tmp_path):
 def test_an_unknown_protocol_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match="'linaer'; did you mean linear"):
         run(protocols=["linaer"])
+
+
+# --- data that make figures mean something else -------------------------------------------------------------
+
+
+def named(n, names, name="planted"):
+    class Named(ArrayImages):
+        classes = names
+
+    images = planted_images(n)
+    return Named(name, np.stack([images.image(row) for row in range(n)]), images.labels)
+
+
+def test_train_and_test_without_a_common_class_are_refused():
+    sets = named(30, list("abc")), named(24, list("xyz"), "other")
+    with pytest.raises(UserError, match=r"planted and other have no class in common: train has a, b, c, test has x, y"):
+        evaluate(loaded(), *sets, protocols=["clustering"], workers=1, device="cpu")
+
+
+def test_what_is_strange_about_the_classes_is_said_once_and_stands_in_the_record(capsys):
+    sets = named(30, list("abc")), named(24, list("abd"), "other")
+    records = evaluate(loaded(), *sets, protocols=["knn", "clustering"], workers=1, device="cpu")
+    expected = ["classes of train that test lacks: c", "classes of test that train lacks: d"]
+    assert [record["warnings"] for record in records] == [expected] * 2
+    told = capsys.readouterr().err
+    assert all(told.count(f"warning: {warning}") == 1 for warning in expected)
+
+
+def test_a_folder_of_splits_is_not_taken_for_one_of_classes(tmp_path):
+    for number, split in enumerate(("train", "test") * 3):
+        folder = tmp_path / "photos" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 20 * number, np.uint8)).save(folder / f"{number}.png")
+    data = str(tmp_path / "photos")
+    (record,) = evaluate(TINY_RESNET, data, data, device="cpu", workers=1, protocols=["knn"])
+    same, split_names = record["warnings"]
+    assert "train and test are the same images" in same and "usual names of parts of a data set" in split_names
+
+
+def test_near_copies_of_train_images_are_counted_beside_every_score(tmp_path):
+    train, test = planted_images(30, seed=1, size=32, noise=60), planted_images(20, seed=2, size=32, noise=60)
+    pixels = np.stack([test.image(row) for row in range(20)])
+    pixels[3], pixels[11] = train.image(3)[:, ::-1], train.image(17)
+    test = ArrayImages("test", pixels, test.labels)
+    (record,) = evaluate(loaded(), train, test, protocols=["knn"], workers=1, device="cpu", out=tmp_path)
+    copies = records_in(tmp_path)[0]["near_copies"]
+    assert copies == record["near_copies"] and copies["near_duplicates"] == 2
+    assert [pair["test"] for pair in copies["pairs"]] == [test.key(3), test.key(11)]
+
+
+def test_images_may_be_resized_by_another_rule():
+    (record,) = run(interpolation="bicubic")
+    assert record["transform"]["interpolation"] == "bicubic"
 
 
 # --- not twice ----------------------------------------------------------------------------------------------

@@ -487,3 +487,12 @@ def test_generated_shapes_reach_fifty_box_ap_from_scratch():
     backbone = build_backbone(BackboneConfig("resnet18", width=32))
     data = DetectionData(annotated_scenes("train", np.arange(400)), annotated_scenes("test", np.arange(400, 500)))
     assert detection(backbone, data, RECIPES["small"])["box_ap"] >= 0.5
+
+
+def test_the_published_pyramid_of_swav_has_no_norm():
+    for name, expected in (("swav-fpn", False), ("moco-fpn", True)):
+        config = RECIPES[name]
+        widths = Widths(**{field: getattr(config, field) for field in Widths._fields})
+        detector = build_detector(build_backbone(BackboneConfig("resnet18", width=8)), 3, widths)
+        norms = [module for module in detector.trunk.fpn.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        assert bool(norms) == expected, name

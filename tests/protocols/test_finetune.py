@@ -172,7 +172,7 @@ def test_scikit_learn_finds_the_same_figure_in_the_saved_predictions(tmp_path):
     train, test = (planted_images(60, classes=6, noise=120, seed=seed, name=str(seed)) for seed in (1, 2))
     scores = finetune(Tiny(), eval_data(train, test, predictions=tmp_path), cheap(labels=0.5, repeats=2))
     figures = []
-    for name in ("finetune-swav-50.csv", "finetune-swav-50-seed1.csv"):
+    for name in ("finetune-swav-50-seed0.csv", "finetune-swav-50-seed1.csv"):
         rows = list(csv.DictReader((tmp_path / name).read_text().splitlines()))
         figures.append(accuracy_score([row["label"] for row in rows], [row["predicted"] for row in rows]))
     assert scores["top1_of_seeds"] == pytest.approx(figures)
@@ -260,3 +260,18 @@ def test_names_say_recipe_and_labels():
         "finetune-vissl-100",
     ]
     assert finetune_name(FinetuneConfig("transfer")) == "transfer"
+
+
+@pytest.mark.parametrize("per_class", [1, 4])
+def test_a_small_fine_tuning_of_few_images_learns_instead_of_diverging(per_class):
+    images = planted_images(12 * per_class, classes=12, seed=1)
+    scores = finetune(Tiny(), eval_data(images, images), FinetuneConfig("small", labels=1.0, batch_size=32))
+    assert scores["loss_last"] < np.log(12) and not scores["failed"] and scores["epochs"] >= 100
+    assert ("held_out_top1" in scores) == (per_class > 1)
+    assert scores["head_lr"] in (5.0, 0.5, 0.05)
+
+
+def test_a_training_that_ends_worse_than_guessing_is_named_as_failed():
+    config = FinetuneConfig("small", labels=1.0, batch_size=32, epochs=2, lr=1.0, head_lr=500.0)
+    scores = finetune(Tiny(), eval_data(planted_images(24, classes=12)), config)
+    assert scores["failed"] and any(note.startswith("failed: the training ended") for note in scores["notes"])

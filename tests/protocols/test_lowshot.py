@@ -131,7 +131,7 @@ def test_an_independent_scorer_finds_the_same_figure_in_the_saved_predictions(tm
         labels = [int(row[f"label of {name}"]) for row in rows]
         assert voc_average_precision(found, labels) == pytest.approx(value)
         assert average_precision_score(labels, found) == pytest.approx(value, abs=0.05)  # no envelope: a little less
-    assert (tmp_path / "lowshot-2.csv").exists()
+    assert (tmp_path / "lowshot-2-draw0.csv").exists()
 
 
 def test_the_test_labels_do_not_choose_c():

@@ -54,7 +54,7 @@ def work_of_this_rank(cache):
         "clustering": clustering(Tiny(), hard, ClusteringConfig(restarts=2))["nmi"],
         "svm": svm(Tiny(), hard, SvmConfig(costs=(0.01, 0.1)))["map"],
         "lowshot": lowshot(Tiny(), hard, LowShotConfig((2,), draws=2))["map_2"],
-        "duplicates": duplicates(Tiny(), hard, DuplicatesConfig(bits=20, cosine=0.5))["near_duplicates"],
+        "duplicates": duplicates(Tiny(), hard, DuplicatesConfig(similarity=0.7))["near_duplicates"],
         "finetune": tuned["top1"],
         "loss": tuned["loss_last"],
         "cached": cached.features(Tiny(), "train").x,

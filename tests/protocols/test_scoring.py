@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, normalized_
 
 from tessella.data.sources import ArrayImages
 from tessella.errors import UserError
-from tessella.protocols.clustering import ClusteringConfig, clustering
+from tessella.protocols.clustering import ClusteringConfig, clustering, score_assignments
 from tessella.protocols.knn import KnnConfig, knn
 from tessella.protocols.linear import FewLabelsConfig, LinearConfig, few_labels, linear
 from tessella.protocols.scoring import classification_scores, save_classification, save_predictions
@@ -35,6 +35,35 @@ def test_scores_equal_scikit_learn():
     assert scores["mean_per_class"] == pytest.approx(balanced)
     assert set(scores["per_class"]) == {str(i) for i in range(8)}  # class 8 has no image
     assert scores["top1_interval"][0] < scores["top1"] < scores["top1_interval"][1]
+
+
+def test_scores_of_shuffled_labels_are_the_mean_over_all_orders():
+    labels, logits = torch.arange(60) % 7, torch.randn(60, 8)
+    logits[5] = torch.nan
+    names = [str(i) for i in range(8)]
+    expected = classification_scores(logits, labels, names)["permuted"]
+    orders = [torch.randperm(60, generator=torch.Generator().manual_seed(i)) for i in range(400)]
+    found = [classification_scores(logits, labels[order], names) for order in orders]
+    assert set(expected) == {"top1", "top5", "mean_per_class"}
+    for name, value in expected.items():
+        assert value == pytest.approx(np.mean([scores[name] for scores in found]), abs=0.01), name
+
+
+def test_shuffled_labels_of_clusters_agree_as_scikit_learn_says():
+    labels, clusters = torch.arange(80) % 5, torch.arange(80) // 20
+    found = score_assignments(clusters, labels, 4)["permuted"]
+    orders = [np.random.default_rng(i).permutation(labels.numpy()) for i in range(300)]
+    assert found["nmi"] == pytest.approx(
+        np.mean([normalized_mutual_info_score(order, clusters) for order in orders]), abs=0.03
+    )
+    assert abs(found["ari"]) < 0.03 and 0.2 < found["purity"] < 0.5
+    assert found == score_assignments(clusters, labels, 4)["permuted"]  # the same orders each time
+
+
+def test_the_most_frequent_mistakes_are_named():
+    logits = torch.eye(3)[torch.tensor([0, 1, 1, 1, 2, 2])]
+    scores = classification_scores(logits, torch.tensor([0, 0, 0, 1, 1, 2]), ["cat", "dog", "fox"])
+    assert scores["mistakes"] == [["cat", "dog", 2], ["dog", "fox", 1]]
 
 
 @pytest.mark.parametrize(

@@ -141,12 +141,58 @@ def test_published_figures_of_a_protocol(protocol: str, settings: dict, figure: 
 
 
 def test_a_published_figure_names_its_setting_and_yours():
-    (table,) = tables_of([record("linear-fast")])
+    imagenet = {"name": "photos.tar::test", "fingerprint": "s", "images": 50_000, "classes": 1000}
+    (table,) = tables_of([record("linear-fast", test=imagenet)])
     footnotes = dict(table.footnotes)
     published = dict(zip(table.methods, table.questions[0].rows[0].published, strict=True))
     value, letter = published["swav"]
     assert value == "75.3" and footnotes[letter] == "ImageNet, ResNet-50, 800 epochs (README of the official code)"
-    assert table.yours == "Yours: photos.tar::test, resnet10, width 16, small stem."
+    assert table.yours == "Yours: photos.tar::test, resnet10, width 16, small stem." and not table.elsewhere
+
+
+def test_figures_published_on_other_data_are_no_column(tmp_path: Path):
+    (table,) = tables_of([record("linear-fast")])
+    assert not table.methods and not table.footnotes
+    line = "linear-fast, top-1: SwAV 75.3 (ImageNet, ResNet-50, 800 epochs; README of the official code)"
+    assert line in table.elsewhere
+    text, page = written(tmp_path, record("linear-fast"))
+    assert "SwAV 75.3" in page.text and page.count("details") == 2 and "SwAV" not in text.partition("on other data")[0]
+
+
+def test_what_touches_every_score_stands_above_them(capsys: pytest.CaptureFixture[str]):
+    copies = {"near_duplicates": 12, "near_duplicate_share": 0.012, "pairs": [{"test": "a.png", "train": "b.png"}]}
+    doubtful = record(near_copies=copies, warnings=["classes of test that train lacks: fox"])
+    doubtful["scores"]["leave_one_out"] = True
+    (table,) = tables_of([doubtful])
+    assert "12 test images are near-copies of train images (1.2 %): there, scores measure memory." in table.facts
+    assert "Beware: classes of test that train lacks: fox." in table.facts
+    assert table.copies == [("a.png", "b.png")] and table.questions[0].seeds == "leave-one-out"
+    print_scores([doubtful])
+    out = capsys.readouterr().out
+    assert "knn (leave-one-out)" in out and "12 test images are near-copies" in out
+
+
+def test_a_score_stands_beside_that_of_shuffled_labels_and_says_what_is_hard(tmp_path: Path):
+    scores = {
+        "top1": 0.5, "permuted": {"top1": 0.104}, "c": 0.01, "held_out_top1": {"0.01": 0.5, "1": 0.4},
+        "per_class": {"cat": 0.2, "dog": 0.5, "fox": 0.8}, "mistakes": [["cat", "dog", 31]],
+    }  # fmt: skip
+    text, page = written(tmp_path, record("linear-fast", scores=scores, label_map={"tabby": "cat", "lion": "cat"}))
+    assert "| linear-fast | top-1 | 50.0 | 10.4 |" in text
+    for words in (
+        "picked on held-out train images: C 0.01 (of 2 settings)",
+        "hardest classes: cat 20.0, dog 50.0, fox 80.0",
+        "cat taken for dog (31 images)",
+        "cat: tabby, lion",
+        "10.4",
+    ):
+        assert words in page.text, words
+
+
+def test_a_training_that_failed_is_named_beside_its_figure(capsys: pytest.CaptureFixture[str]):
+    note = "failed: the training ended at a loss of 8.30, and guessing has 2.48"
+    print_scores([record("finetune-small-1", scores={"top1": 0.1, "notes": [note]})])
+    assert f"finetune-small-1: {note}" in capsys.readouterr().out
 
 
 # --- on paper -----------------------------------------------------------------------------------------------
@@ -162,8 +208,8 @@ def test_markdown_and_page_say_the_same(tmp_path: Path):
     noted = copy.deepcopy(record(**BASELINE))
     noted["scores"]["notes"] = ["k 200 is more than there are"]
     text, page = written(tmp_path, noted, trained(0, 0.4), trained(1, 0.6))
-    assert "| knn | top-1 | 48.9 [45.8, 52.0] (+22.4) | 26.5 [24.0, 29.0] |" in text
-    assert "| detection-small (2 seeds) | box AP | 50.0 ± 14.1 | – | 39.3 (" in text
+    assert "| knn | top-1 | 48.9 [45.8, 52.0] (+22.4) | – | 26.5 [24.0, 29.0] |" in text
+    assert "| detection-small (2 seeds) | box AP | 50.0 ± 14.1 | – | – |" in text
     for words in ("48.9 [45.8, 52.0]", "+22.4", "26.5", "50.0 ± 14.1", "2 seeds", "k 200 is more than there are"):
         assert words in page.text, words
     assert "Learned from /data/photos.tar::train" in text and "1,000 test images" in page.text
@@ -196,8 +242,8 @@ def test_the_table_is_plain_where_there_is_no_terminal(capsys: pytest.CaptureFix
     few = record("fewlabels", scores={"top1_1": 0.2, "std_1": 0.01, "top1_10": 0.4, "std_10": 0.02})
     print_scores([record(**BASELINE), few])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["protocol", "figure", "score", "random", "init"]
-    assert lines[1].split() == ["knn", "top-1", "48.9", "[45.8,", "52.0]", "26.5", "[24.0,", "29.0]"]
+    assert lines[0].split() == ["protocol", "figure", "this", "backbone", "labels", "shuffled", "random", "init"]
+    assert lines[1].split() == ["knn", "top-1", "48.9", "[45.8,", "52.0]", "(+22.4)", "–", "26.5", "[24.0,", "29.0]"]
     assert any("top-1, 10 labels per class" in line and "40.0 ± 2.0" in line for line in lines)
 
 

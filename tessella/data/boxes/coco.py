@@ -11,13 +11,14 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from tessella.data.boxes.objects import AnnotatedImages, ObjectTable, Problems, positive_ids, unique_names
 from tessella.data.boxes.outlines import Broken, Outline, read_outline
-from tessella.data.sources import ImageSet
+from tessella.data.sources import ImageSet, open_images
 from tessella.data.texts import TextFiles
 from tessella.errors import UserError
 from tessella.text import printable
@@ -25,13 +26,16 @@ from tessella.text import printable
 _MEND = "Repair the file, or remove what is wrong."
 
 
-def read_coco(files: TextFiles, json_name: str, folders: Sequence[str]) -> AnnotatedImages:
+def read_coco(
+    files: TextFiles, json_name: str, folders: Sequence[str], elsewhere: str | None = None
+) -> AnnotatedImages:
     """Images and objects of one annotation file.
 
     Args:
         files: where it lies.
         json_name: its name.
         folders: where its images may lie; the first in which one of them is found counts.
+        elsewhere: instead, the name of the images, as `data.sources.open_images` takes it.
 
     Raises:
         UserError: it is not COCO's format, what it says is wrong, or none of its images is there.
@@ -42,7 +46,7 @@ def read_coco(files: TextFiles, json_name: str, folders: Sequence[str]) -> Annot
     classes, category_ids = _read_categories(document["categories"], problems)
     records = _read_images(document["images"], problems)
     problems.refuse(_MEND)
-    images, rows = _find_images(files, folders, [record["file_name"] for record in records], json_name)
+    images, rows = _find_images(files, folders, elsewhere, [record["file_name"] for record in records], json_name)
     there = [i for i, row in enumerate(rows) if row is not None]
     if len(there) < len(records):
         missing = next(record["file_name"] for record, row in zip(records, rows, strict=True) if row is None)
@@ -59,7 +63,8 @@ def read_coco(files: TextFiles, json_name: str, folders: Sequence[str]) -> Annot
     problems.refuse(_MEND)
     source = hashlib.sha256(encoded).hexdigest()
     ids = [record["id"] for record in kept]
-    return AnnotatedImages(files.data, images, chosen, ids, classes, category_ids, table, source, notes)
+    name = files.data if files.data.endswith(".json") else f"{files.data} ({PurePosixPath(json_name).name})"
+    return AnnotatedImages(name, images, chosen, ids, classes, category_ids, table, source, notes)
 
 
 def _parse(encoded: bytes, name: str) -> dict[str, list[Any]]:
@@ -116,23 +121,25 @@ def _read_images(entries: list[dict[str, Any]], problems: Problems) -> list[dict
 
 
 def _find_images(
-    files: TextFiles, folders: Sequence[str], names: list[str], json_name: str
+    files: TextFiles, folders: Sequence[str], elsewhere: str | None, names: list[str], json_name: str
 ) -> tuple[ImageSet, list[int | None]]:
     """The images of the first folder that holds any of them, and the row of each; None for one that is not there."""
-    for folder in folders:
+    for folder in folders if elsewhere is None else [elsewhere]:
         try:
-            images = files.images(folder)
+            images = files.images(folder) if elsewhere is None else open_images(elsewhere)
         except UserError:
+            if elsewhere is not None:
+                raise
             continue
         row_of = {str(images.key(row)): row for row in range(len(images))}
         rows = [row_of.get(name, row_of.get(_plain(name))) for name in names]
         if any(row is not None for row in rows):
             return images, rows
-    looked = ", ".join(folder or "its own folder" for folder in folders)
+    looked = elsewhere or ", ".join(folder or "its own folder" for folder in folders)
     first = f" The first is {printable(names[0])}." if names else ""
     raise UserError(
         f"none of the {len(names)} images of {printable(json_name)} can be read: looked in {printable(looked)}.{first} "
-        "Put them in one of these folders, under the names of the file"
+        "Put them there under the names of the file, or name their folder (--images)"
     )
 
 

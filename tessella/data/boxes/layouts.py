@@ -34,7 +34,7 @@ Split = Literal["train", "test"]
 _SPLIT_NAMES = {"train": ("train",), "test": ("val", "valid", "minival", "test")}
 
 
-def open_annotations(data: str, split: Split) -> AnnotatedImages:
+def open_annotations(data: str, split: Split, images: str | None = None) -> AnnotatedImages:
     """Open images with the boxes, classes and, where they have them, masks of their objects.
 
     Args:
@@ -42,6 +42,7 @@ def open_annotations(data: str, split: Split) -> AnnotatedImages:
             `split` says.
         split: which part of data that hold both: "train", or "test", which is the validation part where that is the
             labelled one.
+        images: name of the images of a COCO file, if they are not near it.
 
     Raises:
         UserError: nothing of these formats is there, or what it says is wrong; the text says where.
@@ -50,10 +51,10 @@ def open_annotations(data: str, split: Split) -> AnnotatedImages:
         return open_shapes(data, split)
     files = open_files(data)
     lists = find_lists(files, split)
-    if lists:
-        return read_voc(files, lists)
+    if lists and images is None:
+        return read_voc(files, lists, split)
     json_name, folders = _find_coco(files, split)
-    return read_coco(files, json_name, folders)
+    return read_coco(files, json_name, folders, images)
 
 
 def holds_annotations(data: str) -> bool:

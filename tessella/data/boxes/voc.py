@@ -72,8 +72,8 @@ def find_lists(files: TextFiles, split: str) -> list[ImageList]:
     return lists
 
 
-def read_voc(files: TextFiles, lists: list[ImageList]) -> AnnotatedImages:
-    """Images and objects of some lists, joined.
+def read_voc(files: TextFiles, lists: list[ImageList], split: str) -> AnnotatedImages:
+    """Images and objects of some lists, joined; the split is for their name.
 
     Raises:
         UserError: an annotation is damaged or wrong, or an image has none; or no image is there.
@@ -117,7 +117,8 @@ def read_voc(files: TextFiles, lists: list[ImageList]) -> AnnotatedImages:
     table = _table(objects, classes, len(rows))
     ids: list[int | str] = list(range(1, len(rows) + 1))
     chosen = np.array(rows, dtype=np.int64)
-    return AnnotatedImages(files.data, images, chosen, ids, classes, numbers, table, digest.hexdigest(), notes)
+    name = f"{files.data} ({split})"
+    return AnnotatedImages(name, images, chosen, ids, classes, numbers, table, digest.hexdigest(), notes)
 
 
 def parse_xml(encoded: bytes) -> Element:

@@ -46,6 +46,7 @@ class Widths(NamedTuple):
 
     neck: str = "fpn"  # or "c4"
     box_head: str = "4conv1fc"  # of fpn, with batch norm; or "2fc"
+    fpn_norm: bool = True  # batch norm in the pyramid
     masks: bool = False
     channels: int = 256  # of the pyramid, of the box head's and of the mask head's convolutions
     fc_dim: int = 1024  # of the box head's fully connected layers
@@ -118,7 +119,7 @@ def _pyramid_detector(backbone: nn.Module, classes: int, widths: Widths) -> Dete
         trunk: nn.Module = SimplePyramid(backbone, channels[-1], widths.channels)
         strides = [strides[0] // 4, strides[0] // 2, strides[0], 2 * strides[0]]
     else:
-        trunk = Pyramid(backbone, channels, widths.channels)
+        trunk = Pyramid(backbone, channels, widths.channels, norm=widths.fpn_norm)
     all_strides = [*strides, 2 * strides[-1]]  # and the level above, for proposals only
     rpn = _proposals(widths.channels, [(stride * widths.anchor_scale,) for stride in all_strides], widths)
     box_pool = RoiAlign(_FPN_BOX_SIDE, strides, widths.anchor_scale)
@@ -162,12 +163,12 @@ def _c4_detector(backbone: nn.Module, classes: int, widths: Widths) -> Detector:
 
 
 class Pyramid(nn.Module):
-    """Feature pyramid with batch norm, and the level above its last."""
+    """Feature pyramid, with batch norm or without, and the level above its last."""
 
-    def __init__(self, backbone: nn.Module, channels: list[int], out: int) -> None:
+    def __init__(self, backbone: nn.Module, channels: list[int], out: int, *, norm: bool) -> None:
         super().__init__()
         self.backbone = backbone
-        self.fpn = FeaturePyramidNetwork(channels, out, LastLevelMaxPool(), nn.BatchNorm2d)
+        self.fpn = FeaturePyramidNetwork(channels, out, LastLevelMaxPool(), nn.BatchNorm2d if norm else None)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(b, 3, h, w) -> maps, fine to coarse."""

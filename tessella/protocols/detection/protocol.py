@@ -34,6 +34,7 @@ from tessella.errors import UserError
 from tessella.modules.drop_path import seed_noise
 from tessella.modules.norm import synchronise_batch_norm
 from tessella.ops.layout import image_layout
+from tessella.ops.philox import permutation, stream_key
 from tessella.protocols.detection.batches import (
     DetectionBatch,
     Stream,
@@ -62,6 +63,7 @@ from tessella.text import printable
 
 _FPN_SIZES = (640, 672, 704, 736, 768, 800)
 _USUAL_STRIDE = 4  # of a backbone's first map
+_C4_SMALLEST = 4 * 0.25  # of the c4 detector's anchors, on a map with four times the stride: see `networks`
 _MOST_POSITIONS = 800 * 1333 // 4  # of the finest map of one image: four times those of the published sizes
 _VOC_SIZES = (480, 512, 544, 576, 608, *_FPN_SIZES)
 
@@ -75,6 +77,7 @@ class DetectionConfig:
     masks: bool = False  # Mask R-CNN instead of Faster R-CNN
     neck: Literal["fpn", "c4"] = "fpn"  # a plain transformer gets a simple pyramid for fpn
     box_head: Literal["4conv1fc", "2fc"] = "4conv1fc"  # of fpn: with batch norm, or without convolutions
+    fpn_norm: bool = True  # batch norm in the pyramid
     channels: Channels = 256  # of the pyramid and of the heads' convolutions
     fc_dim: Annotated[int, Range(1, 65_536)] = 1024  # of the box head's fully connected layers
     anchor_scale: Positive = 8.0  # side of the anchors in strides of their level: 32 pixels at stride 4
@@ -159,8 +162,8 @@ RECIPES: dict[str, DetectionConfig] = {
         _MOCO_C4,
         replace(_MOCO_C4, recipe="moco-c4-2x", iterations=180_000, steps=(120_000, 160_000)),
         replace(_MOCO_C4, recipe="voc-c4", masks=False, lr=0.02, **_VOC_SCHEDULE),
-        # vissl's configs for SwAV: a higher learning rate.
-        replace(_MOCO_FPN, recipe="swav-fpn", lr=0.1, warmup_iterations=1000),
+        # vissl's configs for SwAV: a higher learning rate, and no norm in the pyramid.
+        replace(_MOCO_FPN, recipe="swav-fpn", fpn_norm=False, lr=0.1, warmup_iterations=1000),
         replace(
             replace(_MOCO_C4, recipe="voc-c4-swav", masks=False, lr=0.1, **_VOC_SCHEDULE),
             warmup_iterations=1000,
@@ -270,7 +273,11 @@ def _check_resolution(finest: int, config: DetectionConfig) -> list[str]:
             "train_sizes, test_size and longest to what the backbone was trained on; or pretrain with "
             "--backbone.stem imagenet"
         )
-    note = f"{made_for}, and training a detector on it takes several times as long"
+    smallest = config.anchor_scale * finest * (1 if config.neck == "fpn" else _C4_SMALLEST)
+    note = (
+        f"{made_for}: training a detector on it takes several times as long, and its smallest anchors are {smallest:g} "
+        f"pixels on a side instead of {smallest * _USUAL_STRIDE / finest:g}"
+    )
     if dist.rank() == 0:
         print(note, file=sys.stderr, flush=True)
     return [note]
@@ -526,7 +533,19 @@ def _score(
         figures, per_class = average_precision(truth, found, kind)
         scores |= {f"{name}_{figure}": value for figure, value in figures.items()}
         scores[f"{name}_per_class"] = per_class
+    # Masks are not moved to other images, whose size may be another.
+    by_chance, _ = average_precision(_elsewhere(truth), boxes, "bbox")
+    scores["permuted"] = {f"box_{figure}": value for figure, value in by_chance.items()}
     return scores | {"images": len(seen), "objects": counted}
+
+
+def _elsewhere(truth: dict[str, Any]) -> dict[str, Any]:
+    """The objects of each image laid on another: what detections score on them is chance."""
+    ids = np.array([image["id"] for image in truth["images"]])
+    shuffled = ids[permutation(stream_key(0, "permuted"), np.arange(len(ids)), 0)]
+    other = dict(zip(ids.tolist(), shuffled.tolist(), strict=True))
+    moved = [annotation | {"image_id": other[annotation["image_id"]]} for annotation in truth["annotations"]]
+    return truth | {"annotations": moved}
 
 
 def _stream(data: DetectionData, config: DetectionConfig) -> Stream:

@@ -152,14 +152,22 @@ def _starts(length: int, window: int, stride: int) -> list[int]:
 def figures(judged: Judgement, classes: list[str]) -> dict[str, Any]:
     """What the confusion matrix says."""
     confusion, iou = judged.confusion, judged.iou
-    right, true = np.diag(confusion), confusion.sum(axis=1)
-    there = true > 0
-    return {
-        "miou": float(np.nanmean(iou)),
-        "pixel_accuracy": float(right.sum() / true.sum()),
-        "mean_accuracy": float((right[there] / true[there]).mean()),
+    true, found = confusion.sum(axis=1), confusion.sum(axis=0)
+    by_chance = np.outer(true, found) / max(1, confusion.sum())  # expected when the pixels' labels are shuffled
+    return _means(confusion) | {
+        "permuted": _means(by_chance),
         "per_class": {name: float(x) for name, x in zip(classes, iou, strict=True) if not np.isnan(x)},
         "classes": len(classes),
+    }
+
+
+def _means(confusion: NDArray[Any]) -> dict[str, float]:
+    right, true, found = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    there = true > 0
+    return {
+        "miou": float(np.nanmean(intersection_over_union(np.stack([right, true, found])))),
+        "pixel_accuracy": float(right.sum() / true.sum()),
+        "mean_accuracy": float((right[there] / true[there]).mean()),
     }
 
 
