@@ -98,7 +98,7 @@ def resume(
     fabric = launch(config)
     with Watch(config.rank_timeout) as watch, run.only_writer(fabric.is_global_zero):
         run.go_on_as(saved, config, allow)
-        images = images or open_images(config.data)
+        images = images or run.open_images(config)
         _require_fit(config, images, fabric)
         state = _build(config, images, fabric.device)
         steps_per_epoch = _order(config, images, state.method).steps_per_epoch

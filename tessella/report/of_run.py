@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tessella.data.sources import ImageSet, open_images
+from tessella.data.sources import ImageSet
 from tessella.engine.launch import cores_at_hand, pick_device
 from tessella.errors import UserError
 from tessella.evaluation.evaluate import assign
@@ -16,6 +16,7 @@ from tessella.methods import views_of
 from tessella.protocols.features import extract
 from tessella.report.run import write_report
 from tessella.run.config import load_config
+from tessella.run.folder import RunFolder
 from tessella.text import printable
 from tessella.weights.resolve import resolve_backbone
 
@@ -39,7 +40,7 @@ def report(run: Path, *, images: ImageSet | None = None, device: str = "auto") -
     config = load_config(run / "config.yaml")
     clusters = None
     try:
-        images = images or open_images(config.data)
+        images = images or RunFolder(run).open_images(config)
         clusters = _clusters(run, images, device)
     except UserError as error:  # a page without pictures is better than none
         print(printable(f"the page shows less: {error}"), file=sys.stderr)

@@ -19,6 +19,8 @@ import errno
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +74,28 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         with files.new_folder(target) as temporary:  # its old contents, if any, count until the new ones are there
             _fill(temporary, step, tensors, state)
     return target
+
+
+def save_elsewhere(step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path | None:
+    """Write a checkpoint that its own folder cannot take into a new private one for temporary files.
+
+    Args:
+        step: as `save` has it.
+        tensors: as `save` has it.
+        state: as `save` has it; what JSON cannot hold is written as text.
+
+    Returns:
+        The checkpoint; None if it cannot be written there either.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="tessella-"))
+        try:
+            return save(folder, step, tensors, json.loads(json.dumps(state, default=str), parse_constant=str))
+        except Exception:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    except Exception:  # the failure that led here is the one to report
+        return None
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

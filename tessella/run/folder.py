@@ -1,7 +1,7 @@
 """A run on disk: what is where, who may write it, and how a run comes back from it.
 
 RUN/config.yaml           the whole configuration
-RUN/environment.json      versions, host, data fingerprint of the first start
+RUN/environment.json      versions, host and the path of the images at the first start
 RUN/metrics.jsonl         the log
 RUN/checkpoints/step-N/   the last two checkpoints
 RUN/backbone.safetensors  the trained backbone, when the run is complete
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tessella import dist, files
-from tessella.data.sources import ImageSet
+from tessella.data.sources import ImageSet, open_images
 from tessella.errors import UserError
 from tessella.methods.method import Method, Progress
 from tessella.modules.memory import follow_images, tables_of
@@ -136,7 +136,8 @@ class RunFolder:
         self.refuse_taken()
         files.make_folder(self.checkpoints)
         files.remove(self.metrics)
-        files.write_json(self.path / "environment.json", environment())
+        places = {"data": _places(config.data, self.path)}
+        files.write_json(self.path / "environment.json", environment() | places)
         start.write(self.path)
         files.write_text(self.path / "config.yaml", to_yaml(config))
 
@@ -191,6 +192,7 @@ class RunFolder:
         """
         self._warn_of_other_views()
         self._contents = images_seen.content_samples(images)
+        state.monitor.identical_images = len(self._contents) > 1 and len(set(self._contents.values())) == 1
         values = sum(p.nbytes for p in state.method.parameters())
         kept = 2 if isinstance(state.optimizer, torch.optim.AdamW) else 1  # by the optimiser, for each value
         one = sum(t.nbytes for t in state.method.state_dict().values()) + kept * values
@@ -199,13 +201,36 @@ class RunFolder:
 
     def _warn_of_other_views(self) -> None:
         """Say so if compiled kernels make the views that torch made before, or the other way round."""
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            before = files.read_json(self.path / "environment.json", _LIMIT).get("views")
-            if before in _MAKERS and before != compiled.in_words():
-                _warn(
-                    f"views were made by {_MAKERS[before]} when the run began, now by {_MAKERS[compiled.in_words()]}: "
-                    "they agree within rounding, but the run goes on otherwise than it would have in its last bits"
-                )
+        before = str(self._environment().get("views"))
+        if before in _MAKERS and before != compiled.in_words():
+            _warn(
+                f"views were made by {_MAKERS[before]} when the run began, now by {_MAKERS[compiled.in_words()]}: "
+                "they agree within rounding, but the run goes on otherwise than it would have in its last bits"
+            )
+
+    def _environment(self) -> dict[str, Any]:
+        """What is known of the first start; nothing if the file is gone or damaged."""
+        try:
+            found = files.read_json(self.path / "environment.json", _LIMIT)
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def open_images(self, config: RunConfig) -> ImageSet:
+        """The run's images: by their name, else by the path that they had, from the root or from the run folder.
+
+        Raises:
+            UserError: they are in none of these places, or cannot be read there.
+        """
+        try:
+            return open_images(config.data)
+        except UserError as error:
+            places = self._environment().get("data")
+            known = places if isinstance(places, dict) and places.get("name") == config.data else {}
+            for place in (str(known.get("absolute")), str(self.path / str(known.get("from_run")))):
+                if known and _path_of(place):
+                    return open_images(place)
+            raise UserError(f"{error} If the images of {self.path} lie elsewhere now, name them with --data") from None
 
     def save(
         self, progress: Progress, config: RunConfig, images: ImageSet, state: State, skipped: dict[str, str]
@@ -213,8 +238,24 @@ class RunFolder:
         """Write a checkpoint and drop all but the last two. For rank 0; the others hold the same state.
 
         Raises:
-            UserError: it cannot be written; the text says why.
+            UserError: it cannot be written; the text says why, and where the state was written instead.
         """
+        step = progress.step
+        try:
+            self._save(progress, config, images, state, skipped)
+        except Exception as error:  # whatever it is: hours of training may hang on it
+            if self._saved_step == step:
+                raise
+            tensors, facts = self._checkpoint(progress, config, images, state)
+            place = checkpoint_files.save_elsewhere(step, tensors, facts)
+            where = "could not be kept anywhere"
+            if place:
+                where = f"was written to {place}: move that into {self.checkpoints}, then resume"
+            raise UserError(f"{error or type(error).__name__}. The state of step {step} {where}") from error
+
+    def _save(
+        self, progress: Progress, config: RunConfig, images: ImageSet, state: State, skipped: dict[str, str]
+    ) -> None:
         step = progress.step
         if not self._has_begun():
             raise UserError(
@@ -225,29 +266,33 @@ class RunFolder:
         if unreadable:
             self._write_unreadable(unreadable)
         if step != self._saved_step or self._config_changed:
-            tensors = {
-                "method": dict(state.method.state_dict()),
-                "optimizer": optimizer_tensors(state.method, state.optimizer),
-                "monitor": dict(state.monitor.state_dict()),
-            }
-            if tables_of(state.method):  # whose rows are whose, should the data set change
-                tensors["images"] = {"ids": _ids(images)}
-            facts = {
-                "step": step,
-                "steps_per_epoch": progress.steps_per_epoch,
-                "config": to_dict(config),
-                "fingerprints": {"data": images.fingerprint},
-                "contents": self._contents,
-            }
             self._sync_log()
-            checkpoint_files.save(self.checkpoints, step, tensors, facts)
+            checkpoint_files.save(self.checkpoints, step, *self._checkpoint(progress, config, images, state))
+            self._saved_step = step
             if self._images_changed:
                 checkpoint_files.drop_later(self.checkpoints, step)
         # Also for a process that was killed before it came to this:
         checkpoint_files.prune(self.checkpoints, keep=_KEPT)
         images_seen.remember(self.path, images)
-        self._saved_step, self._saved_at = step, time.monotonic()
+        self._saved_at = time.monotonic()
         self._config_changed = self._images_changed = False
+
+    def _checkpoint(self, progress: Progress, config: RunConfig, images: ImageSet, state: State) -> Checkpoint:
+        tensors = {
+            "method": dict(state.method.state_dict()),
+            "optimizer": optimizer_tensors(state.method, state.optimizer),
+            "monitor": dict(state.monitor.state_dict()),
+        }
+        if tables_of(state.method):  # whose rows are whose, should the data set change
+            tensors["images"] = {"ids": _ids(images)}
+        facts = {
+            "step": progress.step,
+            "steps_per_epoch": progress.steps_per_epoch,
+            "config": to_dict(config),
+            "fingerprints": {"data": images.fingerprint},
+            "contents": self._contents,
+        }
+        return tensors, facts
 
     def restore(
         self, config: RunConfig, images: ImageSet, state: State, steps_per_epoch: int, images_changed: bool = False
@@ -365,6 +410,21 @@ def load_optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer, ten
         # AdamW keeps its step count on the CPU; everything else lives beside its parameter, in the same layout.
         state = value if value.dim() == 0 else torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][key] = state
+
+
+def _path_of(data: str) -> str:
+    """The file or folder that a data set's name starts with; empty if there is none."""
+    bases = (data, data.rpartition("::")[0])
+    return next((base for base in bases if base and Path(base).expanduser().exists()), "")
+
+
+def _places(data: str, run: Path) -> dict[str, str]:
+    """Other names for a data set that has a path; nothing for one that has none, such as cifar10."""
+    base = _path_of(data)
+    if not base:
+        return {}
+    absolute, part = Path(base).expanduser().absolute(), data.removeprefix(base)
+    return {"name": data, "absolute": f"{absolute}{part}", "from_run": os.path.relpath(absolute, run.absolute()) + part}
 
 
 def environment() -> dict[str, Any]:

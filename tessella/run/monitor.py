@@ -58,6 +58,12 @@ _CLUSTER_REMEDY = (
 )
 
 
+_IDENTICAL = (
+    "the embeddings of all images are equal, and so are the images: the files that were looked at hold the same bytes. "
+    "That is no collapse of the network, but there is nothing to learn either: give images that differ"
+)
+
+
 class Alarm(NamedTuple):
     """A warning for people."""
 
@@ -95,6 +101,7 @@ class Monitor(nn.Module):
         self.collapse_loss = collapse_loss
         self.clusters = clusters
         self.embedding_dim = embedding_dim
+        self.identical_images = False  # equal embeddings are right for equal images; set by who has looked at the files
         # Images per cluster since the epoch's start, of all ranks.
         self._count("assigned", clusters or 0)
         # This rank's part of them since the last merge, and its losses that were NaN or infinite since the last
@@ -217,7 +224,7 @@ class Monitor(nn.Module):
         """
         streaks, since, raised = self.streaks.tolist(), self.since.tolist(), self.raised.tolist()
         new = []
-        for i, (name, seen) in enumerate(_findings(report, self.embedding_dim).items()):
+        for i, (name, seen) in enumerate(self._findings(report).items()):
             if seen is None:
                 continue  # cannot be told at this report, such as dead clusters early in an epoch
             if not seen:
@@ -234,21 +241,27 @@ class Monitor(nn.Module):
             buffer.copy_(torch.tensor(values))
         return new
 
+    def _findings(self, report: dict[str, float]) -> dict[str, str | None]:
+        """What is wrong, per alarm in the order of `ALARMS`: text, "" for all well, None for unknown."""
+        collapsed, loss, few = (
+            _collapsed_embeddings(report, self.embedding_dim),
+            _loss_at_collapse(report),
+            _few_clusters(report),
+        )
+        if self.identical_images:
+            collapsed, loss, few = collapsed and _IDENTICAL, None, None
+        return {
+            "collapsed_embeddings": collapsed,
+            "loss_at_collapse": loss,
+            "few_clusters": few,
+            "blank_images": _blank_images(report),
+        }
+
 
 def _merge_if_alone(monitor: Monitor, prefix: str, keep_vars: bool) -> None:
     """Before the state is read: one process needs nobody else to merge, and must not forget to."""
     if dist.world_size() == 1:
         monitor.merge()
-
-
-def _findings(report: dict[str, float], dim: int) -> dict[str, str | None]:
-    """What is wrong, per alarm in the order of `Monitor.ALARMS`: text, "" for all well, None for unknown."""
-    return {
-        "collapsed_embeddings": _collapsed_embeddings(report, dim),
-        "loss_at_collapse": _loss_at_collapse(report),
-        "few_clusters": _few_clusters(report),
-        "blank_images": _blank_images(report),
-    }
 
 
 def _collapsed_embeddings(report: dict[str, float], dim: int) -> str | None:

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tessella.data.loader import Loader
 from tessella.data.sampler import EpochOrder
@@ -157,6 +159,43 @@ def test_a_run_that_ended_before_its_first_step_begins_again(tmp_path: Path, mon
     shutil.rmtree(run / "checkpoints")  # a step in the log alone is a step
     with pytest.raises(UserError, match="tessella resume"):
         pretrain(tiny_run(), run)
+
+
+def test_images_are_found_from_another_folder_and_after_run_and_images_moved_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    home = tmp_path / "home"
+    photos(home / "photos", 64)
+    monkeypatch.chdir(home)
+    run = pretrain(tiny_run(data="photos", max_steps=1), home / "run")
+    monkeypatch.chdir(tmp_path)
+    resume(run, {"max_steps": 2})
+    home.rename(tmp_path / "moved")
+    resume(tmp_path / "moved" / "run", {"max_steps": 3})
+    (tmp_path / "moved" / "photos").rename(tmp_path / "lost")
+    with pytest.raises(UserError, match=r"photos does not exist.* name them with --data"):
+        resume(tmp_path / "moved" / "run", {"max_steps": 4})
+    resume(tmp_path / "moved" / "run", {"max_steps": 4, "data": str(tmp_path / "lost")})
+
+
+def test_a_run_on_copies_of_one_image_knows_it(tmp_path: Path):
+    photos(tmp_path / "photos", 64, same=True)
+    run = RunFolder(tmp_path)
+    config = tiny_run(data=str(tmp_path / "photos"))
+    images = open_images(config.data)
+    state = _build(config, images, torch.device("cpu"))
+    run.prepare(images, state)
+    assert state.monitor.identical_images
+    images = open_images("digits::test")
+    run.prepare(images, state)
+    assert not state.monitor.identical_images
+
+
+def photos(folder: Path, count: int, same: bool = False) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(0 if same else number).integers(0, 255, (20, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
 
 
 def test_resume_refuses_what_would_change_the_result_and_other_images(tmp_path: Path):

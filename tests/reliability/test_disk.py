@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,11 @@ from typing import Any
 import pytest
 
 from tessella.cli import main
-from tessella.run.checkpoints import load_newest
+from tessella.engine.pretrain import pretrain
+from tessella.errors import UserError
+from tessella.run.checkpoints import load, load_newest
 from tessella.run.folder import RunFolder
+from tests.engine.runs import tiny_run
 from tests.reliability.program import Program, assert_same_runs, names, pretrain_words, run
 from tests.reliability.test_images_changed import picture, words
 
@@ -72,6 +76,34 @@ def test_a_disk_that_fills_up_costs_no_checkpoint_and_the_run_goes_on_when_there
     assert not [name for name in names(folder / "checkpoints") if name.startswith(".")]  # nothing half written
     assert main(["resume", str(folder)]) == 0
     assert_same_runs(straight, folder)
+
+
+def test_a_state_that_the_run_folder_cannot_take_is_kept_elsewhere_and_goes_on_from_there(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    with pytest.MonkeyPatch.context() as patch:
+        failing_writes(patch, errno.ENOSPC, after=12, where="run/checkpoints")
+        assert main(pretrain_words("jigclu", folder)) == 2
+    said = capsys.readouterr().err
+    [kept] = elsewhere.glob("*/step-*")
+    assert f"was written to {kept}: move that into {folder}/checkpoints, then resume" in said
+    assert not (folder / "checkpoints" / kept.name).exists()
+    kept.rename(folder / "checkpoints" / kept.name)
+    assert main(["resume", str(folder)]) == 0
+    assert_same_runs(straight, folder)
+
+
+def test_a_fact_that_json_cannot_hold_does_not_cost_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("tessella.run.images_seen.content_samples", lambda images: {"1": float("nan")})
+    with pytest.raises(UserError, match=r"not JSON compliant.*The state of step 2 was written to .*step-00000002"):
+        pretrain(tiny_run(max_steps=2), tmp_path / "run")
+    [kept] = tmp_path.glob("tessella-*/step-00000002")
+    tensors, facts = load(kept)
+    assert facts["step"] == 2 and tensors["method"] and tensors["optimizer"]
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first_step(

@@ -45,6 +45,17 @@ def report_of(*steps: Step, monitor: Monitor | None = None) -> dict[str, float]:
     return monitor.report(clock(1))
 
 
+def test_equal_embeddings_of_equal_images_are_no_collapse():
+    monitor = a_monitor()
+    monitor.identical_images = True
+    said = []
+    for step in range(LOG_EVERY, 20 * LOG_EVERY, LOG_EVERY):
+        equal = a_step(math.log(K), embeddings=unit_rows(1).expand(64, D), assignments=[0] * 64)
+        said += monitor.alarms(report_of(equal, monitor=monitor), clock(step))
+    [alarm] = said
+    assert alarm.name == "collapsed_embeddings" and "no collapse of the network" in alarm.text
+
+
 # --- figures ------------------------------------------------------------------------------------------------
 
 
