@@ -36,7 +36,7 @@ from torch import Tensor
 from tessella.data.batch import Batch
 from tessella.data.views import CropGroup
 from tessella.engine.launch import pick_device, repeatable
-from tessella.methods import build_method, views_of
+from tessella.methods import build_method, method_of, views_of
 from tessella.methods.coke import CokeConfig
 from tessella.methods.jigclu import JigcluConfig
 from tessella.methods.mejigclu import MejigcluConfig
@@ -45,7 +45,7 @@ from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.optim import build_optimizer
 from tessella.recipes import recipe
 from tessella.recipes.cost import forwards, passes
-from tessella.recipes.describe import TITLES, views_in_words
+from tessella.recipes.describe import views_in_words
 from tessella.run.checkpoints import write_json_atomic
 from tessella.run.config import RunConfig
 from tessella.run.folder import versions
@@ -92,7 +92,7 @@ def cases(options: Options) -> dict[str, RunConfig]:
 
 
 def _label(config: RunConfig) -> str:
-    return f"{TITLES.get(config.method.name, config.method.name)}, {views_in_words(config)}"
+    return f"{method_of(config.method).title}, {views_in_words(config)}"
 
 
 def _at_size(config: RunConfig, size: int) -> RunConfig:

@@ -51,7 +51,6 @@ _HELP = ("-h", "--help")
 _SHOWN_UNREADABLE = 20  # files that `scan` lists with their reason
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
-Origin: TypeAlias = Literal["auto", "swav", "deepclusterv2", "jigclu", "mejigclu", "coke", "smog", "torchvision"]
 
 
 class Command(NamedTuple):
@@ -455,7 +454,7 @@ def compare(folders: tuple[Path, ...], /, *, out: Path | None = None) -> int:
     return 0
 
 
-def import_weights(file: Path, /, *, out: Path, from_: Origin = "auto") -> int:
+def import_weights(file: Path, /, *, out: Path, from_: str = "auto") -> int:
     """Read an official checkpoint, and write it as a folder that other commands take as a backbone.
 
     What the file is, is seen from its keys and shapes: SwAV (its own files and VISSL's), DeepCluster-v2, JigClu,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Iterable
@@ -32,6 +33,12 @@ class OptimizerConfig:
     warmup_end: Literal["last", "next"] = "last"  # step that has the full rate: the warm-up's last, or the one after it
     final_lr: NonNegative = 0.0  # the cosine's end
     per_epoch: bool = False  # keep the learning rate constant within an epoch, as JigClu does
+
+
+def scaled(config: OptimizerConfig, factor: float) -> OptimizerConfig:
+    """The schedule with all learning rates multiplied, rounded to six digits."""
+    lr, warmup_lr, final_lr = (float(f"{factor * x:.6g}") for x in (config.lr, config.warmup_lr, config.final_lr))
+    return dataclasses.replace(config, lr=lr, warmup_lr=warmup_lr, final_lr=final_lr)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, epochs: int) -> float:

@@ -140,7 +140,7 @@ def _build(config: RunConfig, images: ImageSet, device: torch.device) -> State:
     method.to(device).to(memory_format=image_layout(device)).train()
     if config.compile:
         method.backbone.compile()
-    monitor = Monitor(method.collapse_loss(), method.clusters, config.method.embedding_dim).to(device)
+    monitor = Monitor(method.collapse_loss(), method.clusters, method.embedding_dim).to(device)
     return State(method, build_optimizer(method, config.optimizer), monitor)
 
 

@@ -1,36 +1,34 @@
-"""The methods: name -> (config class, method class). The only table; a new method is one file and one line here."""
+"""The methods by name. A method is one file and one line here, or an entry point `tessella.methods` of a package."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from tessella.data.views import ViewSpec
-from tessella.methods.coke import Coke, CokeConfig
-from tessella.methods.jigclu import Jigclu, JigcluConfig
-from tessella.methods.mejigclu import Mejigclu, MejigcluConfig
-from tessella.methods.method import Method, Setting
-from tessella.methods.smog import Smog, SmogConfig
-from tessella.methods.swav import Swav, SwavConfig
+from tessella.methods.coke import Coke
+from tessella.methods.jigclu import Jigclu
+from tessella.methods.mejigclu import Mejigclu
+from tessella.methods.method import Method, MethodConfig, Setting
+from tessella.methods.smog import Smog
+from tessella.methods.swav import Swav
 from tessella.modules.backbone import Backbone
+from tessella.registry import Registry
 
-MethodConfig = SwavConfig | JigcluConfig | MejigcluConfig | SmogConfig | CokeConfig
+__all__ = ["METHODS", "Method", "MethodConfig", "Setting", "build_method", "method_of", "views_of"]
 
-METHODS: dict[str, tuple[type, type[Any]]] = {
-    "coke": (CokeConfig, Coke),
-    "jigclu": (JigcluConfig, Jigclu),
-    "mejigclu": (MejigcluConfig, Mejigclu),
-    "smog": (SmogConfig, Smog),
-    "swav": (SwavConfig, Swav),
-}
+METHODS: Registry[type[Method]] = Registry(
+    "methods", {"swav": Swav, "jigclu": Jigclu, "mejigclu": Mejigclu, "smog": Smog, "coke": Coke}
+)
+
+
+def method_of(config: MethodConfig) -> type[Method]:
+    """The method that a config is for."""
+    return METHODS.find(config.name)
 
 
 def build_method(config: MethodConfig, backbone: Backbone, setting: Setting) -> Method:
     """The method that a config is for, freshly initialised."""
-    method: Method = METHODS[config.name][1](config, backbone, setting)
-    return method
+    return method_of(config)(config, backbone, setting)
 
 
 def views_of(config: MethodConfig) -> ViewSpec:
     """The views that the config's method wants to see of each image."""
-    spec: ViewSpec = METHODS[config.name][1].view_spec(config)
-    return spec
+    return method_of(config).view_spec(config)

@@ -18,6 +18,7 @@ Deviations from the official code are listed in docs/methods/coke.md.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -30,20 +31,22 @@ from tessella import dist
 from tessella.data.batch import Batch
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.errors import UserError
-from tessella.methods.method import Method, Progress, Setting, Step
+from tessella.methods.layout import OTHER_IMAGES, Layout, OfficialFile
+from tessella.methods.method import BatchChange, Method, MethodConfig, Progress, Setting, Step
 from tessella.modules.backbone import Backbone
 from tessella.modules.centres import OnlineCentres
 from tessella.modules.heads import mlp
 from tessella.modules.memory import InstanceTable, keep_from_broadcast
 from tessella.ops.assignment import average_labels, averaged_targets
 from tessella.ops.losses import crop_prediction, label_cross_entropy
+from tessella.optim import OptimizerConfig
 from tessella.ranges import Clusters, Fraction, NonNegativeInt, Positive, PositiveInt, Range, Width
 
 SINGLE_VIEW = ViewSpec((CropGroup(1, 224, (0.08, 1.0)),))
 
 
 @dataclass(frozen=True)
-class CokeConfig:
+class CokeConfig(MethodConfig):
     """Settings of CoKe; defaults are the official ones for one view, ImageNet and ResNet-50."""
 
     name: Literal["coke"] = "coke"
@@ -74,15 +77,60 @@ class CokeConfig:
             )
 
 
+def _from_official(file: OfficialFile) -> tuple[str, CokeConfig]:
+    counts = tuple(file.size(f"pre_center_{i}", 1) for i in range(file.count("pre_center_*")))
+    dim = file.size("encoder.fc.6.weight")
+    if "label_val" in file.tensors:
+        return "CoKe with one view", CokeConfig(centres=counts, embedding_dim=dim)
+    pair = ViewSpec((CropGroup(2, 224, (0.08, 1.0)),))
+    config = CokeConfig(centres=counts, embedding_dim=dim, temperature=0.05, views=pair)
+    return "CoKe with two views or multi-crop (their files look the same)", config
+
+
 class Coke(Method):
     """CoKe with one view, two views, or multi-crop."""
 
-    of_the_run = ("labels.*", "label_weights.*", "clusterings.*.duals", "clusterings.*.seen")
+    title = "CoKe"
+    Config = CokeConfig
+    config: CokeConfig
+    batch_rule = (
+        "learning rates in proportion to the batch, which for LARS is 1.6 x batch / 1024: ours, because 1024 is all "
+        "that is published. The duals' rate is 0.02 min(batch, clusters), which is the published 20 at 1024"
+    )
+    layouts = (
+        Layout(
+            "coke",
+            "encoder.fc.*",
+            {
+                "backbone.*": "encoder.*",
+                "projector.*": "encoder.fc.*",
+                "predictor.*": "predictor.*",
+                "clusterings.*.previous": "pre_center_*",
+                "clusterings.*.current": "cur_center_*",
+            },
+            _from_official,
+            left_out={
+                "assign_labels": OTHER_IMAGES,
+                "label_val": OTHER_IMAGES,
+                "label_idx": OTHER_IMAGES,
+                "dual_*": "belongs to those labels; a run finds its own in its first epoch",
+                "counter_*": "counts of an epoch that is over",
+            },
+            reset={
+                "clusterings.*.duals": "0, as before a first epoch",
+                "clusterings.*.seen": "0, as before a first epoch",
+                "label*.rows": "no image has a label yet",
+            },
+            transposed=("clusterings.*.previous", "clusterings.*.current"),
+        ),
+    )
+
+    not_transferred = ("labels.*", "label_weights.*", "clusterings.*.duals", "clusterings.*.seen")
     clusterings: list[OnlineCentres]  # a ModuleList, which cannot say what it holds
 
     def __init__(self, config: CokeConfig, backbone: Backbone, setting: Setting) -> None:
-        super().__init__(backbone, setting)
-        self.config, self.clusters = config, config.centres[config.assign_clustering]
+        super().__init__(config, backbone, setting)
+        self.clusters = config.centres[config.assign_clustering]
         d = backbone.feature_dim
         self.projector = mlp(d, d, d, config.embedding_dim, norm_last=True)
         self.predictor = mlp(config.embedding_dim, d, config.embedding_dim, norm_last=False)
@@ -99,9 +147,13 @@ class Coke(Method):
         keep_from_broadcast(self)
 
     @classmethod
-    def view_spec(cls, config: CokeConfig) -> ViewSpec:
-        """The configured crops."""
-        return config.views
+    def at_batch_size(
+        cls, config: CokeConfig, rates: OptimizerConfig, change: BatchChange
+    ) -> tuple[CokeConfig, OptimizerConfig]:
+        """The duals' rate follows the images of one forward."""
+        if change.together != change.old:
+            config = dataclasses.replace(config, dual_lr="auto")
+        return super().at_batch_size(config, rates, change)
 
     def collapse_loss(self) -> float:
         """Mean of ln K: equal embeddings have equal centres."""

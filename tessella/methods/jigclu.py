@@ -23,7 +23,8 @@ from torch import nn
 from tessella import dist
 from tessella.data.batch import Batch
 from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Overlap, Photometry, Tiles, ViewSpec
-from tessella.methods.method import Method, Progress, Setting, Step
+from tessella.methods.layout import Layout, OfficialFile
+from tessella.methods.method import Method, MethodConfig, Progress, Setting, Step
 from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector
 from tessella.ops.losses import OFFICIAL_BASE_TEMPERATURE, supervised_contrastive
@@ -32,7 +33,7 @@ from tessella.ranges import NonNegative, PixelMean, Pixels, PixelStd, Positive, 
 
 
 @dataclass(frozen=True)
-class JigcluConfig:
+class JigcluConfig(MethodConfig):
     """Settings of JigClu; defaults are the official ones for ImageNet and ResNet-50."""
 
     name: Literal["jigclu"] = "jigclu"
@@ -50,12 +51,34 @@ class JigcluConfig:
     location_weight: NonNegative = 1.0
 
 
+def _from_official(file: OfficialFile) -> tuple[str, JigcluConfig]:
+    tiles = math.isqrt(file.size("encoder.fc_loc.weight"))
+    return "JigClu", JigcluConfig(tiles=tiles, embedding_dim=file.size("encoder.fc_clu.2.weight"))
+
+
 class Jigclu(Method):
     """JigClu with m x m tiles."""
 
+    title = "JigClu"
+    Config = JigcluConfig
+    config: JigcluConfig
+    batch_rule = "learning rates in proportion to the batch: ours, because 0.03 at 256 is all that is published"
+    layouts = (
+        Layout(
+            "jigclu",
+            "encoder.fc_clu.*",
+            {
+                "backbone.*": "encoder.*",
+                "cluster_head.*": "encoder.fc_clu.*",
+                "location_head.*": "encoder.fc_loc.*",  # rows in the order of our tiles: column by column
+            },
+            _from_official,
+            unless="encoder.fc_cls.*",
+        ),
+    )
+
     def __init__(self, config: JigcluConfig, backbone: Backbone, setting: Setting) -> None:
-        super().__init__(backbone, setting)
-        self.config = config
+        super().__init__(config, backbone, setting)
         d = backbone.feature_dim
         self.cluster_head = Projector(d, d, config.embedding_dim, norm=False)
         self.location_head = nn.Linear(d, config.tiles**2)

@@ -13,6 +13,7 @@ paper leaves open is listed in docs/methods/mejigclu.md.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -26,12 +27,14 @@ from tessella.data.batch import Batch
 from tessella.data.sampler import EpochOrder, Order, SlotOrder
 from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Overlap, Photometry, Tiles, ViewSpec
 from tessella.errors import UserError
-from tessella.methods.method import Method, Progress, Setting, Step
+from tessella.methods.layout import OTHER_IMAGES, Layout, OfficialFile
+from tessella.methods.method import BatchChange, Method, MethodConfig, Progress, Setting, Step
 from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector
 from tessella.modules.partition import Partition
 from tessella.ops.losses import OFFICIAL_BASE_TEMPERATURE, supervised_contrastive
 from tessella.ops.montage import gather_cells, montage_positions, pool_cells, shuffled_montages, tile_order
+from tessella.optim import OptimizerConfig
 from tessella.ranges import Clusters, NonNegative, PixelMean, Pixels, PixelStd, Positive, PositiveFraction, Range, Width
 
 _DRAWN_PER: dict[str, Literal["image", "batch", "axis"]] = {
@@ -40,7 +43,7 @@ _DRAWN_PER: dict[str, Literal["image", "batch", "axis"]] = {
 
 
 @dataclass(frozen=True)
-class MejigcluConfig:
+class MejigcluConfig(MethodConfig):
     """Settings of MEJigClu; defaults are the paper's for ImageNet and ResNet-50, and JigClu's where it is silent."""
 
     name: Literal["mejigclu"] = "mejigclu"
@@ -75,14 +78,44 @@ class MejigcluConfig:
             )
 
 
+def _from_official(file: OfficialFile) -> tuple[str, MejigcluConfig]:
+    config = MejigcluConfig(
+        embedding_dim=file.size("encoder.fc_clu.2.weight"),
+        category_hidden=file.size("encoder.fc_cls.0.weight"),
+        categories=file.size("encoder.fc_cls.2.weight"),
+    )
+    return "MEJigClu", config
+
+
 class Mejigclu(Method):
     """MEJigClu with m x m tiles."""
 
-    of_the_run = ("partition.*", "category_head.*")  # the head answers questions about one split of the images
+    title = "MEJigClu"
+    Config = MejigcluConfig
+    config: MejigcluConfig
+    batch_rule = (
+        "learning rates in proportion to the batch: ours, because 0.03 at 256 is all that is published. A smaller "
+        "batch keeps the number of categories; a larger one has one category per slot, as in the paper"
+    )
+    layouts = (
+        Layout(
+            "mejigclu",
+            "encoder.fc_cls.*",
+            {
+                "backbone.*": "encoder.*",
+                "cluster_head.*": "encoder.fc_clu.*",
+                "category_head.*": "encoder.fc_cls.*",
+            },
+            _from_official,
+            left_out={"*subset_*": OTHER_IMAGES},
+            reset={"partition.*": "the split into categories is of the new run's images"},
+        ),
+    )
+
+    not_transferred = ("partition.*", "category_head.*")  # the head answers questions about one split of the images
 
     def __init__(self, config: MejigcluConfig, backbone: Backbone, setting: Setting) -> None:
-        super().__init__(backbone, setting)
-        self.config = config
+        super().__init__(config, backbone, setting)
         self.partition: Partition | None = None
         self.categories = setting.batch_size
         if config.slots == "subsets":
@@ -95,6 +128,15 @@ class Mejigclu(Method):
         self.category_head = nn.Sequential(*middle, nn.Linear(hidden or d, self.categories))
         official = config.temperature / OFFICIAL_BASE_TEMPERATURE
         self.cluster_weight = config.cluster_weight * (official if config.cluster_scale == "official" else 1.0)
+
+    @classmethod
+    def at_batch_size(
+        cls, config: MejigcluConfig, rates: OptimizerConfig, change: BatchChange
+    ) -> tuple[MejigcluConfig, OptimizerConfig]:
+        """A smaller batch keeps the number of categories."""
+        if config.categories is None and config.slots == "subsets" and change.new < change.old:
+            config = dataclasses.replace(config, categories=change.old)
+        return super().at_batch_size(config, rates, change)
 
     @classmethod
     def view_spec(cls, config: MejigcluConfig) -> ViewSpec:

@@ -1,16 +1,24 @@
-"""What every method is: a module whose `forward` returns the loss, and what it declares and may hook into."""
+"""What every method is: a module whose `forward` returns the loss, and what it declares and may hook into.
+
+A method is one file: a frozen config, and a class that declares all that the rest of the package asks about it (views,
+sampler, cost, rule for other batch sizes, official checkpoints). `tessella.methods` and the entry points
+`tessella.methods` of other packages list the classes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from tessella.data.batch import Batch
 from tessella.data.sampler import EpochOrder, Order
 from tessella.data.views import ViewSpec
-from tessella.modules.backbone import Backbone
+from tessella.methods.layout import Layout
+from tessella.modules.backbone import Backbone, BackboneConfig
+from tessella.optim import OptimizerConfig, scaled
 
 
 class Progress(NamedTuple):
@@ -61,22 +69,69 @@ class Step(NamedTuple):
     assignments: Tensor | None = None  # (n,) int64 index of the nearest prototype, centre or group
 
 
+class Pass(NamedTuple):
+    """Images of one size that go through the backbone together."""
+
+    images: int  # for each training image
+    size: int  # pixels, square
+    trained: bool  # with a backward pass
+
+
+class BatchChange(NamedTuple):
+    """From the batch size that settings were made for to another one."""
+
+    old: int  # images per update
+    new: int
+    together: int  # new images of one forward, a micro-batch
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Base of the methods' settings. A method's own config gives `name` a default and adds its fields."""
+
+    name: str
+
+
 class Method(nn.Module):
     """Base of the methods. State is parameters and buffers made in the constructor, equal on all ranks."""
 
-    # Patterns of state that every run makes anew, even one that starts from another run's weights.
-    of_the_run: tuple[str, ...] = ()
+    title: ClassVar[str]  # the method's name as people write it
+    Config: ClassVar[type[MethodConfig]]  # its settings, a frozen dataclass; a run's `method.name` is its `name`
+    batch_rule: ClassVar[str] = "learning rates in proportion to the batch"  # what `at_batch_size` does, and why
+    layouts: ClassVar[tuple[Layout, ...]] = ()  # of official checkpoints
+    # Patterns of state that is never taken from another run's weights: a new run starts it as the constructor does.
+    not_transferred: ClassVar[tuple[str, ...]] = ()
     clusters: int | None = None  # how many prototypes, centres or groups `assign` chooses from; None: it cannot
 
-    def __init__(self, backbone: Backbone, setting: Setting) -> None:
+    def __init__(self, config: Any, backbone: Backbone, setting: Setting) -> None:
         super().__init__()
+        self.config = config
         self.backbone = backbone
         self.setting = setting
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns of `Step.embeddings`."""
+        return int(self.config.embedding_dim)
 
     @classmethod
     def view_spec(cls, config: Any) -> ViewSpec:
         """The views of one image that `forward` expects, in order."""
-        raise NotImplementedError
+        spec: ViewSpec = config.views
+        return spec
+
+    @classmethod
+    def passes(cls, config: Any, backbone: BackboneConfig) -> list[Pass]:
+        """Passes through the backbone, or a copy of it, in one step, per training image, the first one trained.
+
+        A montage of m x m tiles is one image of its own size. Passes before the first step are left out.
+        """
+        return [Pass(g.views // g.tiles**2, g.size * g.tiles, trained=True) for g in cls.view_spec(config).groups]
+
+    @classmethod
+    def at_batch_size(cls, config: Any, rates: OptimizerConfig, change: BatchChange) -> tuple[Any, OptimizerConfig]:
+        """The method's settings and the learning rates at another batch size; `batch_rule` says why."""
+        return config, scaled(rates, change.new / change.old)
 
     @classmethod
     def order(cls, config: Any, images: int, batch_size: int, seed: int) -> Order:

@@ -27,16 +27,18 @@ from tessella import dist
 from tessella.data.batch import Batch
 from tessella.data.views import IMAGENET_MEAN, CropGroup, Photometry, ViewSpec
 from tessella.errors import UserError
-from tessella.methods.method import Method, Progress, Setting, Step
-from tessella.modules.backbone import Backbone
+from tessella.methods.layout import Layout, OfficialFile
+from tessella.methods.method import BatchChange, Method, MethodConfig, Pass, Progress, Setting, Step
+from tessella.modules.backbone import Backbone, BackboneConfig
 from tessella.modules.drop_path import drop_paths, without_drop_path
 from tessella.modules.heads import Projector
 from tessella.modules.memory import FeatureBank
 from tessella.modules.momentum import MomentumEncoder
 from tessella.modules.multicrop import joint_features
-from tessella.modules.resnet import ResNet
+from tessella.modules.resnet import LAYERS, ResNet
 from tessella.ops.grouping import group_loss, group_sums, moved_groups, nearest_group, spherical_kmeans
 from tessella.ops.philox import permutation, stream_key
+from tessella.optim import OptimizerConfig
 from tessella.ranges import Clusters, Fraction, Positive, PositiveInt, Range, Repeats, Width
 
 OFFICIAL_STD = (0.228, 0.224, 0.225)  # red is 0.228, not 0.229, in the official pre-training and evaluation
@@ -57,7 +59,7 @@ def two_pipelines(
 
 
 @dataclass(frozen=True)
-class SmogConfig:
+class SmogConfig(MethodConfig):
     """Settings of SMoG; defaults are the official ones for ImageNet and ResNet-50."""
 
     name: Literal["smog"] = "smog"
@@ -91,15 +93,61 @@ class SmogConfig:
             )
 
 
+def _from_official(file: OfficialFile) -> tuple[str, SmogConfig]:
+    config = SmogConfig(
+        embedding_dim=file.size("q_encoder.projection_head.3.weight"),
+        hidden_dim=file.size("q_encoder.projection_head.0.weight"),
+    )
+    return "SMoG", config
+
+
+_OFFICIAL_BATCH = 4096
+_REGROUP_STEPS = 300  # the paper; an epoch of the released runs, which are at batch 4096
+
+
 class Smog(Method):
     """SMoG with multi-crop, several group sets and periodic regrouping."""
 
-    of_the_run = ("groups", "bank.*", "momentum_encoder.*")  # all made from the backbone before the first step
+    title = "SMoG"
+    Config = SmogConfig
+    config: SmogConfig
+    batch_rule = (
+        "learning rates in proportion to the batch: ours, because runs at 4096 are all that is published. On ImageNet "
+        "groups are rebuilt every 300 steps, as the paper says, which at 4096 is an epoch"
+    )
+    layouts = (
+        Layout(
+            "smog",
+            "q_encoder.*",
+            {
+                "backbone.*": "q_encoder.*",
+                "projector.*": "q_encoder.projection_head.*",
+                "predictor.*": "q_encoder.predictor_head.*",
+                "momentum_encoder.backbone.*": "k_encoder.*",
+                "momentum_encoder.projector.*": "k_encoder.projection_head.*",
+            },
+            _from_official,
+            reset={
+                "groups": "in no file of the release; a run computes them before its first step",
+                "bank.*": "in a file of its own for each rank; a run fills it before its first step",
+            },
+            assigns=False,
+            refused={
+                "q_encoder.*patch_embed*": "is SMoG's Swin. Its blocks put a batch norm on the residual path, which no "
+                "network here does, and no such weights were published: a standard Swin would compute something else "
+                "with these tensors",
+                "local_memory_*": "holds one rank's memory of SMoG and no network: import the checkpoint.pth.tar "
+                "beside it",
+            },
+        ),
+    )
+
+    not_transferred = ("groups", "bank.*", "momentum_encoder.*")  # all made from the backbone before the first step
     groups: Tensor
 
     def __init__(self, config: SmogConfig, backbone: Backbone, setting: Setting) -> None:
-        super().__init__(backbone, setting)
-        self.config, self.clusters = config, config.groups
+        super().__init__(config, backbone, setting)
+        self.clusters = config.groups
         hidden, dim = config.hidden_dim, config.embedding_dim
         self.projector = nn.Sequential(
             nn.Linear(backbone.feature_dim, hidden),
@@ -119,9 +167,26 @@ class Smog(Method):
         self._sums: tuple[Tensor, Tensor] | None = None  # and what its earlier micro-batches add to the groups
 
     @classmethod
-    def view_spec(cls, config: SmogConfig) -> ViewSpec:
-        """Pipeline A's crops, then pipeline B's."""
-        return config.views
+    def passes(cls, config: SmogConfig, backbone: BackboneConfig) -> list[Pass]:
+        """One pipeline trains the network, the other goes through its momentum copy."""
+        groups = config.views.groups
+        large, *small = groups[: len(groups) // 2]
+        seen = [Pass(group.views, group.size, trained=True) for group in (large, *small)]
+        if backbone.drop_path:  # groups and bank take a second look, with nothing dropped
+            seen.append(Pass(large.views, large.size, trained=config.group_grad == "through_update"))
+        seen.append(Pass(config.label_crops, large.size, trained=False))
+        if backbone.name in LAYERS:  # small crops share batch norm with the large ones
+            seen += [Pass(group.views, group.size, trained=False) for group in small]
+        return seen
+
+    @classmethod
+    def at_batch_size(
+        cls, config: SmogConfig, rates: OptimizerConfig, change: BatchChange
+    ) -> tuple[SmogConfig, OptimizerConfig]:
+        """Groups are rebuilt as often as the paper says, where they were rebuilt once per epoch of batch 4096."""
+        if config.regroup_every is None and change.old == _OFFICIAL_BATCH != change.new:
+            config = dataclasses.replace(config, regroup_every=_REGROUP_STEPS)
+        return super().at_batch_size(config, rates, change)
 
     @property
     def _online(self) -> Mapping[str, nn.Module]:

@@ -14,6 +14,7 @@ cluster assignments", NeurIPS 2020. Deviations from the official code are listed
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from statistics import fmean
@@ -26,19 +27,21 @@ from torch import Tensor, nn
 from tessella.data.batch import Batch
 from tessella.data.views import IMAGENET_MEAN, CropGroup, ViewSpec
 from tessella.errors import UserError
-from tessella.methods.method import Method, Progress, Setting, Step
+from tessella.methods.layout import Layout, OfficialFile
+from tessella.methods.method import BatchChange, Method, MethodConfig, Progress, Setting, Step
 from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector, Prototypes
 from tessella.modules.memory import FeatureQueue
 from tessella.ops.assignment import harden, sinkhorn
 from tessella.ops.losses import swapped_prediction
+from tessella.optim import OptimizerConfig, scaled
 from tessella.ranges import Clusters, NonNegativeInt, Positive, Repeats, Width
 
 OFFICIAL_STD = (0.228, 0.224, 0.225)  # red is 0.228, not 0.229, in the official pre-training and evaluation
 
 
 @dataclass(frozen=True)
-class SwavConfig:
+class SwavConfig(MethodConfig):
     """Settings of SwAV; defaults are the paper's for ImageNet and ResNet-50."""
 
     name: Literal["swav"] = "swav"
@@ -72,15 +75,67 @@ class SwavConfig:
         return (self.prototypes,) if isinstance(self.prototypes, int) else self.prototypes
 
 
+# Batch size -> the official rates for ResNet-50, which are not in proportion, and the steps of frozen prototypes.
+OFFICIAL_RATES = {
+    4096: OptimizerConfig("larc", lr=4.8, weight_decay=1e-6, warmup_epochs=10, warmup_lr=0.3, final_lr=0.0048),
+    256: OptimizerConfig("larc", lr=0.6, weight_decay=1e-6, final_lr=0.0006),
+}
+OFFICIAL_FREEZE = {4096: 313, 256: 5005}
+_QUEUE_BELOW = 1000  # images per forward: fewer make poor codes by themselves
+
+
+def _from_official(file: OfficialFile) -> tuple[str, SwavConfig]:
+    heads = file.count("prototypes.prototypes*.weight")
+    keys = [f"prototypes.prototypes{i}.weight" for i in range(heads)] or ["prototypes.weight"]
+    counts = tuple(file.size(key) for key in keys)
+    config = SwavConfig(
+        prototypes=counts if heads else counts[0],
+        embedding_dim=file.size(keys[0], 1),
+        hidden_dim=file.size("projection_head.0.weight"),
+        head_norm="projection_head.1.weight" in file.tensors,
+    )
+    if heads:
+        return "DeepCluster-v2 (SeLa-v2 and SwAV with several heads look the same)", config
+    return "SwAV" if config.head_norm else "SwAV without norm in its head (w5)", config
+
+
+_NAMES = {
+    "backbone.*": "*",
+    "projector.*": "projection_head.*",
+    "prototypes.weight": "prototypes.weight",
+    "prototypes.*": "prototypes.*",
+}
+
+
 class Swav(Method):
     """SwAV with multi-crop, queue, prototype freezing, and one or several heads of prototypes."""
 
-    of_the_run = ("queues.*",)
+    title = "SwAV"
+    Config = SwavConfig
+    config: SwavConfig
+    batch_rule = (
+        "learning rates in proportion to the batch, as SwAV's authors advise; 4096 and 256 on ImageNet as they "
+        "published them (4.8 and 0.6, which are not in proportion). A queue below 1000 images per forward. Prototypes "
+        "stay frozen for as many images as here, on ImageNet about one epoch"
+    )
+    layouts = (
+        Layout("deepclusterv2", "prototypes.prototypes*", _NAMES, _from_official, unit_rows=("prototypes.*",)),
+        Layout(
+            "swav",
+            "projection_head.*",
+            _NAMES,
+            _from_official,
+            unless="prototypes.prototypes*",
+            unit_rows=("prototypes.weight",),
+            refused={"queue": "holds one rank's queue of SwAV and no network: import the checkpoint.pth.tar beside it"},
+        ),
+    )
+    not_transferred = ("queues.*",)
     prototypes: Prototypes | nn.ModuleDict  # one head, or several; named as in the official checkpoints
 
     def __init__(self, config: SwavConfig, backbone: Backbone, setting: Setting) -> None:
-        super().__init__(backbone, setting)
-        self.config, self.clusters = config, config.heads[0]
+        super().__init__(config, backbone, setting)
+        self.clusters = config.heads[0]
         dim = config.embedding_dim
         self.projector = Projector(backbone.feature_dim, config.hidden_dim, dim, norm=config.head_norm)
         heads = {f"prototypes{i}": Prototypes(dim, count) for i, count in enumerate(config.heads)}
@@ -95,9 +150,24 @@ class Swav(Method):
         self.queues = nn.ModuleList(FeatureQueue(length, dim) for _ in self.code_views if length)
 
     @classmethod
-    def view_spec(cls, config: SwavConfig) -> ViewSpec:
-        """The configured crops."""
-        return config.views
+    def at_batch_size(
+        cls, config: SwavConfig, rates: OptimizerConfig, change: BatchChange
+    ) -> tuple[SwavConfig, OptimizerConfig]:
+        """Official rates where they are known; a queue for small batches; prototypes frozen for as many images."""
+        length, start = config.queue_length, config.queue_from_epoch
+        if change.together < _QUEUE_BELOW <= change.old:
+            length, start = 3840, 15
+        elif change.old < _QUEUE_BELOW <= change.together:
+            length = 0
+        freeze = round(config.freeze_prototypes_steps * change.old / change.new)
+        if change.new in OFFICIAL_RATES and rates in OFFICIAL_RATES.values():
+            rates, freeze = OFFICIAL_RATES[change.new], OFFICIAL_FREEZE[change.new]
+        else:
+            rates = scaled(rates, change.new / change.old)
+        changed = dataclasses.replace(
+            config, queue_length=length, queue_from_epoch=start, freeze_prototypes_steps=freeze
+        )
+        return changed, rates
 
     @property
     def heads(self) -> list[Prototypes]:

@@ -1,21 +1,20 @@
-"""Recipes: complete runs as functions without arguments. Their names are what `tessella pretrain` takes."""
+"""Recipes: complete runs as functions without arguments. Their names are what `tessella pretrain` takes.
+
+A recipe is one function here, or an entry point `tessella.recipes` of a package.
+"""
 
 from __future__ import annotations
 
-import difflib
-import inspect
+import dataclasses
 from collections.abc import Callable
 
-from tessella.errors import UserError
 from tessella.recipes import imagenet, small
+from tessella.registry import Registry
 from tessella.run.config import RunConfig
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {
-    name: function
-    for module in (small, imagenet)
-    for name, function in inspect.getmembers(module, inspect.isfunction)
-    if function.__module__ == module.__name__ and not name.startswith("_")
-}
+RECIPES: Registry[Callable[[], RunConfig]] = Registry(
+    "recipes", {function.__name__: function for function in (*small.RECIPES, *imagenet.RECIPES)}
+)
 
 
 def recipe(name: str) -> RunConfig:
@@ -24,8 +23,4 @@ def recipe(name: str) -> RunConfig:
     Raises:
         UserError: there is no recipe of that name.
     """
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, 3) or list(RECIPES)[:3]
-        raise UserError(f"no recipe {name!r}; did you mean {', '.join(near)}? `tessella recipes` lists all")
-    config = RECIPES[name]()
-    return RunConfig(**{**vars(config), "recipe": name})
+    return dataclasses.replace(RECIPES.find(name)(), recipe=name)

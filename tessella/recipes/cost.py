@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tessella.methods import views_of
-from tessella.methods.smog import SmogConfig
+from tessella.methods import method_of
+from tessella.methods.method import Pass
 from tessella.modules.backbone import BackboneConfig, build_backbone
-from tessella.modules.resnet import LAYERS
 from tessella.run.config import RunConfig
 
 IMAGENET_IMAGES = 1_281_167
@@ -24,38 +22,9 @@ GPU = "NVIDIA H100"
 _TFLOPS, _TFLOPS_SMALL_IMAGES = 60, 20
 
 
-class Pass(NamedTuple):
-    """Images of one size that go through the backbone together."""
-
-    images: int  # for each training image
-    size: int  # pixels, square
-    trained: bool  # with a backward pass
-
-
 def passes(config: RunConfig) -> list[Pass]:
-    """All passes through the backbone, or its momentum copy, in one step, per training image.
-
-    A montage of m x m tiles is one image of its own size. The extra look at the images before SMoG's first step is left
-    out.
-    """
-    method = config.method
-    if isinstance(method, SmogConfig):
-        return _smog_passes(method, config.backbone)
-    groups = views_of(method).groups
-    return [Pass(g.views // g.tiles**2, g.size * g.tiles, trained=True) for g in groups]
-
-
-def _smog_passes(method: SmogConfig, backbone: BackboneConfig) -> list[Pass]:
-    """One pipeline trains the network, the other goes through its momentum copy."""
-    groups = method.views.groups
-    large, *small = groups[: len(groups) // 2]
-    seen = [Pass(group.views, group.size, trained=True) for group in (large, *small)]
-    if backbone.drop_path:  # groups and bank take a second look, with nothing dropped
-        seen.append(Pass(large.views, large.size, trained=method.group_grad == "through_update"))
-    seen.append(Pass(method.label_crops, large.size, trained=False))
-    if backbone.name in LAYERS:  # small crops share batch norm with the large ones
-        seen += [Pass(group.views, group.size, trained=False) for group in small]
-    return seen
+    """All passes through the backbone, or a copy of it, in one step, per training image."""
+    return method_of(config.method).passes(config.method, config.backbone)
 
 
 def forwards(seen: list[Pass]) -> float:

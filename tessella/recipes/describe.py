@@ -5,15 +5,13 @@ from __future__ import annotations
 import inspect
 import textwrap
 
-from tessella.methods import views_of
-from tessella.methods.smog import SmogConfig
+from tessella.methods import METHODS, method_of, views_of
+from tessella.methods.method import Pass
 from tessella.recipes import RECIPES, recipe
-from tessella.recipes.batch import WHY, at_batch_size, flags
-from tessella.recipes.cost import GPU, Pass, forwards, gpu_hours, images_of, passes, tflops, training_flops
+from tessella.recipes.batch import at_batch_size, flags
+from tessella.recipes.cost import GPU, forwards, gpu_hours, images_of, passes, tflops, training_flops
 from tessella.report.published import PUBLISHED, Score
 from tessella.run.config import RunConfig, to_yaml
-
-TITLES = {"swav": "SwAV", "jigclu": "JigClu", "mejigclu": "MEJigClu", "smog": "SMoG", "coke": "CoKe"}
 
 _FIGURES = {
     ("linear", "top1"): "linear",
@@ -35,10 +33,10 @@ _CPU_NETWORK = "resnet10"
 def listing() -> list[str]:
     """Lines of a table of all recipes: method by method, small images first."""
     configs = sorted(map(recipe, RECIPES), key=lambda c: (c.image_size, c.backbone.name != _CPU_NETWORK, c.recipe))
-    titles = dict.fromkeys([*TITLES, *(config.method.name for config in configs)])
+    titles = {name: METHODS[name].title for name in METHODS}
     rows = [("", "network", "views", "batch", "epochs", "published")]
-    for name in titles:
-        rows.append((TITLES.get(name, name), "", "", "", "", ""))
+    for name, title in titles.items():
+        rows.append((title, "", "", "", "", ""))
         rows += [_row(config) for config in configs if config.method.name == name]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -82,9 +80,9 @@ def views_in_words(config: RunConfig) -> str:
     groups = views_of(config.method).groups
     if groups[0].tiles > 1:
         return f"{groups[0].tiles}x{groups[0].tiles} tiles of {groups[0].size}"
-    if isinstance(config.method, SmogConfig):
-        half = groups[: len(groups) // 2]
-        return f"2 x ({_crops([Pass(g.views, g.size, True) for g in half])})"
+    halves = [[(g.views, g.size) for g in half] for half in (groups[: len(groups) // 2], groups[len(groups) // 2 :])]
+    if halves[0] == halves[1]:  # two pipelines with the same crops
+        return f"2 x ({_crops([Pass(*crop, True) for crop in halves[0]])})"
     return _crops([Pass(g.views, g.size, True) for g in groups])
 
 
@@ -168,9 +166,9 @@ def _scores(scores: tuple[Score, ...]) -> list[str]:
 
 def _batch(config: RunConfig) -> list[str]:
     other = min(512, config.batch_size // 2)
+    rule = method_of(config.method).batch_rule
     words = " ".join(flags(config, at_batch_size(config, other)).values())
-    why = WHY.get(config.method.name, "learning rates in proportion to the batch")
     return [
-        f"{config.batch_size} images per update. At another size nothing changes by itself. The rule: {why}.",
+        f"{config.batch_size} images per update. At another size nothing changes by itself. The rule: {rule}.",
         f"For example --batch-size {other} {words}",
     ]

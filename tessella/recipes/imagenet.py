@@ -9,16 +9,12 @@ from tessella.methods.coke import CokeConfig
 from tessella.methods.jigclu import JigcluConfig
 from tessella.methods.mejigclu import MejigcluConfig
 from tessella.methods.smog import SmogConfig
-from tessella.methods.swav import OFFICIAL_STD, SwavConfig
+from tessella.methods.swav import OFFICIAL_FREEZE, OFFICIAL_RATES, OFFICIAL_STD, SwavConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
 from tessella.run.config import RunConfig
 
-_SWAV_LARGE_BATCH = OptimizerConfig(
-    name="larc", lr=4.8, weight_decay=1e-6, warmup_epochs=10, warmup_lr=0.3, final_lr=0.0048
-)
-_SWAV_SMALL_BATCH = OptimizerConfig(name="larc", lr=0.6, weight_decay=1e-6, final_lr=0.0006)
-_SMALL_BATCH_METHOD = SwavConfig(queue_length=3840, queue_from_epoch=15, freeze_prototypes_steps=5005)
+_SMALL_BATCH_METHOD = SwavConfig(queue_length=3840, queue_from_epoch=15, freeze_prototypes_steps=OFFICIAL_FREEZE[256])
 _COKE_OPTIMIZER = OptimizerConfig(
     name="lars", lr=1.6, weight_decay=1e-6, idle_epochs=1, warmup_epochs=10, warmup_end="next"
 )
@@ -31,7 +27,7 @@ def _crops(*groups: CropGroup) -> ViewSpec:
 
 def _swav(epochs: int, method: SwavConfig | None = None) -> RunConfig:
     return RunConfig(
-        method or SwavConfig(), BackboneConfig("resnet50"), _SWAV_LARGE_BATCH, epochs=epochs, batch_size=4096
+        method or SwavConfig(), BackboneConfig("resnet50"), OFFICIAL_RATES[4096], epochs=epochs, batch_size=4096
     )
 
 
@@ -90,7 +86,7 @@ def swav_imagenet_200ep_bs256() -> RunConfig:
     Published: 72.7 (VISSL's rerun 73.07). Source: official script swav_200ep_bs256_pretrain, 4 GPUs, 52 min per epoch
     on V100.
     """
-    return RunConfig(_SMALL_BATCH_METHOD, BackboneConfig("resnet50"), _SWAV_SMALL_BATCH, epochs=200, batch_size=256)
+    return RunConfig(_SMALL_BATCH_METHOD, BackboneConfig("resnet50"), OFFICIAL_RATES[256], epochs=200, batch_size=256)
 
 
 def swav_imagenet_400ep_bs256() -> RunConfig:
@@ -99,7 +95,7 @@ def swav_imagenet_400ep_bs256() -> RunConfig:
     Schedule and crops as in `swav_imagenet_200ep_bs256`.
     Published: 74.3 (VISSL's rerun 74.3). Source: official script swav_400ep_bs256_pretrain, 4 GPUs.
     """
-    return RunConfig(_SMALL_BATCH_METHOD, BackboneConfig("resnet50"), _SWAV_SMALL_BATCH, epochs=400, batch_size=256)
+    return RunConfig(_SMALL_BATCH_METHOD, BackboneConfig("resnet50"), OFFICIAL_RATES[256], epochs=400, batch_size=256)
 
 
 def swav_imagenet_w2_400ep() -> RunConfig:
@@ -109,7 +105,7 @@ def swav_imagenet_w2_400ep() -> RunConfig:
     Published: 77.3 (VISSL's rerun 77.01). Source: official script swav_RN50w2_400ep_pretrain, 128 GPUs.
     """
     method = SwavConfig(hidden_dim=8192, views=_crops(CropGroup(2, 224, (0.14, 1.0)), CropGroup(4, 96, (0.05, 0.14))))
-    return RunConfig(method, BackboneConfig("resnet50", 128), _SWAV_LARGE_BATCH, epochs=400, batch_size=4096)
+    return RunConfig(method, BackboneConfig("resnet50", 128), OFFICIAL_RATES[4096], epochs=400, batch_size=4096)
 
 
 def swav_imagenet_w4_400ep() -> RunConfig:
@@ -120,7 +116,7 @@ def swav_imagenet_w4_400ep() -> RunConfig:
     """
     crops = _crops(CropGroup(2, 224, (0.08, 1.0)), CropGroup(4, 96, (0.08, 0.14)))
     method = SwavConfig(hidden_dim=8192, queue_length=2560, queue_from_epoch=0, views=crops)
-    return RunConfig(method, BackboneConfig("resnet50", 256), _SWAV_LARGE_BATCH, epochs=400, batch_size=2560)
+    return RunConfig(method, BackboneConfig("resnet50", 256), OFFICIAL_RATES[4096], epochs=400, batch_size=2560)
 
 
 def swav_imagenet_w5_400ep() -> RunConfig:
@@ -133,7 +129,7 @@ def swav_imagenet_w5_400ep() -> RunConfig:
     """
     crops = _crops(CropGroup(2, 224, (0.14, 1.0)), CropGroup(4, 96, (0.05, 0.14)))
     method = SwavConfig(hidden_dim=10240, head_norm=False, queue_length=1536, queue_from_epoch=0, views=crops)
-    optimizer = dataclasses.replace(_SWAV_LARGE_BATCH, lr=1.8, final_lr=0.0018)
+    optimizer = dataclasses.replace(OFFICIAL_RATES[4096], lr=1.8, final_lr=0.0018)
     return RunConfig(method, BackboneConfig("resnet50", 320), optimizer, epochs=400, batch_size=1536)
 
 
@@ -280,3 +276,27 @@ def smog_imagenet_swin_tiny_400ep() -> RunConfig:
         final_lr=4e-5,
     )
     return RunConfig(method, backbone, optimizer, epochs=400, batch_size=4096)
+
+
+RECIPES = (
+    swav_imagenet_100ep,
+    swav_imagenet_200ep,
+    swav_imagenet_400ep,
+    swav_imagenet_800ep,
+    swav_imagenet_400ep_2x224,
+    swav_imagenet_200ep_bs256,
+    swav_imagenet_400ep_bs256,
+    swav_imagenet_w2_400ep,
+    swav_imagenet_w4_400ep,
+    swav_imagenet_w5_400ep,
+    swav_imagenet_deit_b_300ep,
+    jigclu_imagenet_200ep,
+    mejigclu_imagenet_200ep,
+    mejigclu_imagenet_200ep_fixed_overlap,
+    coke_imagenet_1000ep_1x224,
+    coke_imagenet_1000ep_2x224,
+    coke_imagenet_800ep_multicrop,
+    smog_imagenet_400ep,
+    smog_imagenet_w2_400ep,
+    smog_imagenet_swin_tiny_400ep,
+)

@@ -26,13 +26,13 @@ from tessella import files
 from tessella.data.sources import ImageSet
 from tessella.data.views import ViewSpec
 from tessella.errors import UserError
+from tessella.methods import METHODS
 from tessella.report.charts import Chart, bar_chart, line_chart
 from tessella.report.page import render
 from tessella.report.pictures import Album, Cluster, Example, Picture, show_clusters, show_views
 from tessella.report.scores import score_tables
 from tessella.run.lock import owner_of
 
-_METHODS = {"swav": "SwAV", "jigclu": "JigClu", "mejigclu": "MEJigClu", "smog": "SMoG", "coke": "CoKe"}
 _CLUSTER_FIELDS = ("prototypes", "groups", "centres")  # what methods call the number of their clusters
 _CONFIG_LIMIT = 4 << 20  # bytes of config.yaml
 _LIMIT = 2 << 30  # bytes of any other file
@@ -303,7 +303,7 @@ def _facts(run: _Run, images: ImageSet | None) -> list[tuple[str, str]]:
         network.append(f"width {backbone['width']}")
     if _text(backbone, "stem") in ("small", "small-pool"):
         network.append(f"{_text(backbone, 'stem')} stem")
-    facts = [("Method", _METHODS.get(method, method)), ("Backbone", ", ".join(network))]
+    facts = [("Method", METHODS[method].title if method in METHODS else method), ("Backbone", ", ".join(network))]
     if images is not None:
         facts.append(("Images", f"{len(images):,}"))
     facts.append(("Epochs", _epochs(run)))

@@ -215,11 +215,11 @@ def from_dict(kind: Any, value: Any, path: str = "config") -> Any:
     Raises:
         UserError: an unknown or missing field, or a value of another type; the text names the field.
     """
-    if kind is MethodConfig or (typing.get_origin(kind) is types.UnionType and _all_dataclasses(kind)):
+    if kind is MethodConfig:
         name = value.get("name") if isinstance(value, dict) else None
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             raise UserError(f"{path}.name is {name!r}; known methods: {', '.join(METHODS)}")
-        kind = METHODS[name][0]
+        kind = METHODS[name].Config
     if dataclasses.is_dataclass(kind):
         hints = _type_hints(typing.cast(Any, kind))
         names = [f.name for f in dataclasses.fields(kind)]
@@ -244,10 +244,6 @@ def from_dict(kind: Any, value: Any, path: str = "config") -> Any:
 
 
 _type_hints = functools.cache(typing.get_type_hints)  # of a tree's classes, which are few
-
-
-def _all_dataclasses(kind: Any) -> bool:
-    return all(dataclasses.is_dataclass(member) for member in typing.get_args(kind))
 
 
 def _checked_scalar(kind: Any, value: Any, path: str) -> Any:

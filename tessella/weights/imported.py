@@ -8,7 +8,7 @@ FOLDER/heads.safetensors     the rest of the method: heads, prototypes, centres;
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tessella import files
 from tessella.errors import UserError
@@ -17,7 +17,6 @@ from tessella.methods import MethodConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.run.config import from_dict, to_dict
 from tessella.weights.files import read_file
-from tessella.weights.layouts import Origin
 from tessella.weights.official import Official, Row, read_official
 
 FACTS = "import.json"
@@ -26,7 +25,7 @@ _LIMIT = 64 << 20  # bytes of import.json
 _BACKBONE = "backbone."
 
 
-def import_weights(file: Path, out: Path, origin: Origin | Literal["auto"] = "auto") -> Official:
+def import_weights(file: Path, out: Path, origin: str = "auto") -> Official:
     """Read an official checkpoint and write it as a folder that every command takes as a backbone.
 
     Args:

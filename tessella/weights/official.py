@@ -26,11 +26,12 @@ from torch import Tensor
 
 from tessella.errors import UserError
 from tessella.methods import MethodConfig, build_method
+from tessella.methods.layout import Layout, OfficialFile
 from tessella.methods.method import Setting
 from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.modules.resnet import LAYERS
 from tessella.weights.files import read_file
-from tessella.weights.layouts import LAYOUTS, REFUSED, Layout, OfficialFile, Origin
+from tessella.weights.layouts import layouts, refused
 
 Outcome: TypeAlias = Literal["matched", "left out", "started anew"]
 
@@ -52,7 +53,7 @@ class Row(NamedTuple):
 class Official(NamedTuple):
     """Weights of another project, in our names."""
 
-    origin: Origin
+    origin: str  # `Layout.origin`
     title: str  # what it is, for people
     backbone: BackboneConfig
     method: MethodConfig | None  # what the shapes tell, the rest at its defaults; None: the file is a network alone
@@ -61,7 +62,7 @@ class Official(NamedTuple):
     report: tuple[Row, ...]
 
 
-def read_official(path: Path, origin: Origin | Literal["auto"] = "auto") -> Official:
+def read_official(path: Path, origin: str = "auto") -> Official:
     """Read an official checkpoint.
 
     Args:
@@ -75,19 +76,22 @@ def read_official(path: Path, origin: Origin | Literal["auto"] = "auto") -> Offi
     return recognise(read_file(path), path.name, origin)
 
 
-def recognise(content: Mapping[str, Any], name: str, origin: Origin | Literal["auto"] = "auto") -> Official:
+def recognise(content: Mapping[str, Any], name: str, origin: str = "auto") -> Official:
     """As `read_official`, from what the file `name` holds. Tensors may be on torch's meta device, without values."""
     file = _unwrap(content, name)
-    found = _origin_of(file)
+    known = {layout.origin for layout in layouts()}
+    if origin not in ("auto", *known):
+        raise UserError(f"--from {origin}: the projects are {', '.join(sorted(known))}; leave --from out to find out")
+    layout = _layout_of(file)
+    found = layout.origin
     if origin not in ("auto", found) and (origin, found) != ("swav", "deepclusterv2"):  # SwAV may have several heads
         raise UserError(f"{name} has the layout of {found}, not of {origin}: leave --from out, or give another file")
-    layout = LAYOUTS[found]
     net_prefix = layout.names["backbone.*"].removesuffix("*")
     net = {k.removeprefix(net_prefix): v for k, v in file.tensors.items() if k.startswith(net_prefix)}
     backbone = infer_resnet(net, name)
-    title, method = layout.settings(file)
+    title, method = layout.config(file)
     tensors, rows = _match(file, layout, backbone, method)
-    return Official(found, f"{title}, {file.wrapping}", backbone, method, layout.whole, tensors, rows)
+    return Official(found, f"{title}, {file.wrapping}", backbone, method, layout.assigns, tensors, rows)
 
 
 def infer_resnet(tensors: Mapping[str, Tensor], name: str) -> BackboneConfig:
@@ -194,11 +198,11 @@ def _match(
                 wrong.append(f"{key} has shape {tuple(file.tensors[key].shape)} (expected, as {name}: {shape})")
         elif name.endswith("num_batches_tracked"):
             uncounted[name] = torch.zeros((), dtype=torch.long)
-        elif known := _first_match(layout.anew, name):
+        elif known := _first_match(layout.reset, name):
             anew.add(known)
         else:
             missing.append(key or name)
-    left = {key: _first_match(layout.left, key) for key in file.tensors.keys() - used}
+    left = {key: _first_match(layout.left_out, key) for key in file.tensors.keys() - used}
     extra = sorted(key for key, pattern in left.items() if pattern is None)
     complaints = (_some("it lacks", missing), _some("no place for", extra), _some("wrong shape:", wrong))
     if any(complaints):
@@ -206,10 +210,10 @@ def _match(
         raise UserError(f"{file.name} is not quite what it looks like, {net}: {'; '.join(filter(None, complaints))}")
     rows = [
         *(_matched_row(pattern, layout, values) for pattern, values in matched.items()),
-        *(Row(p, "", "left out", _what([file.tensors[k] for k in left if left[k] == p]), layout.left[p])
-          for p in layout.left if p in left.values()),
+        *(Row(p, "", "left out", _what([file.tensors[k] for k in left if left[k] == p]), layout.left_out[p])
+          for p in layout.left_out if p in left.values()),
         *(Row(key, "", "left out", "", reason) for key, reason in file.others.items()),
-        *(Row("", pattern, "started anew", "", layout.anew[pattern]) for pattern in layout.anew if pattern in anew),
+        *(Row("", pattern, "started anew", "", layout.reset[pattern]) for pattern in layout.reset if pattern in anew),
     ]  # fmt: skip
     if uncounted:
         counters = f"{len(uncounted)} counters"
@@ -276,16 +280,17 @@ def _some(what: str, items: list[str]) -> str:
 # --- which layout -----------------------------------------------------------------------------------------
 
 
-def _origin_of(file: OfficialFile) -> Origin:
+def _layout_of(file: OfficialFile) -> Layout:
     has_network = file.count("conv1.weight")
-    for pattern, reason in REFUSED.items():
+    for pattern, reason in refused().items():
         if file.count(pattern) and not has_network:
             raise UserError(f"{file.name} {reason}")
-    for origin, layout in LAYOUTS.items():
-        if file.count(layout.sign):
-            return origin
+    for layout in layouts():
+        if layout.fits(file):
+            return layout
     seen = ", ".join(list(file.tensors)[:_SHOWN]) or "no tensors"
+    known = ", ".join(layout.origin for layout in layouts())
     raise UserError(
-        f"{file.name} is of no layout that is known here ({', '.join(LAYOUTS)}): it holds {seen}. A ResNet's own "
+        f"{file.name} is of no layout that is known here ({known}): it holds {seen}. A ResNet's own "
         "state dict in torchvision's key layout is always accepted"
     )

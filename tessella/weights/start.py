@@ -19,7 +19,7 @@ def start_from(spec: str, method: Method) -> Start:
     """Load the backbone, and every other part of the method that the weights hold in the same shapes.
 
     A part is a head, one set of prototypes or centres, and is taken whole or not at all. What every run makes anew
-    (`Method.of_the_run`: queues, labels of images, ...) is never taken. Rank 0 prints what happened.
+    (`Method.not_transferred`: queues, labels of images, ...) is never taken. Rank 0 prints what happened.
 
     Args:
         spec: what `resolve_backbone` takes, but for random:NAME, which is what a run starts from anyway. Empty: nothing
@@ -66,7 +66,7 @@ def _by_part(state: dict[str, Tensor], method: Method) -> dict[str, dict[str, Te
     """Tensors by the part of the method that they belong to, without what every run makes anew."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        if any(fnmatchcase(name, pattern) for pattern in method.of_the_run):
+        if any(fnmatchcase(name, pattern) for pattern in method.not_transferred):
             continue
         part, _, rest = name.partition(".")
         if isinstance(getattr(method, part, None), nn.ModuleList | nn.ModuleDict):

@@ -7,8 +7,9 @@ import re
 import pytest
 import yaml
 
+from tessella.methods import METHODS
 from tessella.recipes import RECIPES, recipe
-from tessella.recipes.describe import TITLES, listing, page
+from tessella.recipes.describe import listing, page
 from tessella.report.published import PUBLISHED
 from tessella.run.config import to_dict
 
@@ -22,7 +23,7 @@ def test_every_recipe_has_one_line_under_its_method():
             found[line.split()[0]] = title
         else:
             title = line
-    assert found == {name: TITLES.get(recipe(name).method.name, recipe(name).method.name) for name in RECIPES}
+    assert found == {name: METHODS[recipe(name).method.name].title for name in RECIPES}
     assert max(map(len, lines)) <= 140
 
 

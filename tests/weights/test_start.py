@@ -129,7 +129,7 @@ def test_another_network_is_refused_with_the_settings_that_would_fit(tmp_path: P
 
 @pytest.mark.parametrize("name", METHODS)
 def test_no_method_takes_over_what_is_counted_by_image(name: str):
-    config: MethodConfig = METHODS[name][0]()
+    config: MethodConfig = METHODS[name].Config()
     if isinstance(config, MejigcluConfig):
         config = MejigcluConfig(categories=4)
 
