@@ -215,12 +215,10 @@ def _go_on(run: Path, words: list[str]) -> None:
     from tessella.run.config import different_fields, load_config
 
     saved = load_config(run / "config.yaml")
-    # About this resume alone, so no fields of the run.
-    images_changed, words = "--images-changed" in words, [word for word in words if word != "--images-changed"]
     allow, words = _taken_out("--allow", words)
     given = _parse("resume", type(saved), words, default=saved)
     allow = [name.replace("-", "_") for name in allow]
-    go_on(run, different_fields(saved, given), images_changed=images_changed, allow=allow)
+    go_on(run, different_fields(saved, given), allow=allow)
 
 
 def _taken_out(flag: str, words: list[str]) -> tuple[list[str], list[str]]:
@@ -253,8 +251,7 @@ What changes the result has to be allowed by name as well, as in `--epochs 300 -
 in config.yaml. All else stays as it was:
 {flag}
 
-Images that were added, removed or re-encoded since are noticed. With --images-changed the run goes on with them
-from the start of the epoch that was under way; what the method keeps of each image goes with the image.
+Images that were added, removed or encoded again since are noticed, and refused.
 
 A run that --max-steps cut short goes on to its end with --max-steps None."""
 

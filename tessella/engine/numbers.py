@@ -143,8 +143,8 @@ class Guard:
     def _advice(self, guilty: list[str]) -> str:
         if guilty:
             return (
-                "Look at these images: repair or remove them, and start a new run or `resume` with --images-changed; "
-                "or let the run leave out more steps (--max-left-out)"
+                "Look at these images: repair or remove them and start a new run, from this one's weights if you like "
+                "(--start-from); or let the run leave out more steps (--max-left-out)"
             )
         precise = "" if self.config.precision == "32" else ", --precision 32 if it ran in bf16"
         return (

@@ -231,7 +231,7 @@ class Coke(Method):
         return max(0, epoch + 1 - self.config.average_from_epoch) if self.single_view else 0
 
     def epoch_start(self, progress: Progress) -> None:
-        """Count from 0, also in an epoch that is begun again because the images changed."""
+        """Count the images of each cluster from 0."""
         for clustering in self.clusterings:
             clustering.seen.zero_()
 

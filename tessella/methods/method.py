@@ -7,10 +7,11 @@ sampler, cost, rule for other batch sizes, official checkpoints). `tessella.meth
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tessella.data.batch import Batch
@@ -67,6 +68,19 @@ class Step(NamedTuple):
     metrics: dict[str, Tensor]  # scalars for the log, detached, on the device
     embeddings: Tensor  # (n, D) unit rows, detached: the monitor's view of collapse
     assignments: Tensor | None = None  # (n,) int64 index of the nearest prototype, centre or group
+
+
+def joined(outputs: Sequence[Step]) -> Step:
+    """The outputs of an update's micro-batches as one: means of loss and metrics, all embeddings and assignments."""
+    if len(outputs) == 1:
+        return outputs[0]
+    assignments = [output.assignments for output in outputs if output.assignments is not None]
+    return Step(
+        torch.stack([output.loss.detach() for output in outputs]).mean(),
+        {name: torch.stack([output.metrics[name] for output in outputs]).mean() for name in outputs[0].metrics},
+        torch.cat([output.embeddings for output in outputs]),
+        torch.cat(assignments) if assignments else None,
+    )
 
 
 class Pass(NamedTuple):

@@ -74,10 +74,6 @@ class InstanceTable(nn.Module):
         """Store the rows of all ranks. (n,) int64 and (n, *shape) of this rank, the same n on every rank."""
         self.rows.index_copy_(0, dist.gather(instances), dist.gather(values.to(self.rows.dtype)))
 
-    def follow(self, state: dict[str, Tensor], prefix: str, old_rows: Tensor) -> None:
-        """As `follow_images`, for this table's entry in `state`."""
-        state[f"{prefix}rows"] = _moved(state[f"{prefix}rows"], self.rows, old_rows)
-
 
 def keep_from_broadcast(module: nn.Module) -> None:
     """Spare the instance tables of `module`, which DDP will wrap, the copy of rank 0's buffers at every forward."""
@@ -123,12 +119,6 @@ class FeatureBank(nn.Module):
         self.features[:, rows] = dist.gather(embeddings.transpose(0, 1)).transpose(0, 1).to(self.features.dtype)
         self.written[rows] = True
 
-    def follow(self, state: dict[str, Tensor], prefix: str, old_rows: Tensor) -> None:
-        """As `follow_images`, for this bank's entries in `state`."""
-        features = _moved(state[f"{prefix}features"].transpose(0, 1), self.features.transpose(0, 1), old_rows)
-        state[f"{prefix}features"] = features.transpose(0, 1).contiguous()
-        state[f"{prefix}written"] = _moved(state[f"{prefix}written"], self.written, old_rows)
-
     def known(self) -> Tensor:
         """Rows that were written at least once, ascending: (n,) int64. Waits for the device."""
         return self.written.nonzero()[:, 0]
@@ -138,35 +128,3 @@ def _leave_rows_aside(bank: nn.Module, state: dict[str, Any], prefix: str, *_: A
     assert isinstance(bank, FeatureBank)
     if not len(bank.written):
         state.update({f"{prefix}features": bank.features, f"{prefix}written": bank.written})
-
-
-def tables_of(module: nn.Module) -> dict[str, Any]:
-    """Name -> part of `module` that has a row per training image and can `follow` the images to other rows."""
-    return {name: part for name, part in module.named_modules() if hasattr(part, "follow")}
-
-
-def follow_images(module: nn.Module, state: dict[str, Tensor], old_ids: Tensor, new_ids: Tensor) -> None:
-    """Rewrite a saved state for a data set that has changed: each image's row goes where the image is now.
-
-    Args:
-        module: built for the images as they are now.
-        state: its saved state, from before; changed in place. New images get what a fresh table has.
-        old_ids: (M,) int64 stable ids of the images that `state` is about, in the order of its rows.
-        new_ids: (N,) int64 of the images now.
-
-    Raises:
-        UserError: a part of the module is bound to the images that it was made for.
-    """
-    order = old_ids.argsort()
-    places = torch.searchsorted(old_ids[order], new_ids).clamp_max(len(old_ids) - 1)
-    old_rows = order[places]
-    old_rows = torch.where(old_ids[old_rows] == new_ids, old_rows, -1)
-    for name, table in tables_of(module).items():
-        table.follow(state, f"{name}.", old_rows)
-
-
-def _moved(saved: Tensor, fresh: Tensor, old_rows: Tensor) -> Tensor:
-    """`fresh`, with the saved rows of the images that are still there: (M, ...), (N, ...), (N,) -> (N, ...)."""
-    result, kept = fresh.detach().cpu().clone(), old_rows >= 0
-    result[kept] = saved[old_rows[kept]].to(result.dtype)
-    return result

@@ -43,17 +43,6 @@ class Partition(nn.Module):
             self._part_of_row = self._part_of_row.to(instances.device)
         return self._part_of_row[instances].long()
 
-    def follow(self, state: dict[str, Tensor], prefix: str, old_rows: Tensor) -> None:
-        """Refuse: what was learnt about one split is wrong about another, and the split goes by rows.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            "this method has learnt a fixed split of the images, which a changed data set does not have: put the data "
-            "back, or start a new run with --start-from"
-        )
-
     def assert_equal_on_ranks(self) -> None:
         """That every rank made the same split. On all ranks together; waits for the device."""
         checksums = dist.gather(torch.tensor([self._facts["checksum"]], device=self.get_buffer("checksum").device))

@@ -180,18 +180,6 @@ def prune(folder: Path, keep: int = 2) -> None:
             valid += 1
 
 
-def drop_later(folder: Path, step: int) -> None:
-    """Remove checkpoints of later steps: of a run that has begun an epoch anew, they would count as its newest.
-
-    Args:
-        folder: where checkpoints lie.
-        step: of the newest one that counts.
-    """
-    for path in _checkpoints(folder):
-        if _step_of(path) > step:
-            files.remove(path)
-
-
 # --- writing ------------------------------------------------------------------------------------------------
 
 

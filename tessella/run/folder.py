@@ -23,7 +23,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +30,6 @@ from tessella import dist, files
 from tessella.data.sources import ImageSet, open_images
 from tessella.errors import UserError
 from tessella.methods.method import Method, Progress
-from tessella.modules.memory import follow_images, tables_of
 from tessella.ops import compiled
 from tessella.run import checkpoints as checkpoint_files
 from tessella.run import images_seen, lock
@@ -89,7 +87,6 @@ class RunFolder:
         self._saved_step, self._saved_at = -1, time.monotonic()
         self._read: Checkpoint | None = None
         self._config_changed = False  # since the newest checkpoint
-        self._images_changed = False  # since then, too
         self._contents: dict[str, str] = {}
 
     @classmethod
@@ -269,13 +266,11 @@ class RunFolder:
             self._sync_log()
             checkpoint_files.save(self.checkpoints, step, *self._checkpoint(progress, config, images, state))
             self._saved_step = step
-            if self._images_changed:
-                checkpoint_files.drop_later(self.checkpoints, step)
         # Also for a process that was killed before it came to this:
         checkpoint_files.prune(self.checkpoints, keep=_KEPT)
         images_seen.remember(self.path, images)
         self._saved_at = time.monotonic()
-        self._config_changed = self._images_changed = False
+        self._config_changed = False
 
     def _checkpoint(self, progress: Progress, config: RunConfig, images: ImageSet, state: State) -> Checkpoint:
         tensors = {
@@ -283,8 +278,6 @@ class RunFolder:
             "optimizer": optimizer_tensors(state.method, state.optimizer),
             "monitor": dict(state.monitor.state_dict()),
         }
-        if tables_of(state.method):  # whose rows are whose, should the data set change
-            tensors["images"] = {"ids": _ids(images)}
         facts = {
             "step": progress.step,
             "steps_per_epoch": progress.steps_per_epoch,
@@ -294,41 +287,16 @@ class RunFolder:
         }
         return tensors, facts
 
-    def restore(
-        self, config: RunConfig, images: ImageSet, state: State, steps_per_epoch: int, images_changed: bool = False
-    ) -> int:
-        """Load the newest valid checkpoint into the parts of a run; the number of steps done, 0 without one.
-
-        Args:
-            config: of the run.
-            images: the data set.
-            state: freshly built; filled.
-            steps_per_epoch: with these images.
-            images_changed: whether the images may be others than before. Each image's row of a table then goes where
-                the image is now, and the epoch that was under way starts again.
+    def refuse_other_images(self, config: RunConfig, images: ImageSet) -> None:
+        """See whether these are the images that the run was trained on.
 
         Raises:
-            UserError: the images are not those that the run was trained on.
+            UserError: images were added, removed or encoded again; the text names some.
         """
-        found, self._read = self._read or self._newest(), None
-        if found is None:
-            return 0
-        tensors, facts = found
-        others = facts["fingerprints"]["data"] != images.fingerprint
-        if not images_changed:
-            self._refuse_other_images(config, images, facts)
-        if others and tables_of(state.method):
-            follow_images(state.method, tensors["method"], tensors["images"]["ids"], _ids(images))
-        state.method.load_state_dict(tensors["method"], strict=True)
-        load_optimizer_tensors(state.method, state.optimizer, tensors["optimizer"])
-        state.monitor.load_state_dict(tensors["monitor"])
-        self._images_changed = others
-        if others:
-            return int(facts["step"]) // int(facts["steps_per_epoch"]) * steps_per_epoch
-        self._saved_step = int(facts["step"])
-        return self._saved_step
-
-    def _refuse_other_images(self, config: RunConfig, images: ImageSet, facts: dict[str, Any]) -> None:
+        self._read = self._read or self._newest()
+        if self._read is None:
+            return
+        facts = self._read[1]
         before = facts["fingerprints"]["data"]
         contents = images_seen.changed_contents(images, facts.get("contents", {}))
         if before == images.fingerprint and not contents:
@@ -336,9 +304,25 @@ class RunFolder:
         found = images_seen.difference(self.path, images, before) if before != images.fingerprint else None
         raise UserError(
             f"the images of {config.data} have changed since the run was saved: {images_seen.in_words(found, contents)}"
-            ". Put the data back, go on with the changed images (--images-changed: from the start of the "
-            "epoch that was under way), or start a new run"
+            ". Put the images back, or start a new run from this one's weights (`tessella pretrain RECIPE --start-from "
+            f"{self.path} ...`)"
         )
+
+    def restore(self, state: State) -> int:
+        """Load the newest valid checkpoint into the parts of a run; the number of steps done, 0 without one.
+
+        Args:
+            state: freshly built; filled.
+        """
+        found, self._read = self._read or self._newest(), None
+        if found is None:
+            return 0
+        tensors, facts = found
+        state.method.load_state_dict(tensors["method"], strict=True)
+        load_optimizer_tensors(state.method, state.optimizer, tensors["optimizer"])
+        state.monitor.load_state_dict(tensors["monitor"])
+        self._saved_step = int(facts["step"])
+        return self._saved_step
 
     def _newest(self) -> Checkpoint | None:
         """The newest valid checkpoint, the same one on every rank: rank 0 chooses.
@@ -384,11 +368,6 @@ class RunFolder:
         """List images that could not be used. Names are written on one line, escaped where needed."""
         lines = (f"{printable(key)}\t{printable(reason)}\n" for key, reason in sorted(unreadable.items()))
         files.write_text(self.path / "unreadable.txt", "".join(lines))
-
-
-def _ids(images: ImageSet) -> Tensor:
-    """(N,) int64 stable ids, in the order of rows."""
-    return torch.from_numpy(np.array(images.ids))
 
 
 def optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

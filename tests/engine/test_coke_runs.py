@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from tessella.data.sources import ArrayImages
 from tessella.data.views import CropGroup, ViewSpec
-from tessella.engine.pretrain import _build, pretrain, resume
+from tessella.engine.pretrain import pretrain, resume
 from tessella.errors import UserError
 from tessella.methods.coke import CokeConfig
 from tessella.recipes import RECIPES, recipe
 from tessella.run.config import RunConfig, from_dict, to_dict
-from tessella.run.folder import RunFolder
 from tessella.weights.resolve import resolve_backbone
 from tests.engine.runs import assert_same, final_state, tiny_run
 
@@ -59,34 +56,6 @@ def test_the_first_epoch_clusters_and_trains_nothing(tmp_path: Path):
     assert torch.equal(start[weight], end[weight]) and not torch.equal(end[weight], after[weight])
     assert (end["method.labels.rows"][..., 0] >= 0).sum() == 2 * 5 * 64
     assert not torch.equal(start["method.clusterings.0.previous"], end["method.clusterings.0.previous"])
-
-
-def test_labels_go_with_their_images_when_the_data_set_has_changed(tmp_path: Path):
-    pixels = np.random.default_rng(0).integers(0, 256, (340, 16, 16, 3), dtype=np.uint8)
-
-    def some(numbers: list[int]) -> ArrayImages:
-        keys = [f"{7919 * number % 1000:03d}" for number in numbers]  # so that new images come between the old ones
-        order = np.argsort(keys)
-        return ArrayImages("some", pixels[np.array(numbers)[order]], keys=[keys[i] for i in order])
-
-    before, after = some(list(range(320))), some(list(range(20, 340)))
-    run = pretrain(tiny(ONE, max_steps=7), tmp_path / "run", before)  # of five per epoch
-    old = final_state(run)["method.labels.rows"]
-    with pytest.raises(UserError, match=r"have changed.*--images-changed"):
-        resume(run, {"max_steps": None}, after)
-
-    state = _build(tiny(ONE), after, torch.device("cpu"))
-    assert RunFolder(run).restore(tiny(ONE), after, state, steps_per_epoch=5, images_changed=True) == 5
-    new = state.method.state_dict()["labels.rows"]
-    row_before = {int(image): row for row, image in enumerate(before.ids)}
-    stayed = [(row, row_before[int(image)]) for row, image in enumerate(after.ids) if int(image) in row_before]
-    assert len(stayed) == 300 and any(now != then for now, then in stayed)
-    assert all(torch.equal(new[now], old[then]) for now, then in stayed)
-    assert (new == -1).all(dim=(1, 2)).sum() == 20  # new images have no label yet
-
-    resume(run, {"max_steps": None}, after, images_changed=True)
-    assert final_state(run)["step"] == 15
-    assert (final_state(run)["method.labels.rows"][..., 0] >= 0).all()
 
 
 def test_a_finished_run_is_rebuilt_without_its_images_and_assigns(tmp_path: Path):

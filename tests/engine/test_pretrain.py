@@ -19,16 +19,18 @@ import pytest
 import torch
 from PIL import Image
 
+from tessella.data.batch import Batch
 from tessella.data.loader import Loader
 from tessella.data.sampler import EpochOrder
 from tessella.data.sources import open_images
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.engine import memory
+from tessella.engine.build import build_state
 from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted, StopRequest
-from tessella.engine.pretrain import _build, pretrain, resume
+from tessella.engine.pretrain import pretrain, resume
 from tessella.errors import UserError
-from tessella.methods.method import Progress
-from tessella.methods.swav import SwavConfig
+from tessella.methods.method import Progress, Step
+from tessella.methods.swav import Swav, SwavConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
 from tessella.run.config import load_config, to_yaml
@@ -89,7 +91,7 @@ def test_an_update_is_the_mean_gradient_of_its_micro_batches(tmp_path: Path):
     moved = final_state(pretrain(config, tmp_path / "run"))["method.location_head.weight"]
 
     images = open_images(config.data)
-    state = _build(config, images, torch.device("cpu"))
+    state = build_state(config, images, torch.device("cpu"))
     start = state.method.location_head.weight.detach().clone()
     loader = Loader(
         images, state.method.view_spec(config.method), EpochOrder(len(images), 64, seed=0),
@@ -211,9 +213,9 @@ def test_resume_refuses_what_would_change_the_result_and_other_images(tmp_path: 
 def test_resume_refuses_another_number_of_categories(tmp_path: Path):
     run = pretrain(tiny_run("mejigclu", max_steps=1), tmp_path / "run")
     fewer = tiny_run("mejigclu", batch_size=32)
-    state = _build(fewer, open_images(fewer.data), torch.device("cpu"))
+    state = build_state(fewer, open_images(fewer.data), torch.device("cpu"))
     with pytest.raises(UserError, match=r"into 64 parts .* into 32 .*go on with the same images"):
-        RunFolder(run).restore(fewer, open_images(fewer.data), state, steps_per_epoch=11)
+        RunFolder(run).restore(state)
 
 
 def test_an_evaluation_reads_a_run_with_a_partition(tmp_path: Path):
@@ -252,7 +254,8 @@ from tessella.run.config import load_config
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.engine import memory
 from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted
-from tessella.engine.pretrain import _build, pretrain, resume
+from tessella.engine.build import build_state
+from tessella.engine.pretrain import pretrain, resume
 out = Path(sys.argv[2])
 try:
     resume(out) if (out / "config.yaml").exists() else pretrain(load_config(Path(sys.argv[1])), out)
@@ -304,3 +307,21 @@ def test_two_ranks_of_torchrun_train_as_one_and_one_rank_goes_on_for_two(tmp_pat
             torch.testing.assert_close(two[name], one[name], atol=1e-3, rtol=1e-2, msg=lambda m, n=name: f"{n}: {m}")
         for name in ("one", "two"):
             resume(tmp_path / name, {"max_steps": 3})
+
+
+def test_the_log_of_an_accumulated_update_covers_all_of_its_micro_batches(tmp_path: Path, monkeypatch: Any):
+    """Loss and metrics are means over the micro-batches, and each of their images is counted in its cluster."""
+    losses: list[float] = []
+    forward = Swav.forward
+
+    def noted(method: Swav, batch: Batch, progress: Progress) -> Step:
+        output = forward(method, batch, progress)
+        losses.append(output.loss.item())
+        return output
+
+    monkeypatch.setattr(Swav, "forward", noted)
+    run = pretrain(tiny_run(accumulate=2, max_steps=1, log_every=1), tmp_path / "run")
+    assert len(losses) == 2 and losses[0] != losses[1]
+    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert logged["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert final_state(run)["monitor.assigned"].sum() == 64

@@ -22,6 +22,7 @@ from tessella import dist
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.engine import pretrain as engine
 from tessella.methods.coke import CokeConfig
+from tessella.methods.method import joined
 from tessella.run.config import RunConfig
 from tests.engine.runs import assert_same, final_state, tiny_run
 from tests.ranks import on_ranks
@@ -57,10 +58,11 @@ def train(folder: str, jobs: list[tuple[str, str, str, int]]) -> Trace:
         dist.barrier()
 
         def traced(fabric: Any, ddp: Any, batches: Any, progress: Any, *rest: Any, name: str = name) -> Any:
-            step = original(fabric, ddp, batches, progress, *rest)
+            outputs = original(fabric, ddp, batches, progress, *rest)
             trace[f"{name} images {progress.step}"] = dist.gather(batches[0].instances)
-            trace[f"{name} loss {progress.step}"] = dist.all_reduce_sum(step.loss.detach()) / dist.world_size()
-            return step
+            loss = joined(outputs).loss.detach()
+            trace[f"{name} loss {progress.step}"] = dist.all_reduce_sum(loss) / dist.world_size()
+            return outputs
 
         with mock.patch.object(engine, "_forward_backward", traced):
             if start:

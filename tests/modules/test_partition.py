@@ -7,7 +7,6 @@ import torch
 
 from tessella import dist
 from tessella.errors import UserError
-from tessella.modules.memory import follow_images
 from tessella.modules.partition import Partition
 from tessella.ops.partition import partition
 from tests.ranks import on_ranks
@@ -60,9 +59,3 @@ def agree() -> list[bool]:
 
 def test_ranks_notice_that_they_disagree():
     assert on_ranks(2, agree) == [[True, False], [True, False]]
-
-
-def test_a_split_does_not_follow_images_to_a_changed_data_set():
-    split, ids = Partition(10, 2, seed=0), torch.arange(10)
-    with pytest.raises(UserError, match="has learnt a fixed split"):
-        follow_images(split, split.state_dict(), ids, ids + 1)

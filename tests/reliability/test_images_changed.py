@@ -12,8 +12,6 @@ import pytest
 from PIL import Image
 
 from tessella.cli import main
-from tests.engine.runs import final_state
-from tests.reliability.program import log_without_timing, names
 
 COMMON = (
     "--batch-size 16 --epochs 2 --backbone.name resnet10 --backbone.width 4 --image-size 16 --device cpu --workers 1 "
@@ -90,7 +88,7 @@ def test_a_change_is_noticed_and_the_image_named(
     change(copy / "data")
     assert main(["resume", str(copy / "run"), "--data", str(copy / "data"), "--max-steps", "None"]) == 2
     said = capsys.readouterr().err
-    assert told in said and "--images-changed" in said
+    assert told in said and "--start-from" in said
 
 
 def test_at_most_ten_images_are_named(copy: Path, capsys: pytest.CaptureFixture[str]):
@@ -114,16 +112,3 @@ def test_without_the_list_of_images_a_change_is_still_noticed(copy: Path, capsys
     remove(copy / "data")
     assert main(["resume", str(copy / "run"), "--data", str(copy / "data"), "--max-steps", "None"]) == 2
     assert "an image was added, removed or encoded anew" in capsys.readouterr().err
-
-
-def test_checkpoints_on_other_images_do_not_outlive_the_ones_on_these(copy: Path):
-    """An epoch that is begun anew saves at earlier steps than the run had come to."""
-    run, data = copy / "run", copy / "data"
-    assert names(run / "checkpoints")[-1] == "step-00000004"
-    remove(data)
-    resume = ["resume", str(run), "--data", str(data), "--images-changed"]
-    assert main([*resume, "--max-steps", "3"]) == 0  # of two an epoch, so that the second begins at step 2
-    assert names(run / "checkpoints") == ["step-00000003"]
-    assert main(["resume", str(run), "--data", str(data), "--max-steps", "None"]) == 0
-    assert int(final_state(run)["step"]) == 4
-    assert [line["step"] for line in log_without_timing(run) if line["kind"] == "step"] == [1, 2, 3, 4]

@@ -22,6 +22,7 @@ from tessella.data.sources import open_images
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.engine import numbers
 from tessella.engine import pretrain as engine
+from tessella.engine.build import build_order
 from tessella.engine.memory import needed_bytes
 from tessella.engine.numbers import Guard
 from tessella.engine.pretrain import pretrain, resume
@@ -162,7 +163,7 @@ def test_weights_that_are_spoilt_while_the_loss_is_fine_are_found_and_never_save
 ):
     """The loss of the last step knows nothing of what its update does."""
     clean = final_state(pretrain(config(), tmp_path / "clean"))
-    spoilt, build, step_of = [], engine._build, Swav.after_update
+    spoilt, build, step_of = [], engine.build_state, Swav.after_update
 
     def known(*args: Any) -> Any:
         states.append(build(*args))
@@ -177,7 +178,7 @@ def test_weights_that_are_spoilt_while_the_loss_is_fine_are_found_and_never_save
             spoilt[0].data[1] = torch.inf
 
     states: list[Any] = []
-    monkeypatch.setattr(engine, "_build", known)
+    monkeypatch.setattr(engine, "build_state", known)
     monkeypatch.setattr(Swav, "after_update", after_update)
     state = final_state(pretrain(config(), tmp_path / "run"))
     assert spoilt and int(state.pop("monitor.close_until")) == 15
@@ -324,9 +325,9 @@ def test_the_estimate_of_memory_is_near_what_autograd_holds(recipe_name: str):
     """Counted on real tensors of the whole step, heads and losses and all."""
     run = dataclasses.replace(recipe(recipe_name), data="digits::test", batch_size=32, device="cpu", precision="32")
     images = open_images(run.data)
-    state = engine._build(run, images, torch.device("cpu"))
+    state = engine.build_state(run, images, torch.device("cpu"))
     loader = Loader(
-        images, views_of(run.method), engine._order(run, images, state.method), seed=0, device="cpu", workers=1
+        images, views_of(run.method), build_order(run, images, state.method), seed=0, device="cpu", workers=1
     )
     [batch] = next(loader.epoch(0))
     held: dict[int, Tensor] = {}

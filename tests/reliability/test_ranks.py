@@ -21,7 +21,8 @@ import torch
 
 from tessella.data.sources import ArrayImages, open_images
 from tessella.engine import agree
-from tessella.engine.pretrain import _build, _order, pretrain
+from tessella.engine.build import build_order, build_state
+from tessella.engine.pretrain import pretrain
 from tessella.engine.watch import Watch
 from tessella.errors import EXIT_RANK_LOST, UserError
 from tessella.run.config import RunConfig, to_yaml
@@ -171,9 +172,9 @@ def disagreements() -> list[str]:
     told = []
 
     def ask(config: RunConfig = config, images: Any = digits, step: int = 0) -> None:
-        method = _build(tiny_run(), digits, torch.device("cpu")).method
+        method = build_state(tiny_run(), digits, torch.device("cpu")).method
         try:
-            agree.require_agreement(config, images, _order(config, images, method), step)
+            agree.require_agreement(config, images, build_order(config, images, method), step)
             told.append("")
         except UserError as error:
             told.append(str(error))

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tessella.engine import build, session
 from tessella.engine import pretrain as engine
 from tessella.methods.method import Method, Progress
 from tessella.run.config import RunConfig
@@ -52,8 +53,8 @@ def parts_of(run: Any, *args: Any) -> dict[str, Any]:
         return function
 
     with (
-        mock.patch.object(engine, "_build", keep("state", engine._build)),
-        mock.patch.object(engine, "_loader", keep("loader", engine._loader)),
+        mock.patch.object(engine, "build_state", keep("state", engine.build_state)),
+        mock.patch.object(session, "build_loader", keep("loader", session.build_loader)),
     ):
         run(*args)
     return {**parts.pop("state")._asdict(), **parts}
@@ -173,5 +174,5 @@ def replaces_a_setting(method: Any) -> None:
     ],
 )
 def test_state_that_somebody_forgot_to_save_is_named(hook: Any, told: str, tmp_path: Path):
-    with mock.patch.object(engine, "build_method", with_hook(engine.build_method, hook)):
+    with mock.patch.object(build, "build_method", with_hook(build.build_method, hook)):
         assert told in forgotten(config("jigclu"), tmp_path / "run")
