@@ -57,7 +57,7 @@ def record(config: RunConfig, folder: Path, *, double: bool = True) -> Recording
         double: compute in float64; the batches are the same up to their float32 rounding.
     """
     recording = Recording()
-    build, forward_backward, epoch = engine._build, engine._forward_backward, Loader.epoch
+    build, forward_backward, epoch = engine.build_state, engine._forward_backward, Loader.epoch
 
     def watched_build(*args: Any) -> Any:
         state = build(*args)
@@ -100,7 +100,7 @@ def record(config: RunConfig, folder: Path, *, double: bool = True) -> Recording
                 return
             yield [b._replace(views=tuple(v.double() for v in b.views)) for b in batches]
 
-    watched = mock.patch.multiple(engine, _build=watched_build, _forward_backward=watched_step)
+    watched = mock.patch.multiple(engine, build_state=watched_build, _forward_backward=watched_step)
     loading = mock.patch.object(Loader, "epoch", double_epoch) if double else contextlib.nullcontext()
     with precision(torch.float64 if double else torch.float32), loading, watched:
         engine.pretrain(config, folder)

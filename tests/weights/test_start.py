@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tessella.data.sources import open_images
-from tessella.engine.pretrain import _build, pretrain, resume
+from tessella.engine.build import build_state
+from tessella.engine.pretrain import pretrain, resume
 from tessella.errors import UserError
 from tessella.methods import METHODS, MethodConfig, build_method
 from tessella.methods.coke import CokeConfig
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(config: RunConfig) -> Method:
-    return _build(config, open_images(config.data), torch.device("cpu")).method
+    return build_state(config, open_images(config.data), torch.device("cpu")).method
 
 
 def state_of(method: Method) -> dict[str, Tensor]:
