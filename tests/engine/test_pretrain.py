@@ -185,7 +185,7 @@ def test_a_run_on_copies_of_one_image_knows_it(tmp_path: Path):
     run = RunFolder(tmp_path)
     config = tiny_run(data=str(tmp_path / "photos"))
     images = open_images(config.data)
-    state = _build(config, images, torch.device("cpu"))
+    state = build_state(config, images, torch.device("cpu"))
     run.prepare(images, state)
     assert state.monitor.identical_images
     images = open_images("digits::test")
