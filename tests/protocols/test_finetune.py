@@ -57,7 +57,7 @@ def cheap(recipe="swav", **changes):
     return FinetuneConfig(recipe, **{"labels": 1.0, "epochs": 2, "batch_size": 30, "repeats": 1} | changes)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "small"])  # ours
 def test_published_rates_of_every_epoch(recipe):
     _, _, epochs, places, drop, _ = PUBLISHED[recipe]
     solver = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -73,7 +73,7 @@ def test_drops_keep_their_share_of_a_shorter_way():
     assert [rate_factor("swav", epoch, 5) for epoch in range(5)] == pytest.approx([1, 1, 1, 0.2, 0.04])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "small"])  # ours
 @pytest.mark.parametrize("labels", [0.05, 1.0])
 def test_every_step_has_the_published_settings(monkeypatch, recipe, labels):
     if recipe == "transfer" and labels < 1:
@@ -242,7 +242,12 @@ def test_it_leaves_torchs_random_numbers_alone():
 
 def test_a_divergence_is_told():
     scores = finetune(Tiny(), eval_data(), cheap(lr=1e30, head_lr=1e30))
-    assert scores["top1"] == 0.0 and "diverged" in scores["notes"][0] and scores["loss_last"] is None
+    assert (
+        scores["top1"] == 0.0
+        and scores["failed"]
+        and "diverged" in " ".join(scores["notes"])
+        and scores["loss_last"] is None
+    )
 
 
 def test_impossible_settings_are_refused():

@@ -129,7 +129,7 @@ def test_an_image_without_a_finite_answer_has_none_in_the_file(tmp_path):
 
 def test_predictions_that_cannot_be_written_are_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="give another folder"):
+    with pytest.raises(UserError, match="another folder"):
         save_predictions(tmp_path / "file", "x", planted_images(2), np.arange(2), {})
 
 
