@@ -15,6 +15,7 @@ ECCV 2022. Deviations from the paper and the official code are listed in docs/me
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -34,7 +35,7 @@ from tessella.modules.drop_path import drop_paths, without_drop_path
 from tessella.modules.heads import Projector
 from tessella.modules.memory import FeatureBank
 from tessella.modules.momentum import MomentumEncoder
-from tessella.modules.multicrop import joint_features
+from tessella.modules.multicrop import crops_by_size, joint_features
 from tessella.modules.resnet import LAYERS, ResNet
 from tessella.ops.grouping import group_loss, group_sums, moved_groups, nearest_group, spherical_kmeans
 from tessella.ops.philox import permutation, stream_key
@@ -197,10 +198,10 @@ class Smog(Method):
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Fill the bank with one pass over the images, so that the first groups come from k-means, too."""
         for batch in batches:
-            large = self._streams(batch.views, step=0)[0][:1]
-            with without_drop_path(self.backbone):
-                z = F.normalize(torch.cat(self._project(self._online, large)).float(), dim=1)
-            self.bank.write(batch.instances, z.unflatten(0, (self.large_crops, -1)))
+            large = self._streams(batch.views, step=0)[0][0]
+            with without_drop_path(self.backbone):  # officially each crop is a pass of its own here
+                z = torch.stack([self.projector(self.backbone(crop)) for crop in large])
+            self.bank.write(batch.instances, F.normalize(z.float(), dim=-1))
 
     def epoch_start(self, progress: Progress) -> None:
         """Rebuild the groups and reset the momentum encoder, unless that goes by steps."""
@@ -243,7 +244,7 @@ class Smog(Method):
         p = torch.cat([self.predictor(rows) for rows in projected]).unflatten(0, (-1, views[0].shape[1]))
         if drop_paths(self.backbone):  # groups and bank take a second look, with nothing dropped
             with torch.set_grad_enabled(through_update), without_drop_path(self.backbone):
-                projected = self._project(self._online, views[:1])
+                projected = self._project(self._online, _of_first_size(views))
         z = torch.cat(projected).unflatten(0, (-1, views[0].shape[1]))[: self.large_crops]
         return F.normalize((z if through_update else z.detach()).float(), dim=-1), p
 
@@ -252,7 +253,9 @@ class Smog(Method):
         """Unit zk of the crops that give labels: (A, B, D)."""
         labelled = views[0][: self.config.label_crops]
         # Small crops give no label, but in a ResNet they share batch norm with the large ones.
-        seen = (labelled, *views[1:]) if isinstance(self.backbone, ResNet) else (labelled,)
+        seen = (labelled, *views[1:])
+        if not isinstance(self.backbone, ResNet):
+            seen = _of_first_size(seen)
         projected = torch.cat(self._project(self.momentum_encoder, seen))
         return F.normalize(projected.float(), dim=1).unflatten(0, (-1, labelled.shape[1]))[: len(labelled)]
 
@@ -263,7 +266,7 @@ class Smog(Method):
         one size after the other, as in the official code.
         """
         backbone, projector = encoder["backbone"], encoder["projector"]
-        crops = [group.flatten(0, 1) for group in views]
+        crops = crops_by_size(views)
         if isinstance(backbone, ResNet):
             return [projector(joint_features(backbone, crops))]
         return [projector(backbone(size)) for size in crops]
@@ -340,6 +343,11 @@ def linear_momentum(start: float, end: float, progress: Progress) -> float:
     """Momentum of the groups in the step that is about to run: `end` exactly in the last step of the run."""
     t, total = progress.step + 1, progress.total_steps
     return (start * (total - t) + end * t) / total
+
+
+def _of_first_size(views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The groups that share a pass with the large crops of the first one."""
+    return tuple(itertools.takewhile(lambda group: group.shape[-1] == views[0].shape[-1], views))
 
 
 def _nearest(rows: Tensor, groups: Tensor) -> Tensor:

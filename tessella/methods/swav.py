@@ -32,6 +32,7 @@ from tessella.methods.method import BatchChange, Method, MethodConfig, Progress,
 from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector, Prototypes
 from tessella.modules.memory import FeatureQueue
+from tessella.modules.multicrop import crops_by_size
 from tessella.ops.assignment import harden, sinkhorn
 from tessella.ops.losses import swapped_prediction
 from tessella.optim import OptimizerConfig, scaled
@@ -205,7 +206,7 @@ class Swav(Method):
 
         One backbone pass per crop size, one projector pass over everything: batch norm sees what it sees officially.
         """
-        features = torch.cat([self.backbone(group.flatten(0, 1)) for group in views])
+        features = torch.cat([self.backbone(crops) for crops in crops_by_size(views)])
         return self.projector(features).unflatten(0, (-1, views[0].shape[1]))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Crops of several sizes through one ResNet at once, with batch norm over all of their pixels together.
+"""Passes over crops of several sizes: one pass for each size, or all sizes through one ResNet at once.
 
 The usual way, one pass per size, normalises large and small crops apart. SMoG's official ResNet takes the sizes in
 one pass: every batch norm sees the pixels of all sizes as one batch; only those of the shortcuts (`downsample`) see
@@ -7,6 +7,7 @@ one size after the other.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,19 @@ from torch.utils.checkpoint import checkpoint
 from tessella.modules.norm import without_statistics
 from tessella.modules.resnet import ResNet
 from tessella.ops.layout import image_layout
+
+
+def crops_by_size(views: Sequence[Tensor]) -> list[Tensor]:
+    """The crops of each pass: neighbouring groups of one size share a pass, as in SwAV's official code.
+
+    Args:
+        views: one (v, B, 3, s, s) tensor per crop group.
+
+    Returns:
+        One (n, 3, s, s) tensor per pass, in the order of `views`.
+    """
+    passes = [list(groups) for _, groups in itertools.groupby(views, key=lambda group: group.shape[-1])]
+    return [groups[0].flatten(0, 1) if len(groups) == 1 else torch.cat(groups).flatten(0, 1) for groups in passes]
 
 
 def joint_features(net: ResNet, crops: Sequence[Tensor]) -> Tensor:

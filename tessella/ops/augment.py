@@ -5,8 +5,8 @@
 
 The parameters were drawn on the host (`data.views`), so who gets which operation is known there: every
 operation runs on an index list of its samples, nothing is computed for the others, and the device is never
-asked for a value. The operations equal torchvision's on float tensors with the same parameters (its blur with
-kernel 13); on a GPU that may use TF32, blur and crops do within a tenth of a level.
+asked for a value. The colours equal torchvision's on float tensors with the same parameters, the blur has Pillow's
+kernel; on a GPU that may use TF32, blur and crops are within a tenth of a level of that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from tessella.ops.layout import image_layout
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of `factors`, values of `order`
 _NEUTRAL = np.array([1.0, 1.0, 1.0, 0.0], dtype=np.float32)  # the factor of each that changes nothing
-_LEAST_BLUR_RADIUS = 6  # at least kernel 13 (3 sigma at sigma 2), whatever else is in the batch
 _SOLARIZE_FROM = 128 / 255
 
 
@@ -203,12 +202,29 @@ def _resize_matrix(start: Tensor, length: Tensor, side: int, size: int) -> Tenso
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
-def _blur_matrix(sigma: NDArray[np.float32], side: int, device: torch.device) -> Tensor:
-    """Weights of every pixel of a line for every pixel of the blurred line, which is mirrored at its ends.
+def blur_kernels(sigma: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Kernels of Pillow's Gaussian blur: three equal boxes, whose width has a fraction so that sigma fits exactly.
 
-    The Gaussian is cut at three sigma or at six pixels, whichever is wider. The width must not follow from
-    the largest sigma present, because a sample's result would then depend on its batch; six pixels are three
-    sigma of the largest blur in the published recipes.
+    Source: Gwosdek, Grewenig, Bruhn, Weickert, "Theoretical foundations of Gaussian convolution by extended box
+    filtering", SSVM 2011; Pillow's `ImageFilter.GaussianBlur`, which the official pipelines use.
+
+    Args:
+        sigma: (n,) > 0, pixels.
+
+    Returns:
+        (n, r + 1) weights at distances 0 ... r to either side.
+    """
+    variance = sigma[:, None].astype(np.float64) ** 2 / 3  # of one box
+    whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)  # pixels to either side that count in full
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))  # of the next
+    reach = int(whole.max()) + 1
+    distance = np.abs(np.arange(-reach, reach + 1))
+    boxes = np.where(distance <= whole, 1, np.where(distance == whole + 1, part, 0)) / (2 * (whole + part) + 1)
+    return np.stack([np.convolve(np.convolve(box, box), box)[3 * reach :] for box in boxes])
+
+
+def _blur_matrix(sigma: NDArray[np.float32], side: int, device: torch.device) -> Tensor:
+    """Weights of every pixel of a line for every pixel of the blurred line, whose end pixels are repeated beyond it.
 
     Args:
         sigma: (n,) > 0, pixels.
@@ -218,22 +234,15 @@ def _blur_matrix(sigma: NDArray[np.float32], side: int, device: torch.device) ->
     Returns:
         (n, side, side) float32, rows sum to one.
     """
-    radius = np.minimum(np.maximum(np.ceil(3 * sigma), _LEAST_BLUR_RADIUS), side - 1)[:, None]
-    distance = np.arange(radius.max() + 2)  # the last one is beyond every radius and has weight 0
-    kernel = np.exp(-0.5 * (distance / sigma[:, None].astype(np.float64)) ** 2) * (distance <= radius)
-    kernel /= kernel[:, :1] + 2 * kernel[:, 1:].sum(axis=1, keepdims=True)
-    weights = to_device(kernel.astype(np.float32), device)
-
-    # A pixel is seen at its own place and, but for the end pixels, in a mirror at each end.
-    into, pixel = np.arange(side)[:, None], np.arange(side)
-    at_start = np.where(pixel > 0, into + pixel, side * 2)
-    at_end = np.where(pixel < side - 1, 2 * (side - 1) - into - pixel, side * 2)
-    places = np.stack((np.abs(into - pixel), at_start, at_end)).clip(max=len(distance) - 1)
-    direct, *mirrored = to_device(places.reshape(3, -1), device)
-    matrix = weights.index_select(1, direct)
-    for place in mirrored:
-        matrix += weights.index_select(1, place)
-    return matrix.view(-1, side, side)
+    kernels = blur_kernels(sigma)
+    kernels = np.pad(kernels, ((0, 0), (0, max(0, side - kernels.shape[1]))))
+    beyond = kernels[:, ::-1].cumsum(axis=1)[:, ::-1] - kernels  # what all larger distances have together
+    weights, ends = (to_device(array.astype(np.float32), device) for array in (kernels, beyond[:, :side]))
+    pixel = np.arange(side)
+    matrix = weights.index_select(1, to_device(np.abs(pixel[:, None] - pixel).ravel(), device)).view(-1, side, side)
+    matrix[:, :, 0] += ends
+    matrix[:, :, -1] += ends.flip(1)
+    return matrix
 
 
 def _filter_both_sides(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

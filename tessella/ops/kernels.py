@@ -29,8 +29,6 @@ _ZERO, _HALF, _ONE, _TWO, _THREE, _FOUR, _SIX = map(np.float32, (0, 0.5, 1, 2, 3
 _RED, _GREEN, _BLUE = map(np.float32, (0.2989, 0.587, 0.114))  # torchvision's weights of luminance
 _LEVEL = np.float32(1 / 255)
 _SOLARIZE_FROM = np.float32(128 / 255)
-_LEAST_BLUR_RADIUS = 6
-_NEGLIGIBLE = 6.1  # sigmas; a Gaussian's weight there is below 1e-8 of its peak, less than float32 resolves
 _NEUTRAL = np.array([1, 1, 1, 0], dtype=np.float32)
 
 
@@ -193,22 +191,16 @@ def _gray(red, green, blue):
 
 
 @_compile()
-def _gaussian(sigma, side):
-    """Half of the kernel of `ops.augment`: weights at distances 0, 1, ..., and zeros up to a multiple of three."""
-    radius = min(max(math.ceil(3 * sigma), _LEAST_BLUR_RADIUS), side - 1)
-    radius = min(radius, math.ceil(_NEGLIGIBLE * sigma))
-    weights, total = np.zeros(1 + 3 * ((radius + 2) // 3)), -1.0
-    for distance in range(radius + 1):
-        weights[distance] = math.exp(-0.5 * (distance / sigma) ** 2)
-        total += 2 * weights[distance]
-    return (weights / total).astype(np.float32)
-
-
-@_compile()
-def _mirror(i, side):
-    """The place in a line of what a mirror at each end shows at i; anything valid where one mirror is not enough."""
-    i = abs(i)
-    return max(0, i if i < side else 2 * (side - 1) - i)
+def _blur_weights(sigma):
+    """Half of the kernel of `ops.augment.blur_kernels`: weights at distances 0, 1, ..., up to a multiple of three."""
+    variance = sigma * sigma / 3.0
+    whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    box = np.full(2 * int(whole) + 3, 1 / (2 * (whole + part) + 1))
+    box[0] *= part
+    box[-1] *= part
+    kernel = np.convolve(np.convolve(box, box), box)
+    return kernel[len(kernel) // 2 :].astype(np.float32)
 
 
 @_compile()
@@ -243,7 +235,7 @@ def _filter(into, values, step, weights):
 
 @_compile()
 def _blur(plane, weights):
-    """Symmetric filter of an (s, s) plane, mirrored at its ends: along the rows, then down.
+    """Symmetric filter of an (s, s) plane whose border is repeated beyond it: along the rows, then down.
 
     Both passes run over the whole plane as one long line, which costs a few values that are thrown away between the
     rows and saves the start of a loop for each of them.
@@ -255,7 +247,7 @@ def _blur(plane, weights):
         for x in range(side):
             inner[x] = row[x]
         for d in range(1, reach + 1):
-            wide[y, reach - d], wide[y, reach + side - 1 + d] = row[_mirror(-d, side)], row[_mirror(side - 1 + d, side)]
+            wide[y, reach - d], wide[y, reach + side - 1 + d] = row[0], row[side - 1]
     across = np.empty(wide.size - 2 * reach, np.float32)
     _filter(across, wide.reshape(-1), 1, weights)
 
@@ -265,8 +257,8 @@ def _blur(plane, weights):
         for x in range(side):
             inner[x] = row[x]
     for d in range(1, reach + 1):
-        tall[reach - d] = tall[reach + _mirror(-d, side)]
-        tall[reach + side - 1 + d] = tall[reach + _mirror(side - 1 + d, side)]
+        tall[reach - d] = tall[reach]
+        tall[reach + side - 1 + d] = tall[reach + side - 1]
     _filter(plane.reshape(-1), tall.reshape(-1), side, weights)
 
 
@@ -322,7 +314,7 @@ def _colour(view, jitter, factors, order, gray, sigma, solarize, mean, std, plan
     if gray:
         _gray(red, green, blue)
     if sigma > 0:
-        weights = _gaussian(sigma, view.shape[1])
+        weights = _blur_weights(sigma)
         for channel in range(3):
             _blur(planes[channel], weights)
     for channel in range(3):

@@ -136,10 +136,10 @@ def swav_imagenet_w5_400ep() -> RunConfig:
 def swav_imagenet_deit_b_300ep() -> RunConfig:
     """SwAV, DeiT-B/16 with stochastic depth 0.1, two 224 crops, batch 256, 300 epochs.
 
-    AdamW at 0.00025 (0.0005 per 512 images), 5 % of the run at this rate (the configuration's warm-up starts where it
-    ends), then a cosine to 0.000001. Crops of 14 to 100 % of the area. Missing here: RandAugment, random erasing, mixup
-    and cutmix, of which the configured colour jitter is what remains. Otherwise than there: 12 attention heads, not 16,
-    and no weight decay on norms and biases, either.
+    AdamW at 0.00025 (0.0005 per 512 images) after 5 % of the run from 0.000125, then a cosine to 0.0000005, both ends
+    as VISSL scales the configured ones for this batch at run time. Crops of 14 to 100 % of the area. Missing here:
+    RandAugment, random erasing, mixup and cutmix, of which the configured colour jitter is what remains. Otherwise than
+    there: 12 attention heads, not 16, and no weight decay on norms and biases, either.
     Published: no accuracy. Source: VISSL's configuration vision_transformer/swav/deit_b_2nodes, 16 GPUs.
     """
     colours = Photometry(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, gray=0.0, blur=0.0)
@@ -150,8 +150,8 @@ def swav_imagenet_deit_b_300ep() -> RunConfig:
         weight_decay=0.05,
         decay_norm_and_bias=False,
         warmup_epochs=15,
-        warmup_lr=2.5e-4,
-        final_lr=1e-6,
+        warmup_lr=1.25e-4,
+        final_lr=5e-7,
     )
     backbone = BackboneConfig("timm:deit_base_patch16_224", drop_path=0.1)
     return RunConfig(method, backbone, optimizer, epochs=300, batch_size=256)

@@ -60,11 +60,11 @@ class ReferenceSmog:
     # Epoch start
 
     def fill_bank(self, views: Views, instances: Tensor) -> None:
-        """One batch of the pass before the first epoch: the large crops of pipeline A."""
+        """One batch of the pass before the first epoch: the large crops of pipeline A, each a pass of its own."""
         large = views[0]
         with torch.no_grad():
-            z = unit(self.net.head("projector", self.net.resnet("backbone", large.flatten(0, 1))))
-        self._write(z.unflatten(0, (len(large), -1)), instances)
+            z = torch.stack([unit(self.net.head("projector", self.net.resnet("backbone", crop))) for crop in large])
+        self._write(z, instances)
 
     def regroup(self, first_rows: Mapping[int, list[int]]) -> None:
         """Groups from k-means of the bank, and the momentum encoder's weights from the online ones.

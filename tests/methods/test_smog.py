@@ -123,6 +123,29 @@ def test_losses_and_state_equal_the_official_order_written_out(group_grad: str):
         torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("backbone", ["resnet10", "timm:vit_tiny_patch16_224"])
+def test_two_crop_groups_of_one_size_are_one_pass(backbone: str):
+    """In a ResNet the shortcuts see one size after the other; elsewhere the projector's batch norm does, too."""
+    size = 16 if backbone == "resnet10" else 32
+    one, small = CropGroup(1, size, (0.3, 1.0)), CropGroup(2, size // 2, (0.1, 0.3))
+    config = {"groups": 6, "embedding_dim": 16, "hidden_dim": 32, "label_crops": 1}
+    losses = []
+    for groups in ((one, one, small), (CropGroup(2, size, (0.3, 1.0)), small)):
+        torch.manual_seed(0)
+        settings = SmogConfig(**config, group_sets=1, views=two_pipelines(groups))
+        net = build_backbone(BackboneConfig(backbone, *((4, "small") if backbone == "resnet10" else ())))
+        method = Smog(settings, net, Setting(BATCH, BATCH, 0)).train()
+        views = random_batch(method).views
+        if len(groups) == 3:
+            apart = views
+        else:
+            a, b = (torch.cat(apart[i : i + 2]) for i in (0, 3))
+            views = (a, apart[2], b, apart[5])
+        method.momentum_encoder.requires_grad_(False)
+        losses.append(method._embed(method._streams(views, 0)[0])[1])
+    torch.testing.assert_close(losses[0], losses[1])
+
+
 class Planted(Smog):
     """SMoG whose embeddings are given."""
 

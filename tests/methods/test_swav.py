@@ -50,6 +50,17 @@ def test_batch_norm_sees_one_pass_per_crop_size_and_the_projector_everything_at_
     assert int(method.projector[1].num_batches_tracked) == 1
 
 
+def test_two_crop_groups_of_one_size_are_one_pass():
+    large = CropGroup(1, 16, (0.3, 1.0))
+    method = swav(views=ViewSpec((large, large, CropGroup(2, 8, (0.1, 0.3)))))
+    together, batch = swav(), random_batch(method)
+    method.code_views = together.code_views
+    loss = method(batch, START).loss
+    assert int(method.backbone.bn1.num_batches_tracked) == 2
+    joined = batch._replace(views=(torch.cat(batch.views[:2]), batch.views[2]))
+    assert torch.equal(together(joined, START).loss, loss)
+
+
 def test_prototypes_are_unit_rows_at_forward_time():
     method = swav()
     method.prototypes.weight.data.mul_(3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tessella.modules.multicrop import joint_features
+from tessella.modules.multicrop import crops_by_size, joint_features
 from tessella.modules.resnet import ResNet
 
 CROPS = (torch.randn(6, 3, 16, 16), torch.randn(8, 3, 8, 8))
@@ -78,6 +78,13 @@ def test_main_norms_count_one_batch_and_those_of_the_shortcuts_one_per_size():
     pixels = torch.cat([net.conv1(x).permute(0, 2, 3, 1).flatten(0, 2) for x in CROPS])
     torch.testing.assert_close(net.bn1.running_mean, 0.1 * pixels.mean(dim=0))
     torch.testing.assert_close(net.bn1.running_var, 0.9 + 0.1 * pixels.var(dim=0))
+
+
+def test_neighbouring_groups_of_one_size_share_a_pass_in_the_order_of_the_views():
+    groups = [torch.randn(v, 4, 3, s, s) for v, s in ((1, 16), (2, 16), (3, 8), (1, 16))]
+    joined = crops_by_size(groups)
+    assert [tuple(x.shape) for x in joined] == [(12, 3, 16, 16), (12, 3, 8, 8), (4, 3, 16, 16)]
+    assert torch.equal(joined[0], torch.cat([groups[0].flatten(0, 1), groups[1].flatten(0, 1)]))
 
 
 def test_one_size_is_a_plain_pass():

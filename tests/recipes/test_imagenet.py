@@ -293,6 +293,12 @@ def test_coke_idles_for_an_epoch_and_has_its_full_rate_in_epoch_11(name: str):
     assert rate(run, run.epochs * s - 1, s) < 1e-6
 
 
+def test_the_deit_recipe_has_both_ends_of_the_schedule_as_its_framework_scales_them_for_batch_256():
+    run, s = recipe("swav_imagenet_deit_b_300ep"), 5004
+    assert (rate(run, 0, s), rate(run, 15 * s, s)) == (1.25e-4, 2.5e-4)
+    assert 5e-7 < rate(run, 300 * s - 1, s) < 5.001e-7
+
+
 def test_smog_starts_at_a_hundredth():
     run, s = recipe("smog_imagenet_400ep"), 312
     assert (rate(run, 0, s), rate(run, 10 * s - 1, s)) == (0.01, 4.8)
