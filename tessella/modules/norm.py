@@ -31,7 +31,8 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
 class GlobalBatchNorm(_BatchNorm):
     """Batch norm of (n, c) or (n, c, h, w) with mean and variance over all ranks, on any device.
 
-    Equals nn.BatchNorm on the ranks' concatenated batch, gradients included. n is equal on all ranks.
+    Equals nn.BatchNorm on the ranks' concatenated batch, gradients included. n may differ between the ranks, as it does
+    behind a detector's regions.
     """
 
     @classmethod
@@ -55,8 +56,10 @@ class GlobalBatchNorm(_BatchNorm):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         dims = [0, *range(2, x.dim())]
         shape = (1, -1, *[1] * (x.dim() - 2))
-        count = x.numel() // x.shape[1] * dist.world_size()
-        mean = dist.all_reduce_sum_with_grad(x.sum(dim=dims)) / count
+        mine = x.new_full((1,), x.numel() // x.shape[1])
+        total = dist.all_reduce_sum_with_grad(torch.cat([x.sum(dim=dims), mine]))
+        count = total[-1].detach()
+        mean = total[:-1] / count
         centred = x - mean.view(shape)
         variance = dist.all_reduce_sum_with_grad((centred * centred).sum(dim=dims)) / count
         with torch.no_grad():
@@ -64,7 +67,7 @@ class GlobalBatchNorm(_BatchNorm):
             assert self.num_batches_tracked is not None and self.momentum is not None
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), self.momentum)
+            self.running_var.lerp_(variance.detach() * (count / (count - 1).clamp_min(1)), self.momentum)
         normalised = centred * (variance + self.eps).rsqrt().view(shape)
         return normalised * self.weight.view(shape) + self.bias.view(shape) if self.affine else normalised
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tessella import dist
 from tessella.errors import UserError
+from tessella.ops.layout import widest_float
 
 # Below this, exp((score - 1) / epsilon) of a cosine can leave float32's range: exp(-2 / 0.025) = 2e-35.
 _FLOAT32_EPSILON = 0.025
@@ -40,7 +41,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, past: Tensor | Non
             "iterations at least 1 (SwAV: 3)"
         )
     result = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    wide = torch.float64 if epsilon < _FLOAT32_EPSILON else result
+    wide = widest_float(scores.device) if epsilon < _FLOAT32_EPSILON else result
     mass = _mass(scores.to(wide, copy=True), epsilon)
     blocks = [mass] if past is None else [mass, _mass(past.to(wide), epsilon)]
     views = list(zip(*[block.view(-1, *block.shape[-2:]) for block in blocks], strict=True))  # A tuples of blocks

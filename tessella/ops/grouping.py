@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessella import dist
+from tessella.ops.layout import widest_float
 
 _BLOCK = 4_000_000  # scores held at a time
 
@@ -103,7 +104,7 @@ def spherical_kmeans(rows: Tensor, centres: Tensor, iterations: int) -> Tensor:
     """
     block = max(1, _BLOCK // centres.shape[1])
     for _ in range(iterations):
-        total = torch.zeros(len(centres), centres.shape[1] + 1, dtype=torch.float64, device=rows.device)
+        total = torch.zeros(len(centres), centres.shape[1] + 1, dtype=widest_float(rows.device), device=rows.device)
         for part in rows.split(block):
             sums, counts = group_sums(part, nearest_group(part, centres), len(centres))
             total += torch.cat([sums, counts[:, None]], dim=1)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessella.errors import UserError
+from tessella.ops.layout import widest_float
 
 _BLOCK = 4_000_000  # numbers held at a time
 
@@ -130,7 +131,7 @@ def _lloyd(x: Tensor, centres: Tensor, iterations: int, threshold: float, spheri
         assignments, distance = nearest_centre(x, centres)
         if shift <= threshold or torch.equal(assignments, before):
             break
-    return KMeans(assignments, centres, float(distance.double().sum()))
+    return KMeans(assignments, centres, float(distance.cpu().double().sum()))
 
 
 def _means(x: Tensor, assignments: Tensor, distance: Tensor, centres: Tensor, spherical: bool) -> Tensor:
@@ -155,17 +156,17 @@ def _plus_plus(x: Tensor, k: int, random: np.random.Generator) -> Tensor:
     Of a few draws the one that lowers the sum of distances most is kept (the greedy variant of the 2007
     paper).
     """
-    n, draws = x.shape[0], 2 + int(math.log(k))
+    n, draws, wide = x.shape[0], 2 + int(math.log(k)), widest_float(x.device)
     chosen = torch.empty(k, dtype=torch.int64, device=x.device)
     chosen[0] = int(random.integers(n))
     lengths = torch.cat([part.square().sum(dim=1) for part in x.split(max(1, _BLOCK // x.shape[1]))])
     distance = _squared_distances(x, lengths, chosen[:1])[0]
     for i in range(1, k):
-        cumulated = distance.double().cumsum(dim=0)
-        points = torch.from_numpy(random.random(draws)).to(x.device) * cumulated[-1]
+        cumulated = distance.to(wide).cumsum(dim=0)
+        points = torch.from_numpy(random.random(draws)).to(wide).to(x.device) * cumulated[-1]
         candidates = torch.searchsorted(cumulated, points, right=True).clamp(max=n - 1)
         lowered = torch.minimum(_squared_distances(x, lengths, candidates), distance)
-        best = lowered.sum(dim=1, dtype=torch.float64).argmin()
+        best = lowered.sum(dim=1, dtype=wide).argmin()
         chosen[i], distance = candidates[best], lowered[best]
     return x[chosen]
 

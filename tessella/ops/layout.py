@@ -1,8 +1,10 @@
-"""How images lie in memory."""
+"""What depends on the kind of device: how images lie in memory, and the most precise numbers."""
 
 from __future__ import annotations
 
 import torch
+
+_NO_FLOAT64 = {"mps"}
 
 
 def image_layout(device: torch.device) -> torch.memory_format:
@@ -13,3 +15,8 @@ def image_layout(device: torch.device) -> torch.memory_format:
     few channels has crashed the process.
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Float64, or float32 on a device without it (Apple's GPUs)."""
+    return torch.float32 if device.type in _NO_FLOAT64 else torch.float64

@@ -200,7 +200,7 @@ class Monitor(nn.Module):
         return {"embedding_std": std, "effective_rank": effective_rank(rows)}
 
     def _cluster_figures(self) -> dict[str, float]:
-        counts = self.assigned.double().cpu() if self.clusters else torch.zeros(0)
+        counts = self.assigned.cpu().double() if self.clusters else torch.zeros(0)
         seen = counts.sum().item()
         if not seen:
             return {}

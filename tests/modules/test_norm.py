@@ -16,22 +16,29 @@ def outcome(norm: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     return {"x": x.grad, "weight": norm.weight.grad, "mean": norm.running_mean, "var": norm.running_var}
 
 
-def global_outcome(x: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    share = len(x) // dist.world_size()
-    mine = slice(dist.rank() * share, (dist.rank() + 1) * share)
+def global_outcome(x: Tensor, weights: Tensor, first: int) -> dict[str, Tensor]:
+    mine = slice(first) if dist.rank() == 0 else slice(first, None)
     norm = GlobalBatchNorm.like(nn.BatchNorm2d(x.shape[1]).train())
     result = outcome(norm, x[mine], weights[mine])
     result["weight"] = dist.all_reduce_sum(result["weight"])
     return result
 
 
-def test_two_ranks_equal_one():
+def outcomes(x: Tensor, weights: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Equal parts; unequal ones, as of a detector's regions; a rank that has none."""
+    return {f"{first} of 8": global_outcome(x, weights, first) for first in (4, 3, 8)}
+
+
+def test_two_ranks_equal_one_however_the_batch_is_shared():
     x, weights = torch.randn(8, 3, 5, 5), torch.randn(8, 3, 5, 5)
     one = outcome(nn.BatchNorm2d(3).train(), x, weights)
-    ranks = on_ranks(2, global_outcome, x, weights)
-    torch.testing.assert_close(torch.cat([r["x"] for r in ranks]), one["x"], atol=1e-5, rtol=1e-5)
-    for key in ("weight", "mean", "var"):
-        torch.testing.assert_close(ranks[0][key], one[key], atol=1e-5, rtol=1e-5)
+    ranks = on_ranks(2, outcomes, x, weights)
+    for shared in ranks[0]:
+        found = [rank[shared] for rank in ranks]
+        torch.testing.assert_close(torch.cat([r["x"] for r in found]), one["x"], atol=1e-5, rtol=1e-5)
+        for key in ("weight", "mean", "var"):
+            for rank in found:
+                torch.testing.assert_close(rank[key], one[key], atol=1e-5, rtol=1e-5)
 
 
 def test_evaluation_uses_the_running_statistics_like_torch():

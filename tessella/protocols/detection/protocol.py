@@ -320,7 +320,7 @@ def renew_statistics(detector: nn.Module, shown: Iterator[DetectionBatch]) -> No
     """
     norms = [module for module in detector.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
-    sums = [[torch.zeros_like(norm.running_mean, dtype=torch.float64) for _ in range(3)] for norm in norms]  # type: ignore[arg-type]
+    sums = [[torch.zeros(norm.num_features, dtype=torch.float64) for _ in range(3)] for norm in norms]
     count = 0
     detector.train()
     for norm in norms:
@@ -330,9 +330,10 @@ def renew_statistics(detector: nn.Module, shown: Iterator[DetectionBatch]) -> No
         count += 1
         for norm, (mean, square, variance) in zip(norms, sums, strict=True):
             assert norm.running_mean is not None and norm.running_var is not None
-            mean += norm.running_mean
-            square += norm.running_mean.double().square()
-            variance += norm.running_var
+            batch_mean = norm.running_mean.cpu().double()
+            mean += batch_mean
+            square += batch_mean.square()
+            variance += norm.running_var.cpu()
     for norm, momentum, (mean, square, variance) in zip(norms, momenta, sums, strict=True):
         norm.momentum = momentum
         assert norm.running_mean is not None and norm.running_var is not None
