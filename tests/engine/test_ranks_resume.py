@@ -1,7 +1,8 @@
 """A run that was cut in the middle of an epoch goes on with the same, fewer or more ranks.
 
 With as many ranks as before it is bit for bit the straight run. With another number it sees the same images in the same
-order, and its losses are the straight run's up to rounding.
+order, and its losses are the straight run's up to rounding: to 1e-9 in float64, in which the runs of this module
+compute. In float32 rounding is amplified after some steps, and moves images of CoKe from one cluster to another.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tessella.methods.coke import CokeConfig
 from tessella.methods.method import joined
 from tessella.run.config import RunConfig
 from tests.engine.runs import assert_same, final_state, tiny_run
+from tests.methods.reference_run import in_float64
 from tests.ranks import on_ranks
 
 METHODS = ("swav", "smog", "coke")
@@ -64,7 +66,7 @@ def train(folder: str, jobs: list[tuple[str, str, str, int]]) -> Trace:
             trace[f"{name} loss {progress.step}"] = dist.all_reduce_sum(loss) / dist.world_size()
             return outputs
 
-        with mock.patch.object(engine, "_forward_backward", traced):
+        with in_float64(), mock.patch.object(engine, "_forward_backward", traced):
             if start:
                 engine.resume(out, {"max_steps": last})
             else:
@@ -100,7 +102,7 @@ class Runs:
                 for name in (resumed, straight)
             )
             assert torch.equal(ours[0], theirs[0]), step
-            torch.testing.assert_close(ours[1], theirs[1], atol=0, rtol=1e-5, msg=lambda m, s=step: f"step {s}: {m}")
+            torch.testing.assert_close(ours[1], theirs[1], atol=0, rtol=1e-9, msg=lambda m, s=step: f"step {s}: {m}")
 
 
 @pytest.fixture(scope="module")

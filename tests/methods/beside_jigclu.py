@@ -6,8 +6,7 @@ kink of a ReLU, and a wrong constant could hide behind the tolerance that this a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,19 +27,6 @@ OPTIMIZER = OptimizerConfig("sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, per
 OFFICIAL = {"backbone.": "", "cluster_head.": "fc_clu.", "location_head.": "fc_loc.", "category_head.": "fc_cls."}
 
 Jig = Jigclu | Mejigclu
-
-
-@contextmanager
-def double_precision() -> Iterator[None]:
-    """New tensors have 64 bits, and what the package turns into float32 becomes float64."""
-    single = torch.Tensor.float
-    torch.set_default_dtype(torch.float64)
-    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.Tensor.float = single  # type: ignore[method-assign]
 
 
 def official_name(name: str) -> str:

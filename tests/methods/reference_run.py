@@ -1,9 +1,4 @@
-"""A run of the engine in float64, with everything written down that an independent step needs to be compared with it.
-
-In float64 two ways to compute the same thing agree to some 1e-12 over many steps. In float32 they agree to 1e-6 at
-first; then one activation near 0, or one image between two clusters, falls on the other side, so that only the first
-steps can tell rounding from a mistake.
-"""
+"""A run of the engine, with everything written down that an independent step needs to be compared with it."""
 
 from __future__ import annotations
 
@@ -22,6 +17,7 @@ from tessella.data.loader import Loader
 from tessella.engine import pretrain as engine
 from tessella.run.config import RunConfig
 from tessella.run.folder import optimizer_tensors
+from tests.float64 import precision
 
 State = dict[str, Tensor]
 
@@ -57,7 +53,7 @@ def record(config: RunConfig, folder: Path, *, double: bool = True) -> Recording
         double: compute in float64; the batches are the same up to their float32 rounding.
     """
     recording = Recording()
-    build, forward_backward, epoch = engine.build_state, engine._forward_backward, Loader.epoch
+    build, forward_backward = engine.build_state, engine._forward_backward
 
     def watched_build(*args: Any) -> Any:
         state = build(*args)
@@ -91,6 +87,17 @@ def record(config: RunConfig, folder: Path, *, double: bool = True) -> Recording
         recording.steps.append(step)
         return result
 
+    watched = mock.patch.multiple(engine, build_state=watched_build, _forward_backward=watched_step)
+    with in_float64() if double else contextlib.nullcontext(), watched:
+        engine.pretrain(config, folder)
+    return recording
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Runs of the engine compute in float64, on the same views as always."""
+    epoch = Loader.epoch
+
     def double_epoch(*args: Any) -> Iterator[list[Batch]]:
         steps = epoch(*args)
         while True:
@@ -100,27 +107,8 @@ def record(config: RunConfig, folder: Path, *, double: bool = True) -> Recording
                 return
             yield [b._replace(views=tuple(v.double() for v in b.views)) for b in batches]
 
-    watched = mock.patch.multiple(engine, build_state=watched_build, _forward_backward=watched_step)
-    loading = mock.patch.object(Loader, "epoch", double_epoch) if double else contextlib.nullcontext()
-    with precision(torch.float64 if double else torch.float32), loading, watched:
-        engine.pretrain(config, folder)
-    return recording
-
-
-_to_float32 = torch.Tensor.float
-
-
-@contextlib.contextmanager
-def precision(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors have this type, and what is turned to float32 by `.float()` gets it, too."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    to_dtype = torch.Tensor.double if dtype == torch.float64 else _to_float32
-    try:
-        with mock.patch.object(torch.Tensor, "float", to_dtype):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    with precision(torch.float64), mock.patch.object(Loader, "epoch", double_epoch):
+        yield
 
 
 def assert_equal(ours: State, theirs: State, what: str, *, rtol: float = 1e-7, atol: float = 1e-10) -> None:

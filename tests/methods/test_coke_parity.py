@@ -36,7 +36,7 @@ def tiny(views: ViewSpec, epochs: int, **changes: object) -> RunConfig:
     return dataclasses.replace(config, method=method, optimizer=optimizer)
 
 
-def replay(config: RunConfig, run: Recording, ranks: int, loss_rtol: float) -> ReferenceCoke:
+def replay(config: RunConfig, run: Recording, ranks: int, loss_rtol: float, steps: int | None = None) -> ReferenceCoke:
     """The reference on the run's images, compared step by step."""
     method, single = config.method, config.method.views.views == 1
     start = {n: t.double() if t.is_floating_point() else t for n, t in run.start.items()}
@@ -52,7 +52,7 @@ def replay(config: RunConfig, run: Recording, ranks: int, loss_rtol: float) -> R
         alpha=method.label_weight, beta=method.prediction_weight if single else method.large_weight,
         decay=config.optimizer.weight_decay,
     )  # fmt: skip
-    for number, step in enumerate(run.steps):
+    for number, step in enumerate(run.steps[:steps]):
         (batch,) = step.batches
         crops = [crop.double() for group in batch.views for crop in group]
         loss, gradients = reference.step(crops, batch.instances.tolist())
@@ -99,8 +99,7 @@ def test_a_run_equals_the_official_epochs_of_two_ranks(
         assert any(len([w for _, w in slots if w > 0]) > 1 for slots in reference.clusterings[0].memory.values())
 
 
-def test_float32_losses_of_a_run_are_those_of_float64(tmp_path: Path):
-    # With this seed no image lies so close between two centres that rounding decides; with others one does, and the
-    # runs, equal to 1e-7 until then, part by up to 1e-3 in the next steps.
-    config = dataclasses.replace(tiny(MULTI, 2), seed=4)
-    replay(config, record(config, tmp_path / "run", double=False), ranks=1, loss_rtol=1e-6)
+def test_the_first_float32_losses_of_a_run_are_those_of_float64(tmp_path: Path):
+    """Then an image lies so close between two centres that rounding decides, at a step that the processor chooses."""
+    config = tiny(MULTI, 2)
+    replay(config, record(config, tmp_path / "run", double=False), ranks=1, loss_rtol=1e-5, steps=3)

@@ -18,6 +18,7 @@ from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.ops.losses import supervised_contrastive
 from tessella.ops.montage import pool_cells, shuffled_montages, tile_order
 from tessella.run.config import RunConfig
+from tests.float64 import precision
 from tests.methods.tiny import BATCH, averaged_gradients, jigclu, on_this_rank, random_batch, this_ranks_share
 from tests.ranks import on_ranks
 
@@ -126,6 +127,7 @@ def test_a_montage_of_one_tile_is_refused():
         RunConfig(JigcluConfig(tiles=1))
 
 
+@precision(torch.float64)
 def one_step() -> dict[str, Tensor]:
     method = on_this_rank(jigclu())
     loss = method(this_ranks_share(random_batch(method)), START).loss
@@ -139,7 +141,7 @@ def test_two_ranks_equal_one_in_loss_and_gradient():
     for rank in ranks:
         assert set(rank) == set(one)
         for name, value in one.items():
-            torch.testing.assert_close(rank[name], value, atol=2e-5, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(rank[name], value, atol=1e-9, rtol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_overfits_a_handful_of_images():

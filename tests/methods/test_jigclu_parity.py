@@ -9,9 +9,9 @@ from torch import Tensor
 from tessella.data.batch import Batch
 from tessella.methods.jigclu import Jigclu
 from tessella.ops.montage import pool_cells, shuffled_montages, tile_order, unstitch
+from tests.float64 import precision
 from tests.methods import reference_jigclu as official
 from tests.methods.beside_jigclu import (
-    double_precision,
     official_network,
     tiles_of,
     train_official,
@@ -42,7 +42,7 @@ WEIGHTED = {"base_temperature": 0.3, "alpha": 2.0, "beta": 0.5, "official_poolin
 
 
 def test_every_loss_gradient_and_state_of_a_run_is_the_official_one():
-    with double_precision():
+    with precision(torch.float64):
         ours = train_ours(seven_by_seven, same_images, size=28)
         theirs = train_official(official_network(seven_by_seven()), size=28, second="loc")
     error, where = worst(ours, theirs)
@@ -52,14 +52,14 @@ def test_every_loss_gradient_and_state_of_a_run_is_the_official_one():
 
 def two_by_two_on_this_rank() -> tuple[list[dict[str, Tensor]], Tensor]:
     """Its history, and this rank's montages of one step."""
-    with double_precision():
+    with precision(torch.float64):
         mine = this_ranks_share(Batch((tiles_of(0, 8),), torch.arange(BATCH))).views[0]
         return train_ours(two_by_two, same_images, size=8), shuffled_montages(mine, tile_order(0, 5, 4 * BATCH), 2)
 
 
 def test_four_ranks_make_the_official_steps_with_the_papers_scale_and_other_weights():
     """Two ranks are compared with one in test_jigclu."""
-    with double_precision():
+    with precision(torch.float64):
         theirs = train_official(official_network(two_by_two()), 8, world_size=4, second="loc", **WEIGHTED)
         tiles_of_ranks = [list(tiles) for tiles in tiles_of(0, 8).chunk(4, dim=1)]
     montages = official.montages(tiles_of_ranks, tile_order(0, 5, 4 * BATCH))

@@ -12,10 +12,10 @@ from tessella.data.views import draw
 from tessella.methods.mejigclu import Mejigclu, MejigcluConfig
 from tessella.ops.montage import tile_order
 from tessella.ops.partition import partition
+from tests.float64 import precision
 from tests.methods import reference_jigclu as official
 from tests.methods.beside_jigclu import (
     STEPS_PER_EPOCH,
-    double_precision,
     official_network,
     train_official,
     train_ours,
@@ -41,12 +41,12 @@ def four_by_four() -> Mejigclu:
 
 
 def on_this_rank_in_double() -> list[dict[str, Tensor]]:
-    with double_precision():
+    with precision(torch.float64):
         return train_ours(four_by_four, slotted, size=16)
 
 
 def test_every_loss_gradient_and_state_of_a_run_is_the_specifications():
-    with double_precision():
+    with precision(torch.float64):
         theirs = train_official(official_network(four_by_four()), 16, second="cls", official_pooling=False)
     error, where = worst(on_this_rank_in_double(), theirs)
     assert error < EXACT, where
@@ -57,7 +57,7 @@ def test_two_ranks_make_the_same_steps():
 
     Four ranks are compared with one in test_mejigclu.
     """
-    with double_precision():
+    with precision(torch.float64):
         theirs = train_official(official_network(four_by_four()), 16, 2, second="cls", official_pooling=False)
     for ours in on_ranks(2, on_this_rank_in_double):
         error, where = worst(ours, theirs)

@@ -32,7 +32,7 @@ def assert_state_equal(ours: State, reference: ReferenceSmog, what: str) -> None
         torch.testing.assert_close(ours["bank.features"][:, image], row, rtol=1e-7, atol=1e-9)
 
 
-def replay(config: RunConfig, run: Recording, ranks: int, loss_rtol: float = 1e-9) -> None:
+def replay(config: RunConfig, run: Recording, ranks: int, loss_rtol: float = 1e-9, steps: int | None = None) -> None:
     """The reference on the run's images, compared step by step."""
     method, every = config.method, config.method.regroup_every or 5
     to_float64 = {n: t.double() if t.is_floating_point() else t for n, t in run.start.items()}
@@ -44,7 +44,7 @@ def replay(config: RunConfig, run: Recording, ranks: int, loss_rtol: float = 1e-
     )  # fmt: skip
     for batch in run.first_look:
         reference.fill_bank(tuple(v.double() for v in batch.views), batch.instances)
-    for number, step in enumerate(run.steps):
+    for number, step in enumerate(run.steps[:steps]):
         if number % every == 0:
             reference.regroup(first_rows(config, reference.banked(), number))
         batches = [(tuple(v.double() for v in b.views), b.instances) for b in step.batches]
@@ -77,5 +77,5 @@ def test_accumulated_gradients_equal_the_official_micro_steps(tmp_path: Path):
     replay(config, record(config, tmp_path / "run"), ranks=2)
 
 
-def test_float32_losses_of_a_run_are_those_of_float64(tmp_path: Path):
-    replay(tiny({}), record(tiny({}), tmp_path / "run", double=False), ranks=1, loss_rtol=1e-5)
+def test_the_first_float32_losses_of_a_run_are_those_of_float64(tmp_path: Path):
+    replay(tiny({}), record(tiny({}), tmp_path / "run", double=False), ranks=1, loss_rtol=1e-5, steps=3)

@@ -41,7 +41,7 @@ def test_a_run_equals_the_official_steps_of_two_ranks(accumulate: int, tmp_path:
     assert used == [False, False] + [True] * 8
 
 
-def test_float32_losses_of_a_run_are_those_of_float64(tmp_path: Path):
+def test_the_first_float32_losses_of_a_run_are_those_of_float64(tmp_path: Path):
     config = tiny_run("swav")
     run = record(config, tmp_path / "run", double=False)
     start = {n: t.double() if t.is_floating_point() else t for n, t in run.start.items()}

@@ -184,8 +184,8 @@ def disagreements() -> list[str]:
     ask(tiny_run(seed=rank))
     ask(images=(digits, others)[rank])
     ask(step=5 * rank)
-    agree.versions = lambda: versions() | {"torch": f"2.{10 + rank}"}
-    ask()
+    with mock.patch.object(agree, "versions", lambda: versions() | {"torch": f"2.{10 + rank}"}):
+        ask()
     return [text.replace("\n", " ") for text in told]
 
 
