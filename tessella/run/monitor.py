@@ -38,9 +38,11 @@ COLLAPSED_RANK_OF_MANY = 8.0  # from 128 dimensions on; in proportion below
 # decoded to black, nothing else.
 MOST_BLANK = 0.9
 _BLANK = 0.01  # range of a blank view's pixels, normalised
-# Collapsed runs that users reported rested within 1e-4 of ln K. A healthy loss crosses ln K too, early on:
-# SwAV on small images stayed this close for some 20 steps.
+# Collapsed runs that users reported rested within 1e-4 of ln K, and come there from above. A healthy loss crosses ln K
+# too, early on: SwAV on small images stayed this close for 20 steps, narrow networks for up to 80. One that is below by
+# more than rounding has learned something.
 COLLAPSED_LOSS = 3e-4
+BELOW_COLLAPSE = 5e-5
 # Assignments spread as if over less than 5 % of the clusters. Uneven clusters are normal, and so are some
 # empty ones.
 FEW_CLUSTERS = 0.05
@@ -281,7 +283,7 @@ def _loss_at_collapse(report: dict[str, float]) -> str | None:
     distance = report.get("loss_to_collapse")
     if distance is None or math.isnan(distance):
         return None
-    if abs(distance) >= COLLAPSED_LOSS:
+    if not -COLLAPSED_LOSS < distance < BELOW_COLLAPSE:
         return ""
     return (
         "the loss rests at the value of a network that gives every image the same answer (relative distance "

@@ -91,8 +91,8 @@ class Program:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
-    def wait(self, seconds: float = 120.0) -> int:
-        """Its exit code."""
+    def wait(self, seconds: float = 600.0) -> int:
+        """Its exit code; a machine may have other work."""
         self.process.join(seconds)
         if self.process.exitcode is None:
             self.process.kill()

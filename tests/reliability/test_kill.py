@@ -23,6 +23,7 @@ from tests.reliability.program import (
 )
 from tests.reliability.test_images_changed import picture
 
+pytestmark = pytest.mark.timeout(900)  # five programs one after the other, on a machine that may have other work
 KILLS = 50  # per method, in the full count
 KILLS_IN_A_ROW = 5  # of one run, before it may end
 

@@ -274,6 +274,11 @@ def test_the_text_says_what_was_seen_what_is_normal_and_what_to_do():
         assert "\n" not in alarm.text
 
 
+@pytest.mark.parametrize("distance", [1e-4, -4e-4])
+def test_a_loss_below_that_of_a_collapse_has_learned_and_one_far_above_does_not_rest_there(distance: float):
+    assert alarms_of(lambda step: {"loss_to_collapse": distance}) == []
+
+
 @pytest.mark.parametrize("log_every", [1, 20])
 def test_a_run_that_starts_like_a_collapsed_one_raises_no_alarm(log_every: int):
     collapsed = {
