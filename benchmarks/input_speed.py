@@ -31,11 +31,12 @@ from torchvision import transforms as T
 
 from tessella.data import loader as loader_module
 from tessella.data.decode import decode
-from tessella.data.loader import Loader, run_ahead
+from tessella.data.loader import Loader
 from tessella.data.pack import pack
 from tessella.data.sampler import EpochOrder
 from tessella.data.sources import ImageSet, open_images
 from tessella.data.sources.images import ArrayImages
+from tessella.data.threads import run_ahead
 from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Photometry, ViewSpec, draw
 from tessella.methods import views_of
 from tessella.ops.compiled import kernels

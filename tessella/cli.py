@@ -591,6 +591,8 @@ def _with_labels_if_any(data: str) -> ImageSet:
 def _scan_lines(images: ImageSet, failed: list[tuple[str, str]]) -> list[str]:
     import numpy as np
 
+    from tessella.data.sources.messages import not_read
+
     widths, heights = np.asarray(images.sizes).T
     short = _short_side(images)
     if images.uniform_size:
@@ -605,6 +607,7 @@ def _scan_lines(images: ImageSet, failed: list[tuple[str, str]]) -> list[str]:
     return [
         f"images      {len(images) - (len(failed) - len(images.unreadable)):,}",
         f"sizes       {sizes}",
+        *([f"passed over {not_read(images.passed_over)}"] if images.passed_over else []),
         f"unreadable  {len(failed):,}",
         *(f"            {key}: {why}" for key, why in failed[:shown]),
         *([f"            and {len(failed) - shown:,} more: tessella scan DATA > FILE"] if len(failed) > shown else []),

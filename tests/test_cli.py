@@ -122,7 +122,7 @@ WRONG = {
     "recipes swav_cpu swav_digits": "Unrecognized options: swav_digits",
     "report {tmp}": "is not a run folder",
     "scan": "DATA must be given",
-    "scan {tmp}/nothing": "does not exist. Give a folder of images",
+    "scan {tmp}/nothing": "does not exist. Give a folder, ",
     "demo --seeds x": "'x' is not a whole number",
 }
 

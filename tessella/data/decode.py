@@ -18,19 +18,22 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
 
-# TIFF and WebP are named to register them: for a format that is not, Image.open imports every plugin.
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+# AVIF, TIFF and WebP are named to register them: for a format that is not, Image.open imports every plugin.
+from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 try:
     import simplejpeg
 except ImportError:  # no wheel for this platform: Pillow decodes JPEG too, a quarter slower
     simplejpeg = None
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+HEIC = find_spec("pillow_heif") is not None  # the extra "heic"
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", *(("HEIF",) if HEIC else ()))
 MAX_PIXELS = 178_956_970  # where Pillow, too, stops warning and refuses; 512 MiB of RGB pixels
 MAX_BYTES = 512 * 2**20  # of one encoded image
 
@@ -38,11 +41,27 @@ _SIGNATURES = (  # how a file in one of `FORMATS` begins
     *(b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"II", b"MM", b"GIF8"),
     *(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF", b"P0", b"Py"),
 )
+_PPM = _SIGNATURES[7:]
+_ISO_MEDIA = b"ftyp"  # from byte 4 of an AVIF or HEIC
 _MAX_HEADER_BYTES = 2**24  # before the size of a JPEG: 256 full segments
-_MAX_TEXT_PIXELS = 2**24  # bytes of a PPM in decimal digits, which Pillow reads in Python
+# What Pillow reads in Python, a byte or a piece at a time, is limited to what takes some seconds.
+_MAX_PIECES = 1000  # segments before a JPEG's pixels
+_MAX_EXIF_PIECES = 16  # segments that a JPEG's EXIF is cut into: Pillow joins them, copying all at each
+_MAX_FILL = 2**12  # bytes between two segments of a JPEG
+_MAX_CHUNKS = 2**18  # of a PNG
+_MAX_TEXT_PIXELS = 2**23  # bytes of a PPM in decimal digits
+_MAX_TEXT_COMMENTS = 16  # in them
+_MAX_RUNS = 2**23  # bytes of a BMP in runs of pixels
+# Bytes per pixel that decoding holds at its peak, the result included. Images that need more than `_LARGE_BYTES` are
+# decoded one after the other, whatever the number of threads; the largest accepted one needs 1.3 GiB.
+_BYTES_PER_PIXEL = {"WEBP": 18, "AVIF": 18, "HEIF": 18}
+_OTHER_BYTES_PER_PIXEL = 8
+_MAX_DECODED_BYTES = MAX_PIXELS * _OTHER_BYTES_PER_PIXEL
 _MAX_SCANNED_PIXELS = 2**31  # scans x pixels of a JPEG: about 3 s; 12 scans of the largest image
-_LARGE_BYTES = 2**26  # headers that need a whole file of this size are read one after the other, to spare memory
+_LARGE_BYTES = 2**28
+_LARGE_HEADER_BYTES = 2**26  # headers that need a whole file of this size are read one after the other, to spare memory
 _large = threading.Lock()
+_JPEG_FILL = re.compile(rb"(?:\xff\x00|\xff(?=[\xff\x00])){0,4097}")  # may stand between two segments and says nothing
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # within a scan, anything but a stuffed byte or restart
 _HEAD_BYTES = 2**16  # holds the header of nearly every JPEG, and is one read on any file system
 _FAST_COLOURSPACES = ("YCbCr", "RGB", "Gray")  # what simplejpeg turns into RGB exactly as Pillow does
@@ -58,6 +77,8 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
     8: Image.Transpose.ROTATE_90,
 }
 
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # of each decoder: the images of a batch are decoded side by side
+
 # Pillow warns on stderr of large images and odd metadata, once per image. Sizes are checked below, on every
 # image, and of the metadata only the orientation is used: a broken one counts as none.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -70,6 +91,10 @@ class Unreadable(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class Inaccessible(Unreadable):
+    """An image whose bytes could not be had: another time they may be."""
 
 
 def decode(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8]:
@@ -97,10 +122,11 @@ def decode(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8]:
     try:
         with _open(encoded) as image:
             _check_before_loading(image, encoded)
-            image.load()
-            if image.format == "PNG":
-                _check_png(image, encoded)
-            return upright_rgb(image)
+            with _large if _needed_bytes(image) > _LARGE_BYTES else nullcontext():
+                image.load()
+                if image.format == "PNG":
+                    _check_png(image, encoded)
+                return upright_rgb(image)
     except Unreadable:
         raise
     except Exception as error:  # a damaged file can make a parser raise anything
@@ -136,6 +162,7 @@ def probe(encoded: bytes) -> tuple[int, int]:
     """
     _check_bytes(len(encoded))
     if simplejpeg is not None and encoded.startswith(b"\xff\xd8"):
+        _check_jpeg_header(encoded)
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(encoded)
         except ValueError:
@@ -167,7 +194,7 @@ def probe_with(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
     """
     _check_bytes(size)
     head = read(min(size, _HEAD_BYTES))
-    if not head.startswith(_SIGNATURES):
+    if not head.startswith(_SIGNATURES) and head[4:8] != _ISO_MEDIA:
         return probe(head)  # which says what it is not; no more of it need be read
     if len(head) >= size or not head.startswith(b"\x89PNG"):  # a PNG may name its orientation behind the pixels
         try:
@@ -177,13 +204,14 @@ def probe_with(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
                 raise
     if head.startswith(b"\xff\xd8"):
         size = min(size, _MAX_HEADER_BYTES)
-    with _large if size > _LARGE_BYTES else nullcontext():
+    with _large if size > _LARGE_HEADER_BYTES else nullcontext():
         return probe(read(size))
 
 
 def _decode_jpeg_fast(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8] | None:
     """Upright pixels by simplejpeg, or None where Pillow has to decide."""
     try:
+        _check_jpeg_header(encoded)
         height, width, colourspace, _ = simplejpeg.decode_jpeg_header(encoded)
         _check_pixels(width, height)
         _check_scans(encoded, width, height)
@@ -196,14 +224,14 @@ def _decode_jpeg_fast(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8] | No
             shrink = 1  # its last blocks are not full; turned, they would come first, and all that follows be shifted
         least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)} if shrink > 1 else {}
         # strict is the default, but all depends on it: without it, what is missing comes back gray.
-        pixels = simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True, **least)
+        large = width * height // shrink**2 * _OTHER_BYTES_PER_PIXEL > _LARGE_BYTES
+        with _large if large else nullcontext():
+            pixels = simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True, **least)
+            return np.array(Image.fromarray(pixels).transpose(_UPRIGHT[orientation])) if orientation > 1 else pixels
     except ValueError as error:
         if any(sign in str(error).lower() for sign in _JPEG_DAMAGE):
             raise Unreadable(f"damaged or truncated JPEG: {_reason(error)}") from error
         return None
-    if orientation in _UPRIGHT:
-        return np.array(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
-    return pixels
 
 
 def _jpeg_orientation(jpeg: bytes) -> int:
@@ -219,28 +247,79 @@ def _jpeg_orientation(jpeg: bytes) -> int:
 
 def _has_app1(jpeg: bytes) -> bool:
     """Whether a JPEG has an APP1 segment, the place of EXIF and XMP, before its pixels."""
-    position = 2
-    while position + 4 <= len(jpeg) and jpeg[position] == 0xFF:
-        marker = jpeg[position + 1]
+    marker = 0
+    for marker, _ in _jpeg_header(jpeg):
         if marker == 0xE1:
             return True
+    return marker != 0xDA  # not a plain chain of segments: let Pillow look
+
+
+def _jpeg_header(jpeg: bytes) -> Iterator[tuple[int, int]]:
+    """Marker and position of each segment up to the pixels (marker 0xDA) or to what is no segment.
+
+    Raises:
+        Unreadable: more fill bytes than Pillow, which reads them one by one, gets through in a moment.
+    """
+    position = 2
+    while fill := _JPEG_FILL.match(jpeg, position):
+        if fill.end() - position > _MAX_FILL:
+            raise Unreadable(f"a JPEG with more than {_MAX_FILL:,} fill bytes between two segments: save it again")
+        position = fill.end()
+        if jpeg[position : position + 1] != b"\xff" or position + 4 > len(jpeg):
+            return
+        marker = jpeg[position + 1]
+        yield marker, position
         if marker == 0xDA:  # start of scan
-            return False
-        # A marker may be preceded by any number of fill bytes 0xFF.
-        position += 1 if marker == 0xFF else 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
-    return True  # not a plain chain of segments: let Pillow look
+            return
+        alone = marker == 1 or 0xD0 <= marker <= 0xD8
+        position += 2 if alone else 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
+
+
+def _check_jpeg_header(jpeg: bytes) -> None:
+    """Refuse a JPEG whose many or long segments Pillow would read for minutes."""
+    exif = 0
+    for pieces, (_, position) in enumerate(_jpeg_header(jpeg), 1):
+        exif += jpeg.startswith(b"\xff\xe1", position) and jpeg.startswith(b"Exif", position + 4)
+        if pieces > _MAX_PIECES or exif > _MAX_EXIF_PIECES or position > _MAX_HEADER_BYTES:
+            raise Unreadable("a JPEG with an endless header: save it again")
 
 
 def _open(encoded: bytes) -> Image.Image:
     """The image with only its header read, of a format and size that are accepted."""
+    if encoded.startswith(_PPM) and len(encoded) > _HEAD_BYTES:
+        _open(encoded[:_HEAD_BYTES]).close()  # Pillow reads a header byte by byte, however long its comments are
+    if encoded.startswith(b"\x89PNG"):
+        _check_png_chunks(encoded)
+    formats = [name for name in FORMATS if name != "HEIF"]  # Pillow knows it only when the plug-in is imported
+    if HEIC and encoded[4:8] == _ISO_MEDIA:
+        _register_heic()
+        formats.append("HEIF")
     try:
-        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        image = Image.open(io.BytesIO(encoded), formats=formats)
     except UnidentifiedImageError as error:
         raise Unreadable(f"not an image of a known format ({', '.join(FORMATS)}), or its header is damaged") from error
     except Exception as error:
         raise Unreadable(_reason(error)) from error
     _check_pixels(*image.size)
+    if _needed_bytes(image) > _MAX_DECODED_BYTES:
+        raise Unreadable(
+            f"{image.width} x {image.height} pixels of {image.format} need {_needed_bytes(image):,} bytes to decode, "
+            f"more than the limit of {_MAX_DECODED_BYTES:,}"
+        )
     return image
+
+
+def _needed_bytes(image: Image.Image) -> int:
+    """Memory that decoding takes at its peak."""
+    return image.width * image.height * _BYTES_PER_PIXEL.get(str(image.format), _OTHER_BYTES_PER_PIXEL)
+
+
+@cache
+def _register_heic() -> None:
+    """Teach Pillow to read HEIC, when the first such file comes: importing the plug-in takes its time."""
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 
 def _check_bytes(size: int) -> None:
@@ -277,12 +356,29 @@ def _check_before_loading(image: Image.Image, encoded: bytes) -> None:
     """What Pillow would decode for minutes, or without all of its rows."""
     if image.format in ("JPEG", "MPO"):
         _check_scans(encoded, *image.size)
-    if image.format == "PPM" and encoded[:2] in (b"P1", b"P2", b"P3") and len(encoded) > _MAX_TEXT_PIXELS:
-        raise Unreadable(f"a PPM in decimal digits has more than {_MAX_TEXT_PIXELS:,} bytes: save it in binary form")
+    if image.format == "PPM" and encoded[:2] in (b"P1", b"P2", b"P3"):
+        if len(encoded) > _MAX_TEXT_PIXELS:
+            raise Unreadable(
+                f"a PPM in decimal digits has more than {_MAX_TEXT_PIXELS:,} bytes: save it in binary form"
+            )
+        if encoded.count(b"#") > _MAX_TEXT_COMMENTS:
+            raise Unreadable("a PPM in decimal digits with many comments: save it in binary form")
+    if image.format == "BMP" and encoded[30:31] in (b"\1", b"\2") and len(encoded) > _MAX_RUNS:
+        raise Unreadable(f"a BMP in runs of pixels has more than {_MAX_RUNS:,} bytes: save it without compression")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         boxes = [box for _, box, *_ in image.tile if box]
         if sum((right - left) * (low - top) for left, top, right, low in boxes) < image.width * image.height:
             raise Unreadable("damaged or truncated TIFF: parts of the image are missing")
+
+
+def _check_png_chunks(png: bytes) -> None:
+    """Refuse a PNG of so many chunks that reading them takes minutes."""
+    chunks, position = 0, 8
+    while position + 12 <= len(png):
+        chunks += 1
+        if chunks > _MAX_CHUNKS:
+            raise Unreadable(f"a PNG of more than {_MAX_CHUNKS:,} chunks: save it again")
+        position += 12 + int.from_bytes(png[position : position + 4], "big")
 
 
 def _check_png(image: Image.Image, encoded: bytes) -> None:
@@ -331,11 +427,12 @@ def _png_passes(width: int, height: int, interlaced: bool) -> list[tuple[int, in
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) when there is none or it cannot be parsed."""
+    """EXIF orientation, 2 to 8; 1 (upright) when there is none, it cannot be parsed, or it is no orientation."""
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # metadata that nobody asked for must not cost an image
         return 1
+    return orientation if orientation in _UPRIGHT else 1
 
 
 def _orientation_of_header(image: Image.Image, encoded: bytes) -> int:

@@ -16,10 +16,10 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import stat
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -30,28 +30,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tessella.data.decode import MAX_BYTES, Unreadable, probe, probe_with
-from tessella.files import (
-    exclusive,
-    make_folder,
-    new_folder,
-    open_regular,
-    read_json,
-    read_text,
-    remove,
-    remove_unfinished,
-    write_json,
-    write_text,
-    writing,
-)
+from tessella import files
+from tessella.data.decode import FORMATS, MAX_BYTES, Inaccessible, Unreadable, probe, probe_with
+from tessella.errors import UserError
+from tessella.files import exclusive
 
-_FORMAT = 1  # of the cached files; another number is another cache
+_FORMAT = 2  # of the cached files; another number is another cache
 _CHUNK = 64  # headers per task of the pool
 _THREADS = min(32, 4 * (os.cpu_count() or 1))  # reading headers is mostly waiting
 _SAMPLED_FILES = 4096  # so many files vouch for the contents of a folder
-_LONGEST_NAME = 256  # bytes
-_META_BYTES = 4 << 30  # bytes of meta.json, which names every unreadable image
-_ABANDONED_SECONDS = 86_400.0  # a build that is older was killed
+_BUILT, _META = "built", "meta.json"
+_MAX_META_BYTES = 2**32
+_ENDINGS = 100  # kinds of files that are passed over and counted
 
 Evidence = tuple[str, int, int]  # path, bytes (-1 for a folder), time of last change in ns
 
@@ -67,6 +57,9 @@ class Listing:
     classes: list[str] = field(default_factory=list)
     columns: dict[str, Sequence[int]] = field(default_factory=dict)  # what the source needs to find an image again
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # key, reason
+    inaccessible: list[str] = field(default_factory=list)  # paths of those that could not be opened
+    file_of: Callable[[int], str] | None = None  # position in keys -> path, where each image is a file of its own
+    passed_over: Counter[str] = field(default_factory=Counter)  # ending -> files that are not read
     watched: list[Evidence] = field(default_factory=list)  # tells later whether the listing still holds
 
 
@@ -82,6 +75,7 @@ class Index:
         self.classes: list[str] = meta["classes"]
         self.fingerprint: str = meta["fingerprint"]
         self.unreadable: list[tuple[str, str]] = [(key, reason) for key, reason in meta["unreadable"]]
+        self.passed_over: dict[str, int] = meta.get("passed_over", {})  # ending -> files that are not read
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -134,46 +128,65 @@ class Index:
 
 
 def cache_folder() -> Path:
-    """Where Tessella keeps what it can make again: $TESSELLA_CACHE, or ~/.cache/tessella."""
-    return Path(os.environ.get("TESSELLA_CACHE") or "~/.cache/tessella").expanduser()
+    """Where Tessella keeps what it can make again: $TESSELLA_CACHE, or ~/.cache/tessella.
+
+    Raises:
+        UserError: there is no home folder.
+    """
+    folder = os.path.expanduser(os.environ.get("TESSELLA_CACHE") or "~/.cache/tessella")
+    if folder.startswith("~"):
+        raise UserError("there is no home folder for the cache (HOME is not set): set TESSELLA_CACHE to a folder")
+    return Path(folder)
 
 
 def cached_index(
-    identity: list[str], files: Sequence[str], list_images: Callable[[], Listing], cache: Path | None = None
+    identity: list[str], paths: Sequence[str], list_images: Callable[[], Listing], cache: Path | None = None
 ) -> Index:
     """The index of a data set, from the cache if nothing has changed, else built and cached.
 
-    Unchanged means: the same `files` with the same sizes and time stamps, and all that the listing watches as
-    it was. An index without images is not cached. If the cache cannot be written, the index stays in memory,
-    with a warning.
+    Unchanged means: the same `paths` with the same sizes and time stamps, all that the listing watches as it was, and
+    what could not be read still cannot be read. A cached index is compared with its hashes; a damaged one is built
+    again, with a warning. An index without images is not cached. If the cache cannot be written, the index stays in
+    memory, with a warning.
 
     Args:
         identity: what names the data set: the kind of source, absolute paths, part.
-        files: paths whose contents decide everything (archives, list files).
+        paths: of files whose contents decide everything (archives, list files).
         list_images: called only when there is no valid cache.
         cache: instead of `cache_folder()`.
     """
     root = cache or cache_folder()
-    folder = root / "index" / hashlib.sha256(json.dumps([_FORMAT, *identity]).encode()).hexdigest()[:32]
-    index = _load(folder, files)
+    identity = [str(_FORMAT), *FORMATS, *identity]
+    folder = root / "index" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    index = _load_or_say(folder, identity, paths, root, say=False)
     if index is not None:
         return index
     with exclusive(folder):  # the other processes of this machine wait here, and then find it ready
-        index = _load(folder, files)
+        index = _load_or_say(folder, identity, paths, root, say=True)
         if index is not None:
             return index
-        evidence = [evidence_of(path) for path in files]  # before the listing: later changes must show
+        evidence = [evidence_of(path) for path in paths]  # before the listing: later changes must show
         columns, meta = _build(list_images())
-        if len(columns["ids"]):
-            try:
-                _save(folder, columns, meta | {"files": evidence})
-            except OSError as error:
-                warnings.warn(
-                    f"the index cannot be kept in {root} ({error}), so it is built anew at every start: set"
-                    " TESSELLA_CACHE to a folder that can be written",
-                    stacklevel=2,
-                )
-        return _load(folder, files) or Index(columns, meta)
+        if not len(columns["ids"]):
+            return Index(columns, meta)
+        try:
+            _save(root, folder, columns, meta | {"files": evidence, "identity": identity})
+        except OSError as error:
+            warnings.warn(
+                f"the index cannot be kept in {root} ({error}), so it is built again at every start: set"
+                " TESSELLA_CACHE to a folder that can be written",
+                stacklevel=2,
+            )
+        return _load_or_say(folder, identity, paths, root, say=False) or Index(columns, meta)
+
+
+def _load_or_say(folder: Path, identity: list[str], paths: Sequence[str], root: Path, say: bool) -> Index | None:
+    try:
+        return _load(folder, identity, paths)
+    except ValueError as error:
+        if say:
+            warnings.warn(f"an index in {root} is damaged ({error}) and is built again", stacklevel=3)
+        return None
 
 
 def evidence_of(path: str) -> Evidence | None:
@@ -270,20 +283,29 @@ def _build(listing: Listing) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     positions = [position_of[key] for key in keys]
     measured = _measure(listing, positions)
 
-    good = [i for i, found in enumerate(measured) if not isinstance(found, str)]
-    bad = [(listing.keys[positions[i]], found) for i, found in enumerate(measured) if isinstance(found, str)]
+    good = [i for i, found in enumerate(measured) if not isinstance(found, Unreadable)]
+    bad = [(positions[i], found) for i, found in enumerate(measured) if isinstance(found, Unreadable)]
     table = np.array([measured[i] for i in good], dtype=np.int64).reshape(-1, 3)
     chosen = np.array([positions[i] for i in good], dtype=np.int64)
     labels = np.full(len(good), -1) if listing.labels is None else np.asarray(listing.labels, np.int64)[chosen]
     columns = columns_of([keys[i] for i in good], table[:, :2].astype(np.int32), table[:, 2], labels)
     for name, values in listing.columns.items():
         columns[f"source_{name}"] = np.asarray(values, dtype=np.int64)[chosen]
-    meta = {
+    meta: dict[str, Any] = {
         "classes": listing.classes,
         "fingerprint": fingerprint_of(columns),
-        "unreadable": sorted(listing.unreadable + bad),
+        "unreadable": sorted(listing.unreadable + [(listing.keys[position], error.reason) for position, error in bad]),
         "watched": listing.watched,
+        "inaccessible": listing.inaccessible,
+        "passed_over": dict(listing.passed_over.most_common(_ENDINGS)),
     }
+    if listing.file_of is not None:
+        for position, error in bad:
+            path = listing.file_of(position)
+            if isinstance(error, Inaccessible):
+                meta["inaccessible"].append(path)
+            elif evidence := evidence_of(path):
+                meta["watched"].append(evidence)
     return columns, meta
 
 
@@ -319,9 +341,9 @@ def fingerprint_of(columns: dict[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _measure(listing: Listing, positions: list[int]) -> list[tuple[int, int, int] | str]:
+def _measure(listing: Listing, positions: list[int]) -> list[tuple[int, int, int] | Unreadable]:
     """Width, height and bytes of each image, or the reason why it is unreadable."""
-    results: list[tuple[int, int, int] | str] = [""] * len(positions)
+    results: list[tuple[int, int, int] | Unreadable] = [Unreadable("")] * len(positions)
     chunks = [range(start, min(start + _CHUNK, len(positions))) for start in range(0, len(positions), _CHUNK)]
 
     def measure(chunk: range) -> range:
@@ -339,7 +361,7 @@ def _measure(listing: Listing, positions: list[int]) -> list[tuple[int, int, int
     return results
 
 
-def _measure_one(listing: Listing, position: int) -> tuple[int, int, int] | str:
+def _measure_one(listing: Listing, position: int) -> tuple[int, int, int] | Unreadable:
     try:
         if listing.byte_sizes is None:
             encoded = listing.read(position, MAX_BYTES + 1)
@@ -347,61 +369,76 @@ def _measure_one(listing: Listing, position: int) -> tuple[int, int, int] | str:
         size = int(listing.byte_sizes[position])
         return *probe_with(partial(listing.read, position), size), size
     except Unreadable as error:
-        return error.reason
+        return error
 
 
-def _save(folder: Path, columns: dict[str, NDArray[Any]], meta: dict[str, Any]) -> None:
-    """Write a whole index beside the old one, then point `current` at it: readers never see half of one."""
-    make_folder(folder)
-    final = folder / f"built-{secrets.token_hex(8)}"
-    with new_folder(final) as temporary:
-        write_columns(temporary, columns)
-        write_json(temporary / "meta.json", meta | {"columns": list(columns)}, indent=None)
-    write_text(folder / "current", final.name)
-    _sweep(folder, keep=final.name)
+def _save(root: Path, folder: Path, columns: dict[str, NDArray[Any]], meta: dict[str, Any]) -> None:
+    """Write a whole index in the place of the old one, with the hash of every file: readers never see half of one."""
+    files.make_folder(folder, inside=root)
+    with files.new_folder(folder / _BUILT) as unfinished:
+        hashes = write_columns(unfinished, columns)
+        text = json.dumps(meta | {"columns": hashes})
+        files.write_text(unfinished / _META, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
-def write_columns(folder: Path, columns: dict[str, NDArray[Any]]) -> None:
-    """Write each column as NAME.npy, down to the disk."""
+def write_columns(folder: Path, columns: dict[str, NDArray[Any]]) -> dict[str, str]:
+    """Write each column as NAME.npy, down to the disk; gives the hash of each file."""
     for name, column in columns.items():
-        with writing(folder / f"{name}.npy", needed=column.nbytes) as file:
+        with files.writing(folder / f"{name}.npy", needed=column.nbytes) as file:
             np.save(file, column, allow_pickle=False)
+    return {name: files.sha256(folder / f"{name}.npy") for name in columns}
 
 
-def _sweep(folder: Path, keep: str) -> None:
-    """Remove superseded indexes (who has one mapped keeps it) and what killed builds left behind."""
-    remove_unfinished(folder, older_than=_ABANDONED_SECONDS)
-    for entry in folder.glob("built-*"):
-        if entry.name != keep:
-            remove(entry)
+def read_columns(folder: Path, hashes: dict[str, str]) -> dict[str, NDArray[Any]]:
+    """What `write_columns` wrote, memory-mapped; every byte is compared with its hash first.
+
+    Raises:
+        ValueError: a file is missing or not what it was.
+        OSError: a file cannot be read.
+    """
+    for name, digest in hashes.items():
+        if files.sha256(folder / f"{name}.npy") != digest:
+            raise ValueError(f"{name}.npy is not what was written")
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in hashes}
 
 
-def _load(folder: Path, files: Sequence[str]) -> Index | None:
-    """The cached index, or None if there is none, it is damaged, or the data have changed since."""
+def _load(folder: Path, identity: list[str], paths: Sequence[str]) -> Index | None:
+    """The cached index, or None if there is none or the data have changed since.
+
+    Raises:
+        ValueError: it is damaged, or of other data.
+    """
+    built = folder / _BUILT
+    if not built.exists():
+        return None
     try:
-        built = folder / read_text(folder / "current", _LONGEST_NAME)
-        meta = read_json(built / "meta.json", _META_BYTES)
-        known = meta["files"] + meta["watched"]
-        if [path for path, _, _ in meta["files"]] != list(files) or any(
-            evidence_of(entry[0]) != tuple(entry) for entry in known
+        digest, _, text = files.read_text(built / _META, _MAX_META_BYTES).partition("\n")
+        if hashlib.sha256(text.encode()).hexdigest() != digest:
+            raise ValueError(f"{_META} is not what was written")
+        meta = json.loads(text)
+        if meta["identity"] != identity:
+            raise ValueError("it is of other data")
+        if [path for path, _, _ in meta["files"]] != list(paths) or any(
+            evidence_of(entry[0]) != tuple(entry) for entry in meta["files"] + meta["watched"]
         ):
             return None
-        for name in meta["columns"]:
-            open_regular(built / f"{name}.npy").close()  # numpy would wait for a pipe
-        columns = {name: np.load(built / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in meta["columns"]}
-        return Index(columns, meta) if _fit_together(columns) else None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return None
+        if any(map(_accessible, meta["inaccessible"])):  # what could not be read may be readable now
+            return None
+        columns = read_columns(built, meta["columns"])
+        if not files.read_text(built / _META, _MAX_META_BYTES).startswith(digest):
+            raise ValueError("another process has just replaced it")
+        return Index(columns, meta)
+    except (OSError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"it cannot be read: {error}") from None
 
 
-def _fit_together(columns: dict[str, NDArray[Any]]) -> bool:
-    """Whether columns are of one index: a damaged cache must not be found out when an image is wanted."""
-    rows = len(columns["ids"])
-    keys, offsets = columns["key_bytes"], columns["key_offsets"]
-    others = [column for name, column in columns.items() if name not in ("key_bytes", "key_offsets")]
-    return (
-        all(np.issubdtype(column.dtype, np.integer) for column in columns.values())
-        and all(column.shape == ((rows, 2) if column is columns["sizes"] else (rows,)) for column in others)
-        and (keys.ndim, offsets.shape) == (1, (rows + 1,))
-        and (int(offsets[0]), int(offsets[-1])) == (0, len(keys))
-    )
+def _accessible(path: str) -> bool:
+    """Whether a folder can be listed, or a file be read."""
+    try:
+        if os.path.isdir(path):
+            os.scandir(path).close()
+        else:
+            files.read_bytes(path, MAX_BYTES, size=1)
+    except OSError:
+        return False
+    return True

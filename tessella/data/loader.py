@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,16 +28,16 @@ from torch import Tensor
 
 from tessella.data.batch import Batch
 from tessella.data.decode import Unreadable
+from tessella.data.index import progress_bar
 from tessella.data.sampler import Order, check_shares, share
 from tessella.data.sources import ImageSet
-from tessella.data.transform import EvalTransform, resize_pixels
+from tessella.data.threads import Task, portions, run_ahead
+from tessella.data.transform import resize_pixels
 from tessella.data.views import CropGroup, ViewPlan, ViewSpec, draw
 from tessella.errors import UserError
 from tessella.ops.augment import crop_resize, photometric, to_device
 from tessella.ops.compiled import kernels
 
-_AHEAD = 3  # batches in work beyond the one that the consumer holds
-_IMAGES_PER_TASK = 4  # few: threads finish a batch together; not one: a task costs some 50 us
 _RESIDENT_IMAGES_PER_TASK = 32  # which take as long as a fraction of one decoding
 _LARGE_PIXELS = 2**20  # from here on decoding at a fraction of the size is considered
 _SHRINK = (8, 4, 2)  # JPEG decoders skip work for these; of 3/4 and the like they make more
@@ -48,9 +46,6 @@ _RESIDENT_SIDE = 96  # pixels; beyond it a decoded data set is rarely small
 _RESIDENT_BYTES = 2 << 30
 _RESIDENT_SHARE = 0.25  # of the GPU memory that is free at the start
 _NONE_READABLE = "none of the data set's images can be decoded: check the files, or give another data set"
-
-T = TypeVar("T")
-Task = Callable[[], None]
 
 
 class _Draft(NamedTuple):
@@ -288,8 +283,10 @@ class Loader:
 
         parts = np.array_split(np.arange(len(pixels)), -(-len(pixels) // 256))
         tasks = ((len(part), [partial(read, part)]) for part in parts)
-        with closing(run_ahead(tasks, self.workers)) as counts:
-            _show_progress(counts, len(pixels), "Reading images")
+        bar = progress_bar("reading images", len(pixels))
+        with closing(run_ahead(tasks, self.workers)) as counts, bar as advance:
+            for count in counts:
+                advance(count)
         # The row that stands for each row: itself, or the next that could be decoded.
         readable = np.setdiff1d(np.arange(len(pixels)), sorted(self._unreadable))
         if not len(readable):
@@ -326,62 +323,6 @@ class Loader:
         return Batch(tuple(views), to_device(rows, self.device))
 
 
-def evaluation_batches(
-    images: ImageSet,
-    rows: ArrayLike,
-    transform: EvalTransform,
-    *,
-    batch_size: int,
-    device: torch.device | str,
-    workers: int,
-    skipped: dict[str, str] | None = None,
-) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Images as evaluations see them.
-
-    Args:
-        images: what to read.
-        rows: (n,) which, in this order.
-        transform: applied to each image.
-        batch_size: images per batch; the last may be smaller.
-        device: where the batches go.
-        workers: threads that decode, at least 1.
-        skipped: receives key -> reason of every image that could not be decoded.
-
-    Yields:
-        (b, 3, size, size) float32 on the device, in `image_layout`, and the (b,) rows they show, without the
-        images that could not be decoded.
-    """
-    device, rows, size = torch.device(device), np.asarray(rows, dtype=np.int64), transform.size
-
-    def fill(pixels: Tensor, readable: NDArray[np.bool_], wanted: NDArray[np.int64], positions: list[int]) -> None:
-        for position in positions:
-            row = int(wanted[position])
-            try:
-                pixels[position] = transform.crop(images.image(row))
-                readable[position] = True
-            except Unreadable as error:
-                if skipped is not None:
-                    skipped[str(images.key(row))] = error.reason
-
-    def drafts() -> Iterator[tuple[tuple[Tensor, NDArray[np.bool_], NDArray[np.int64]], Sequence[Task]]]:
-        for start in range(0, len(rows), batch_size):
-            wanted = rows[start : start + batch_size]
-            pixels = torch.empty(len(wanted), size, size, 3, dtype=torch.uint8, pin_memory=device.type == "cuda")
-            draft = pixels, np.zeros(len(wanted), dtype=np.bool_), wanted
-            yield draft, [partial(fill, *draft, positions) for positions in portions(len(wanted))]
-
-    with closing(run_ahead(drafts(), max(1, workers))) as done:
-        for pixels, readable, wanted in done:
-            if readable.any():
-                pixels = pixels if readable.all() else pixels[torch.from_numpy(readable)]
-                yield transform.normalised(pixels.to(device, non_blocking=True)), wanted[readable]
-
-
-def portions(n: int, size: int = _IMAGES_PER_TASK) -> list[list[int]]:
-    """Positions of a batch in portions for one task each."""
-    return [list(range(start, min(start + size, n))) for start in range(0, n, size)]
-
-
 def _fits_device(images: ImageSet, device: torch.device) -> bool:
     """Whether all images are small, of one size, and together leave the device most of its memory."""
     if images.uniform_size is None or max(images.uniform_size) > _RESIDENT_SIDE:
@@ -406,66 +347,3 @@ def _colour(crops: Tensor, plan: ViewPlan, group: CropGroup, spec: ViewSpec) -> 
     colours = {k: values.swapaxes(0, 1).reshape(n, *values.shape[2:]) for k, values in plan._asdict().items()}
     del colours["box"]
     return photometric(crops, **colours, mean=spec.mean, std=spec.std)
-
-
-def run_ahead(work: Iterable[tuple[T, Sequence[Task]]], workers: int) -> Generator[T, None, None]:
-    """Run tasks on threads some items ahead; yield each item, in order, when all of its tasks are done.
-
-    The threads are not daemons, because one that is inside a decoder when the interpreter goes away aborts
-    the process. Instead, leaving this generator in whatever way drops what has not begun and waits for what
-    has.
-
-    Args:
-        work: items and the tasks that complete them.
-        workers: number of threads.
-
-    Yields:
-        The items.
-    """
-    pool = ThreadPoolExecutor(workers, "tessella-data", _without_inner_threads)
-    try:
-        pending: deque[tuple[T, list]] = deque()
-        for item, tasks in work:
-            pending.append((item, [pool.submit(task) for task in tasks]))
-            if len(pending) > _AHEAD:
-                yield _complete(pending)
-        while pending:
-            yield _complete(pending)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _complete(pending: deque[tuple[T, list]]) -> T:
-    item, futures = pending.popleft()
-    for future in futures:
-        future.result()
-    return item
-
-
-_starting = threading.Lock()
-
-
-def _without_inner_threads() -> None:
-    """Let this thread's torch operations run on this thread alone, and change no other thread's setting.
-
-    torch keeps the number per thread, but also a copy from which later threads start; a throw-away thread
-    puts the copy back.
-    """
-    with _starting:
-        inherited = torch.get_num_threads()
-        torch.set_num_threads(1)
-        restore = threading.Thread(target=torch.set_num_threads, args=(inherited,))
-        restore.start()
-        restore.join()
-
-
-def _show_progress(counts: Iterable[int], total: int, title: str) -> None:
-    """Consume `counts`, with a bar when a person watches."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        for count in counts:
-            progress.advance(task, count)

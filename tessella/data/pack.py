@@ -25,9 +25,9 @@ from PIL import Image
 from tessella import files
 from tessella.data.decode import Unreadable, decode
 from tessella.data.index import columns_of, fingerprint_of, progress_bar, write_columns
-from tessella.data.loader import run_ahead
 from tessella.data.sources.images import ImageSet
 from tessella.data.sources.packs import COLUMNS, DESCRIPTION, FORMAT, PACKING, read_description
+from tessella.data.threads import run_ahead
 from tessella.data.transform import resize_pixels
 from tessella.errors import UserError
 from tessella.files import FileError
@@ -117,7 +117,7 @@ def _write(images: ImageSet, out: Path, asked: dict[str, Any], workers: int) -> 
     if begun.exists():
         _check_same(out, _read_json(begun), asked)
     elif any(out.iterdir()):
-        raise UserError(f"{out} is not empty: choose another --out")
+        raise UserError(f"{out} holds other files: choose another --out, a folder that is new or empty")
     else:
         files.write_json(begun, asked)
     files.remove_unfinished(out)
@@ -233,7 +233,7 @@ def _finish(images: ImageSet, out: Path, asked: dict[str, Any], shards: int) -> 
     columns["source_archive"] = np.repeat(np.arange(shards), [one["images"] for one in lists])
     columns["source_offset"] = offsets
     with files.new_folder(out / COLUMNS) as folder:
-        write_columns(folder, columns)
+        hashes = write_columns(folder, columns)
     rest = [member[5:] for one in lists for member in one["members"]]
     losses = [psnr for _, _, psnr in rest if psnr is not None]
     unreadable = sorted([list(entry) for entry in images.unreadable] + [e for one in lists for e in one["unreadable"]])
@@ -247,7 +247,7 @@ def _finish(images: ImageSet, out: Path, asked: dict[str, Any], shards: int) -> 
         written=True,
     )
     description = {"format": FORMAT, "name": images.name, **asked, **packed._asdict(), "unreadable": unreadable}
-    description |= {"classes": images.classes or [], "fingerprint": fingerprint_of(columns)}
+    description |= {"classes": images.classes or [], "fingerprint": fingerprint_of(columns), "columns": hashes}
     description["shards"] = [{name: one[name] for name in ("file", "bytes", "sha256", "images")} for one in lists]
     del description["written"]
     for shard in description["shards"]:  # what lies on the disk, not what was meant to be written

@@ -64,14 +64,15 @@ def open_files(data: str) -> TextFiles:
         UserError: there is nothing of that name.
     """
     base, part = data, ""
-    if "::" in data and not Path(data).exists():
+    if "::" in data and not os.path.exists(data):
         base, _, part = data.rpartition("::")
-    path = Path(base).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(base))
+    # os.path, because Path fails over names that are too long or hold a zero byte.
+    if os.path.isdir(path):
         return _Folder(data, path, part.strip("/"))
-    if path.is_file() and path.name.lower().endswith(TAR_SUFFIXES):
+    if os.path.isfile(path) and path.name.lower().endswith(TAR_SUFFIXES):
         return _Archive(data, path, part.strip("/"))
-    if path.is_file() and path.suffix == ".json":
+    if os.path.isfile(path) and path.suffix == ".json":
         root = path.parent.parent if path.parent.name == "annotations" else path.parent
         return _Folder(data, root, path.relative_to(root).as_posix())
     raise UserError(f"{printable(data)} is no folder, .json file or .tar archive: check the path")

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tessella import dist
-from tessella.data.loader import evaluation_batches
+from tessella.data.evaluation import evaluation_batches
 from tessella.data.sources import ImageSet
 from tessella.data.transform import EvalTransform
 from tessella.errors import UserError

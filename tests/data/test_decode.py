@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
 import subprocess
+import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -71,6 +74,7 @@ ENCODED = {
     "ppm": encode(picture(), "PPM"),
     "pgm": encode(picture("L"), "PPM"),
     "pbm": encode(picture("1"), "PPM"),
+    "avif": encode(picture(), "AVIF"),
 }
 
 
@@ -266,3 +270,96 @@ def test_probing_reads_only_the_head_of_a_large_jpeg():
 def test_one_pixel_is_an_image():
     assert decode(encode(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG")).tolist() == [[[9, 8, 7]]]
     assert decode(encode(Image.new("L", (1, 1), 9), "JPEG")).shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 10, 255, 65535])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_an_orientation_that_there_is_none_of_turns_nothing_anywhere(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = encode(picture(), format, exif=exif)
+    assert probe(encoded) == probe_with(lambda size: encoded[:size], len(encoded)) == (WIDTH, HEIGHT)
+    assert decode(encoded).shape == (HEIGHT, WIDTH, 3)
+
+
+def test_an_avif_is_turned_as_its_exif_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    encoded = encode(picture(), "AVIF", exif=exif)
+    assert probe(encoded) == (HEIGHT, WIDTH) and decode(encoded).shape == (WIDTH, HEIGHT, 3)
+
+
+def test_a_heic_is_read_when_the_plug_in_is_there():
+    plug_in = pytest.importorskip("pillow_heif", reason="needs the extra heic")
+    plug_in.register_heif_opener()
+    encoded = encode(picture(), "HEIF", quality=90)
+    assert probe_with(lambda size: encoded[:size], len(encoded)) == (WIDTH, HEIGHT)
+    assert np.abs(decode(encoded).astype(int) - SMOOTH).mean() < 5
+    with pytest.raises(Unreadable):
+        decode(encoded[: len(encoded) // 2])
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+def webp_of_size(width: int, height: int) -> bytes:
+    """34 bytes: a lossless picture of one colour."""
+    body = (0x2F | (width - 1) << 8 | (height - 1) << 22).to_bytes(5, "little") + b"\x88\x88\x08"
+    chunk = b"VP8L" + struct.pack("<I", 14) + body.ljust(14, b"\0")
+    return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
+
+
+def chunk_without_content(name: bytes) -> bytes:
+    return struct.pack(">I", 0) + name + struct.pack(">I", zlib.crc32(name))
+
+
+_JPEG, _PNG, _MILLIONS = encode(picture(), "JPEG"), encode(picture(), "PNG"), 10_000_000
+SLOW = {  # what each cost before: 1 s per megabyte and more, or gigabytes
+    "a PPM with a long comment": lambda: b"P6\n#" + b"x" * _MILLIONS + b"\n2 2\n255\n" + b"\0" * 12,
+    "a PPM with many blanks": lambda: b"P6\n" + b" " * _MILLIONS + b"\n2 2\n255\n" + b"\0" * 12,
+    "comments between digits": lambda: b"P3\n1000 1000\n255\n" + b"#\n" * 1_000_000 + b"1 " * 3_000_000,
+    "a JPEG with fill bytes": lambda: _JPEG[:2] + b"\xff" * _MILLIONS + _JPEG[2:],
+    "a JPEG with stuffed bytes": lambda: _JPEG[:2] + b"\xff\x00" * (_MILLIONS // 2) + _JPEG[2:],
+    "a JPEG of empty segments": lambda: _JPEG[:2] + segment(0xE5, b"") * (_MILLIONS // 4) + _JPEG[2:],
+    "a JPEG with EXIF in pieces": lambda: _JPEG[:2] + segment(0xE1, b"Exif\0\0" + b"x" * 65_000) * 150 + _JPEG[2:],
+    "a PNG of empty chunks": lambda: _PNG[:33] + chunk_without_content(b"teXx") * (_MILLIONS // 12) + _PNG[33:],
+    "a PNG of empty pixel chunks": lambda: _PNG[:33] + chunk_without_content(b"IDAT") * (_MILLIONS // 12) + _PNG[33:],
+    "a WebP of 34 bytes and 178 million pixels": lambda: webp_of_size(16383, 10900),
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_a_file_that_costs_seconds_or_gigabytes_is_refused_before(kind):
+    encoded = SLOW[kind]()
+    start = time.process_time()
+    with pytest.raises(Unreadable):
+        decode(encoded)
+    with contextlib.suppress(Unreadable):  # the head of a file may look fine
+        probe_with(lambda size: encoded[:size], len(encoded))
+    assert time.process_time() - start < 1.5
+
+
+def test_large_images_are_decoded_one_after_the_other(monkeypatch):
+    """So that memory does not grow with the number of threads."""
+    at_once, most, lock = [0], [0], threading.Lock()
+    original = Image.Image.load
+
+    def load(image):
+        with lock:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+        time.sleep(0.02)
+        try:
+            return original(image)
+        finally:
+            with lock:
+                at_once[0] -= 1
+
+    monkeypatch.setattr(Image.Image, "load", load)
+    for limit, expected in ((0, 1), (2**28, 4)):
+        monkeypatch.setattr(module, "_LARGE_BYTES", limit)
+        most[0] = 0
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(decode, [encode(picture("P"), "GIF")] * 8))
+        assert most[0] <= expected and (expected == 1 or most[0] > 1)

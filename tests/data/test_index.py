@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from tessella.data import index as index_module
 from tessella.data.index import stable_ids
 from tessella.data.sources import open_images
+from tessella.errors import UserError
 from tests.data.pictures import assert_equal_sets, keys, pack, write_image
 
 
@@ -80,18 +83,94 @@ def test_two_keys_with_one_hash_get_two_ids(monkeypatch):
     np.testing.assert_array_equal(stable_ids(keys_), ids)
 
 
-def test_a_damaged_cache_is_built_anew(folder, tmp_path, probes):
+def test_a_flipped_bit_anywhere_in_the_cache_is_noticed_and_said_and_the_index_is_built_again(folder, tmp_path, probes):
+    cache = tmp_path / "cache"
+    reference = open_images(str(folder), cache=cache, labels=True)
+    (built,) = cache.glob("index/*/built")
+    names = sorted(path.name for path in built.iterdir())
+    assert len(names) == 7
+    rng = np.random.default_rng(0)
+    for number in range(210):
+        path = built / names[number % len(names)]
+        content = bytearray(path.read_bytes())
+        bit = int(rng.integers(8 * len(content)))
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        probes.clear()
+        with pytest.warns(UserWarning, match=r"an index in .* is damaged .* and is built again"):
+            found = open_images(str(folder), cache=cache, labels=True)
+        assert len(probes) == 6
+        assert_equal_sets(found, reference)
+        assert found.fingerprint == reference.fingerprint and found.classes == reference.classes
+
+
+def test_missing_short_and_foreign_files_in_the_cache_are_noticed(folder, tmp_path, probes):
     cache = tmp_path / "cache"
     reference = open_images(str(folder), cache=cache)
-    (built,) = cache.glob("index/*/built-*")
-    expected = keys(reference)
-    for name in ("ids.npy", "meta.json"):
-        (built,) = cache.glob("index/*/built-*")
-        (built / name).write_bytes(b"garbage")
-        probes.clear()
-        assert keys(open_images(str(folder), cache=cache)) == expected
-        assert len(probes) == 6
-    assert len(list(cache.glob("index/*/built-*"))) == 1  # the damaged ones are gone
+    (built,) = cache.glob("index/*/built")
+    other = open_images(str(folder / "cat"), cache=cache)
+    (foreign,) = set(cache.glob("index/*/built")) - {built}
+
+    def pipe(path: Path) -> None:
+        path.unlink()
+        os.mkfifo(path)
+
+    def swap(path: Path) -> None:
+        shutil.rmtree(path.parent)
+        shutil.copytree(foreign, path.parent)
+
+    for damage in (Path.unlink, pipe, lambda path: path.write_bytes(path.read_bytes()[:-1]), swap):
+        damage(built / "ids.npy")
+        with pytest.warns(UserWarning, match="is damaged"):
+            assert_equal_sets(open_images(str(folder), cache=cache), reference)
+    probes.clear()
+    assert keys(open_images(str(folder / "cat"), cache=cache)) == keys(other) and not probes
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable for root")
+def test_a_folder_that_could_not_be_read_is_looked_at_again(folder, tmp_path):
+    (folder / "cat").chmod(0)
+    assert len(open_images(str(folder), cache=tmp_path / "cache").unreadable) == 1
+    (folder / "cat").chmod(0o700)
+    assert not open_images(str(folder), cache=tmp_path / "cache").unreadable
+
+
+def test_what_could_not_be_read_once_is_tried_again_at_every_start(folder, tmp_path, monkeypatch, probes):
+    """By an error of the system, so that it also holds for root."""
+    original, failing = os.scandir, [True]
+
+    def scandir(path):
+        if failing and str(path).endswith("cat/"):
+            raise PermissionError(13, "Permission denied")
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    first = open_images(str(folder), cache=tmp_path / "cache")
+    assert first.unreadable == [("cat/", "the folder cannot be read: Permission denied")]
+    probes.clear()
+    assert keys(open_images(str(folder), cache=tmp_path / "cache")) == keys(first) and not probes  # still so
+    failing.clear()
+    again = open_images(str(folder), cache=tmp_path / "cache")
+    assert not again.unreadable and len(again) == 6
+
+
+def test_a_damaged_image_that_was_repaired_in_place_and_a_link_that_leads_somewhere_again_are_read(folder, tmp_path):
+    whole = (folder / "cat/a.jpg").read_bytes()
+    (folder / "cat/a.jpg").write_bytes(b"\xff\xd8 nothing")
+    (folder / "dog/link.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    before = open_images(str(folder), cache=tmp_path / "cache")
+    assert [key for key, _ in before.unreadable] == ["cat/a.jpg", "dog/link.jpg"]
+    (folder / "cat/a.jpg").write_bytes(whole)
+    assert [key for key, _ in open_images(str(folder), cache=tmp_path / "cache").unreadable] == ["dog/link.jpg"]
+    (tmp_path / "elsewhere.jpg").write_bytes(whole)
+    assert not open_images(str(folder), cache=tmp_path / "cache").unreadable
+
+
+def test_without_a_home_folder_the_cache_needs_a_name(monkeypatch):
+    monkeypatch.delenv("TESSELLA_CACHE", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(UserError, match="set TESSELLA_CACHE to a folder"):
+        index_module.cache_folder()
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning_only(folder, tmp_path):

@@ -11,9 +11,11 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from tessella.data import loader as loader_module
+from tessella.data import threads
 from tessella.data import transform as transform_module
 from tessella.data.decode import Unreadable
-from tessella.data.loader import Loader, evaluation_batches
+from tessella.data.evaluation import evaluation_batches
+from tessella.data.loader import Loader
 from tessella.data.sampler import EpochOrder
 from tessella.data.sources import open_images
 from tessella.data.transform import EvalTransform
@@ -271,7 +273,7 @@ def test_runs_only_a_few_batches_ahead():
     steps = loader.epoch(0)
     next(steps)
     time.sleep(0.3)
-    assert len(read) == 8 * (1 + loader_module._AHEAD)
+    assert len(read) == 8 * (1 + threads.AHEAD)
     steps.close()
 
 

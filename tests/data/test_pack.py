@@ -1,5 +1,6 @@
 """A pack is its source, with smaller files: the same names, ids, classes and randomness."""
 
+import contextlib
 import errno
 import io
 import json
@@ -11,9 +12,11 @@ import pytest
 from PIL import Image
 
 from tessella.data import pack as module
+from tessella.data.decode import Unreadable
 from tessella.data.pack import pack
 from tessella.data.sources import open_images
 from tessella.errors import UserError
+from tessella.files import sha256
 
 SETTINGS = {"short_side": 64, "quality": 90, "workers": 2}
 
@@ -150,7 +153,7 @@ def test_other_images_and_foreign_folders_are_refused(photos, tmp_path):
         pack(open_images(f"{photos}::train"), tmp_path / "pack", **SETTINGS)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").touch()
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="holds other files: choose another --out, a folder that is new or empty"):
         pack(open_images(photos), tmp_path / "full", **SETTINGS)
 
 
@@ -176,12 +179,11 @@ def test_what_a_copy_lost_is_seen_when_the_pack_is_opened(photos, tmp_path):
 
 
 def test_an_index_that_points_outside_costs_the_image_not_the_run(photos, tmp_path):
-    from tessella.data.decode import Unreadable
-
     pack(open_images(photos), tmp_path / "pack", **SETTINGS)
     offsets = np.load(tmp_path / "pack/index/source_offset.npy")
     offsets[0], offsets[1] = -5, 2**62
     np.save(tmp_path / "pack/index/source_offset.npy", offsets)
+    rewrite(tmp_path / "pack")
     images = open_images(str(tmp_path / "pack"))
     for row in (0, 1):
         with pytest.raises(Unreadable):
@@ -215,3 +217,66 @@ def test_settings_out_of_range_are_refused(photos, tmp_path, wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         pack(open_images(photos), tmp_path / "pack", **SETTINGS | wrong)
     assert not (tmp_path / "pack").exists()
+
+
+def rewrite(folder):
+    """A pack whose description another program has written, with the right hashes of whatever arrays there are."""
+    description = json.loads((folder / "pack.json").read_text())
+    description["columns"] = {name: sha256(folder / f"index/{name}.npy") for name in description["columns"]}
+    (folder / "pack.json").write_text(json.dumps(description))
+
+
+def test_a_flipped_bit_in_the_index_of_a_pack_is_noticed(photos, tmp_path):
+    pack(open_images(photos), tmp_path / "pack", **SETTINGS)
+    rng = np.random.default_rng(0)
+    for path in sorted((tmp_path / "pack/index").iterdir()):
+        whole = path.read_bytes()
+        for _ in range(10):
+            content, bit = bytearray(whole), int(rng.integers(8 * len(whole)))
+            content[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=rf"the index of .* is damaged \({path.name} is not what was written\)"):
+                open_images(str(tmp_path / "pack"))
+        path.write_bytes(whole)
+    assert len(open_images(str(tmp_path / "pack"))) == 11
+
+
+ODD_VALUES = [None, -1, 1.5, "x", "../x", [], [1], {}, {"a": 1}, True, 2**70]
+
+
+def test_values_of_other_types_in_the_description_of_a_pack_are_refused_in_one_line(photos, tmp_path):
+    pack(open_images(photos), tmp_path / "pack", **SETTINGS)
+    whole = json.loads((tmp_path / "pack/pack.json").read_text())
+    for name in whole:
+        for value in ODD_VALUES:
+            (tmp_path / "pack/pack.json").write_text(json.dumps(whole | {name: value}))
+            with contextlib.suppress(UserError):  # a count or a name may be another one
+                open_images(str(tmp_path / "pack"))
+                pack(open_images(photos), tmp_path / "pack", **SETTINGS)
+    for name in ("file", "bytes", "sha256", "images"):
+        for value in ODD_VALUES:
+            shards = [whole["shards"][0] | {name: value}, *whole["shards"][1:]]
+            (tmp_path / "pack/pack.json").write_text(json.dumps(whole | {"shards": shards}))
+            with contextlib.suppress(UserError):
+                open_images(str(tmp_path / "pack"))
+
+
+@pytest.mark.parametrize("name", ["ids", "sizes", "labels", "byte_sizes", "key_bytes", "key_offsets", "source_offset"])
+def test_arrays_that_are_no_index_are_refused_or_cost_the_images_they_touch(photos, tmp_path, name):
+    pack(open_images(photos), tmp_path / "pack", **SETTINGS)
+    path = tmp_path / f"pack/index/{name}.npy"
+    whole = np.load(path)
+    wrong = [whole.astype(float), whole[:-1], whole[None], whole.astype("U8"), np.array(3), np.full_like(whole, 77)]
+    if name != "key_bytes":
+        wrong += [-whole - 7, np.full_like(whole, np.iinfo(whole.dtype).max)]
+    for array in wrong:
+        np.save(path, array)
+        rewrite(tmp_path / "pack")
+        try:
+            images = open_images(str(tmp_path / "pack"), labels=name == "labels")
+        except UserError:
+            continue
+        for row in range(len(images)):
+            images.key(row)
+            with contextlib.suppress(Unreadable):
+                images.image(row)

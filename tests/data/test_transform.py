@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from tessella.data.decode import decode
-from tessella.data.loader import evaluation_batches
+from tessella.data.evaluation import evaluation_batches
 from tessella.data.sources import ArrayImages, open_images
 from tessella.data.transform import EvalTransform
 from tessella.errors import UserError

@@ -9,7 +9,6 @@ import os
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -112,31 +111,6 @@ def test_any_bytes_are_read_or_refused(name, prepared):
             assert str(error).strip()
 
     holds()
-
-
-@pytest.mark.parametrize("column", ["ids", "sizes", "labels", "byte_sizes", "key_bytes", "key_offsets"])
-@pytest.mark.parametrize("change", ["shorter", "longer", "flat", "fractions"])
-def test_columns_of_a_cached_index_that_do_not_fit_together_are_built_anew(column, change, tmp_path):
-    for name in ("a", "b", "c"):
-        (tmp_path / f"{name}.jpg").write_bytes(photo())
-    whole = open_images(str(tmp_path), cache=tmp_path / ".cache")
-    sizes = whole.sizes.copy()
-    (file,) = (tmp_path / ".cache").glob(f"index/*/built-*/{column}.npy")
-    values = np.load(file)
-    changed = {
-        "shorter": values[:-1],
-        "longer": np.concatenate([values, values]),
-        "flat": values.reshape(1, -1),
-        "fractions": values.astype(np.float64),
-    }[change]
-    np.save(file, changed)
-    again = open_images(str(tmp_path), cache=tmp_path / ".cache")
-    assert [again.key(row) for row in range(3)] == [
-        "a.jpg",
-        "b.jpg",
-        "c.jpg",
-    ] and again.fingerprint == whole.fingerprint
-    np.testing.assert_array_equal(again.sizes, sizes)
 
 
 def odd_text() -> st.SearchStrategy[str]:

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from tessella.data.decode import Unreadable
-from tessella.data.loader import portions, run_ahead
 from tessella.data.masks.layouts import IGNORE, MaskedImages
 from tessella.data.sampler import Order, check_shares, share
+from tessella.data.threads import portions, run_ahead
 from tessella.data.transform import resize_pixels
 from tessella.errors import UserError
 from tessella.ops.augment import normalise, turn_hue

@@ -27,11 +27,11 @@ import numpy as np
 from tessella.data.index import cache_folder
 from tessella.data.sources.archives import archives_in, open_archives
 from tessella.data.sources.embedded import EMBEDDED
-from tessella.data.sources.files import IMAGE_SUFFIXES, names_in
+from tessella.data.sources.files import IMAGE_SUFFIXES, ending_of, names_in
 from tessella.data.sources.folders import holds_image, open_folder
 from tessella.data.sources.images import ArrayImages, ImageSet
 from tessella.data.sources.lists import LIST_SUFFIXES, open_list
-from tessella.data.sources.messages import shown
+from tessella.data.sources.messages import not_read, shown
 from tessella.data.sources.named import TORCHVISION, open_hugging_face, open_torchvision
 from tessella.data.sources.packs import is_pack, open_pack
 from tessella.data.sources.tars import TAR_SUFFIXES
@@ -39,11 +39,16 @@ from tessella.errors import UserError
 
 __all__ = ["ACCEPTED", "IMAGE_SUFFIXES", "ArrayImages", "ImageSet", "open_images"]
 
-ACCEPTED = (
-    "a folder of images, a .csv or .parquet list, .tar or .tar.gz archives (a path, a pattern such as"
-    " 'shards/*.tar', or a folder of them), a data set of torchvision (cifar10, cifar100, stl10, svhn, mnist,"
-    " ...), hf:NAME, digits or shapes; a part is named behind two colons, as in images.tar::images/train"
-)
+ACCEPTED = "a folder, a .csv or .parquet list, .tar archives or the name of a data set"  # docs/data.md has all of it
+_MENDS = {  # ending of a file -> what to do
+    ".zip": "unpack it and give the folder, or pack the images as .tar",
+    ".7z": "unpack it and give the folder, or pack the images as .tar",
+    ".rar": "unpack it and give the folder, or pack the images as .tar",
+    ".txt": "a list of one path per line is read when it is called .csv",
+    ".tsv": "save the list as .csv",
+    ".xlsx": "save the list as .csv",
+    **dict.fromkeys(IMAGE_SUFFIXES, "it is a single image: give the folder that holds it"),
+}
 
 
 def open_images(data: str, *, labels: bool = False, cache: Path | None = None) -> ImageSet:
@@ -106,7 +111,10 @@ def _open_path(data: str, path: str, part: str | None, labels: bool, cache: Path
 
 def _not_found(data: str, path: str) -> str:
     if os.path.exists(path):
-        problem = f"{shown(data)} is neither a folder nor a file of a kind that holds many images"
+        problem = f"{shown(data)} is not a folder, list or archive that can be read"
+        mend = _MENDS.get(ending_of(path))
+        if mend:
+            return f"{problem}: {mend}"
     else:
         problem = f"{shown(data)} does not exist"
         path = path.rstrip("/")
@@ -115,7 +123,7 @@ def _not_found(data: str, path: str) -> str:
         choices = [os.path.join(os.path.dirname(path), name) for name in near] + known
         if choices:
             problem += f"; near it is {' or '.join(map(shown, choices))}"
-    return f"{problem}. Give {ACCEPTED}."
+    return f"{problem}. Give {ACCEPTED}"
 
 
 def _check_not_empty(images: ImageSet) -> None:
@@ -125,11 +133,12 @@ def _check_not_empty(images: ImageSet) -> None:
         key, reason = images.unreadable[0]
         raise UserError(
             f"{shown(images.name)} has no readable image: all {len(images.unreadable)} files failed,"
-            f" the first is {shown(key) or 'the whole'}: {shown(reason)}. Give {ACCEPTED}."
+            f" the first is {shown(key) or 'the whole'}: {shown(reason)}"
         )
+    others = f" It holds {not_read(images.passed_over)}." if images.passed_over else ""
     raise UserError(
-        f"{shown(images.name)} holds no images: files ending in {' '.join(IMAGE_SUFFIXES)} are looked for,"
-        f" at any depth. Give {ACCEPTED}."
+        f"{shown(images.name)} holds no images: files ending in {' '.join(IMAGE_SUFFIXES)} are looked for, at any"
+        f" depth.{others}"
     )
 
 

@@ -6,6 +6,7 @@ A class is the first folder within the archive, or within its part.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -73,8 +74,9 @@ def _list_archives(data: str, reader: Archives, prefixes: list[str], part: str |
     table: list[tuple[int, int, int]] = []  # archive, offset, bytes
     unreadable: list[tuple[str, str]] = []
     folders: set[str] = set()
+    passed_over: Counter[str] = Counter()
     for archive, prefix in enumerate(prefixes):
-        members, failed = walk_tar(reader.paths[archive], IMAGE_SUFFIXES)
+        members, failed = walk_tar(reader.paths[archive], IMAGE_SUFFIXES, passed_over)
         folders.update(os.path.dirname(member.name) for member in members)
         for member in members:
             if member.name.startswith(below):
@@ -97,6 +99,9 @@ def _list_archives(data: str, reader: Archives, prefixes: list[str], part: str |
         classes=classes,
         columns={"archive": [row[0] for row in table], "offset": [row[1] for row in table]},
         unreadable=unreadable,
+        # Archives that cannot be opened now are tried again at each start.
+        inaccessible=[path for path in reader.paths if not os.access(path, os.R_OK)],
+        passed_over=passed_over,
     )
 
 

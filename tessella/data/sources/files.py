@@ -6,15 +6,16 @@ import errno
 import os
 import time
 
-from tessella.data.decode import MAX_BYTES, Unreadable
+from tessella.data.decode import HEIC, MAX_BYTES, Inaccessible, Unreadable
 from tessella.data.index import Index
 from tessella.data.sources.images import ImageSet
 from tessella.files import FileError, read_bytes
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
-    *(".ppm", ".pgm", ".pbm"),
+    *(".ppm", ".pgm", ".pbm", ".avif", *((".heic", ".heif") if HEIC else ())),
 )
+_LONGEST_ENDING = 10  # characters; what is longer is no kind of file
 _RETRY_SECONDS = (0.1, 1.0)
 # Errors of network mounts that may pass.
 _PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
@@ -49,10 +50,17 @@ def read_file(path: str, size: int | None = None, limit: int = MAX_BYTES) -> byt
             return read_bytes(path, limit, size)
         except FileError as error:
             if wait is None or error.errno not in _PASSING_ERRORS:
-                told = f"the file cannot be read: {error.strerror}" if error.errno else str(error.strerror)
-                raise Unreadable(told) from error
+                if error.errno:
+                    raise Inaccessible(f"the file cannot be read: {error.strerror}") from error
+                raise Unreadable(str(error.strerror)) from error
             time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def ending_of(name: str) -> str:
+    """The last ending of a file's name in lower case, with its point; "no ending" if it has none or an odd one."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending if 1 < len(ending) <= _LONGEST_ENDING else "no ending"
 
 
 def names_in(folder: str) -> list[str]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import heapq
 import os
 import stat
+from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tessella.data.index import Evidence, Listing, cached_index, sample
-from tessella.data.sources.files import IMAGE_SUFFIXES, FileImages, names_in, read_file
+from tessella.data.sources.files import IMAGE_SUFFIXES, FileImages, ending_of, names_in, read_file
 from tessella.data.sources.images import ImageSet
 from tessella.data.sources.messages import part_not_found
 from tessella.errors import UserError
@@ -39,34 +41,43 @@ def open_folder(data: str, path: str, part: str | None, labels: bool, cache: Pat
 
 
 def _list_folder(root: str) -> Listing:
-    keys, sizes, unreadable, watched = _walk(root)
+    found = _walk(root)
+    keys = found.keys
     first_parts = [key.partition("/")[0] if "/" in key else None for key in keys]
     classes = sorted({part for part in first_parts if part is not None})
     number = {name: label for label, name in enumerate(classes)}
     return Listing(
         keys=keys,
         read=lambda position, size: read_file(os.path.join(root, keys[position]), size),
-        byte_sizes=sizes,
+        byte_sizes=found.sizes,
         labels=[-1 if part is None else number[part] for part in first_parts],
         classes=classes,
-        unreadable=unreadable,
-        watched=watched + sample([os.path.join(root, key) for key in keys]),
+        unreadable=found.unreadable,
+        inaccessible=found.inaccessible,
+        file_of=lambda position: os.path.join(root, keys[position]),
+        passed_over=found.passed_over,
+        watched=found.watched + sample([os.path.join(root, key) for key in keys]),
     )
 
 
-def _walk(root: str) -> tuple[list[str], list[int], list[tuple[str, str]], list[Evidence]]:
+class _Found(NamedTuple):
+    """What lies below a folder."""
+
+    keys: list[str]
+    sizes: list[int]  # bytes
+    unreadable: list[tuple[str, str]]  # key, reason
+    inaccessible: list[str]  # their paths
+    passed_over: Counter[str]  # ending -> files
+    watched: list[Evidence]  # of all folders
+
+
+def _walk(root: str) -> _Found:
     """Files with an image's suffix below a folder.
 
     Every folder is visited once, however many links lead to it, and under its own path if that lies below the
     root: links to folders wait until all real folders are done.
-
-    Returns:
-        Keys, byte sizes, unreadable (key, reason) pairs, evidence of all folders.
     """
-    keys: list[str] = []
-    sizes: list[int] = []
-    unreadable: list[tuple[str, str]] = []
-    watched: list[Evidence] = []
+    keys, sizes, unreadable, inaccessible, passed_over, watched = result = _Found([], [], [], [], Counter(), [])
     visited: set[tuple[int, int]] = set()
     folders, links = [""], list[str]()
     while folders or links:
@@ -84,11 +95,12 @@ def _walk(root: str) -> tuple[list[str], list[int], list[tuple[str, str]], list[
                 entries = list(scan)
         except OSError as error:
             unreadable.append((prefix, f"the folder cannot be read: {error.strerror}"))
+            inaccessible.append(path)
             continue
         for entry in entries:
             if entry.name.startswith("."):
-                continue
-            if _is_folder(entry):
+                passed_over["hidden"] += 1
+            elif _is_folder(entry):
                 if entry.is_symlink():
                     heapq.heappush(links, prefix + entry.name)
                 else:
@@ -97,10 +109,13 @@ def _walk(root: str) -> tuple[list[str], list[int], list[tuple[str, str]], list[
                 found = _size_of_regular(entry)
                 if isinstance(found, str):
                     unreadable.append((prefix + entry.name, found))
+                    inaccessible.append(entry.path)
                 else:
                     keys.append(prefix + entry.name)
                     sizes.append(found)
-    return keys, sizes, unreadable, watched
+            else:
+                passed_over[ending_of(entry.name)] += 1
+    return result
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

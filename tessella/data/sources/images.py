@@ -56,6 +56,11 @@ class ImageSet:
         """(key, reason) of what looked like an image and is not in the set."""
         return self.index.unreadable
 
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """Ending -> number of files that lie among the images and are of no kind that is read."""
+        return self.index.passed_over
+
     @cached_property
     def uniform_size(self) -> tuple[int, int] | None:
         """Width and height, if all images have the same."""

@@ -1,4 +1,8 @@
-"""A list of image files, .csv or .parquet: paths relative to the list, and labels if it has such a column."""
+"""A list of image files, .csv or .parquet: paths, and labels if it has such a column.
+
+Paths are absolute or relative to the list, and may lead anywhere: a list is the user's own, as a path on the command
+line is. What must not lead out of its data set are the lists within one (`data.texts`).
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tessella import files
 from tessella.data.index import Listing, cached_index, evidence_of, sample
 from tessella.data.sources.files import IMAGE_SUFFIXES, FileImages, read_file
 from tessella.data.sources.images import ImageSet
 from tessella.data.sources.messages import shown
 from tessella.errors import UserError
-from tessella.files import open_regular, read_bytes
+from tessella.files import open_regular
 
 LIST_SUFFIXES = (".csv", ".parquet")
 _PATH_COLUMNS = ("path", "file", "image", "filename")
 _LABEL_COLUMNS = ("label", "class")
 _LABELS = (str, bytes, int, float, bool, type(None), datetime.date, decimal.Decimal)
+_COLUMNS_NAMED = 10
 _MAX_ROWS = 10**9
-_MAX_CSV_BYTES = 64 << 30
+_MAX_CSV_BYTES = 2**34
 _MAX_PATH = 2**15  # characters; no system knows longer ones
 _ROWS_AT_ONCE = 2**16
 
@@ -47,14 +53,21 @@ def open_list(data: str, path: str, labels: bool, cache: Path) -> ImageSet:
 
 
 def _list_of_file(data: str, path: str) -> Listing:
-    paths, values = (_read_csv if path.lower().endswith(".csv") else _read_parquet)(data, path)
+    paths, values, columns = (_read_csv if path.lower().endswith(".csv") else _read_parquet)(data, path)
     strange = next((value for value in values if not isinstance(value, _LABELS)), None)
     if strange is not None:
         raise UserError(f"{shown(data)}: a label is a {type(strange).__name__}: give numbers or names in that column")
     labels, classes = _number_labels(values)
     _check_one_label_each(data, paths, labels)
     root = os.path.dirname(path)
-    sizes = [evidence[1] if (evidence := evidence_of(os.path.join(root, name))) else 1 for name in paths]
+    there = [evidence_of(os.path.join(root, name)) for name in paths]
+    if paths and not any(there):
+        raise UserError(
+            f"{shown(data)}: none of its {len(paths):,} files is there; the first was looked for at "
+            f"{shown(os.path.join(root, paths[0]))}. Paths come from {columns}: they must be absolute, or relative to "
+            f"the list, in a column called {', '.join(_PATH_COLUMNS[:-1])} or {_PATH_COLUMNS[-1]}"
+        )
+    sizes = [evidence[1] if evidence else 1 for evidence in there]
     return Listing(
         keys=paths,
         read=lambda position, size: read_file(os.path.join(root, paths[position]), size),
@@ -62,39 +75,47 @@ def _list_of_file(data: str, path: str) -> Listing:
         byte_sizes=[max(size, 1) for size in sizes],
         labels=labels,
         classes=classes,
+        file_of=lambda position: os.path.join(root, paths[position]),
         watched=sample([os.path.join(root, name) for name in paths]),
     )
 
 
-def _read_csv(data: str, path: str) -> tuple[list[str], list[Any]]:
-    """Paths and label values (None for none). Without a header line, the first cell ends like an image."""
-    if read_bytes(path, _MAX_CSV_BYTES, size=2) in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{shown(data)} is in UTF-16: save the list as UTF-8")
-    with io.TextIOWrapper(
-        open_regular(path, _MAX_CSV_BYTES), newline="", encoding="utf-8-sig", errors="surrogateescape"
-    ) as file:
-        try:
-            rows = [row for row in csv.reader(file) if row]
-        except csv.Error as error:
-            raise UserError(f"{shown(data)} cannot be read as csv: {error}") from None
+def _read_csv(data: str, path: str) -> tuple[list[str], list[Any], str]:
+    """Paths, label values (None for none), and the column of the paths in words.
+
+    Without a header line, the first cell ends like an image.
+    """
+    try:
+        text = files.read_text(path, _MAX_CSV_BYTES, errors="surrogateescape")
+        if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+            raise UserError(f"{shown(data)} is in UTF-16: save the list as UTF-8")
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except OSError as error:
+        raise UserError(f"{shown(data)} cannot be read: {error.strerror}") from None
+    except csv.Error as error:
+        raise UserError(f"{shown(data)} cannot be read as csv: {error}") from None
     if not rows:
-        return [], []
+        return [], [], ""
     header = [name.strip().lower() for name in rows[0]]
     if header[0].endswith(IMAGE_SUFFIXES):
-        path_column, label_column = 0, 1
+        path_column, label_column, words = 0, 1, "the first column, because the first line is no header"
     else:
         path_column, label_column = _columns_of_list(header)
+        words = _in_words(header, path_column)
         del rows[0]
 
     def cell(row: list[str], column: int) -> str | None:
         return row[column].strip() or None if 0 <= column < len(row) else None
 
     listed = [(name, cell(row, label_column)) for row in rows if (name := cell(row, path_column))]
-    return [name for name, _ in listed], [value for _, value in listed]
+    return [name for name, _ in listed], [value for _, value in listed], words
 
 
-def _read_parquet(data: str, path: str) -> tuple[list[str], list[Any]]:
-    import pyarrow
+def _in_words(header: list[str], column: int) -> str:
+    return f"the column {shown(header[column])!r} of {', '.join(map(shown, header[:_COLUMNS_NAMED]))}"
+
+
+def _read_parquet(data: str, path: str) -> tuple[list[str], list[Any], str]:
     import pyarrow.parquet as parquet
 
     try:
@@ -114,10 +135,12 @@ def _read_parquet(data: str, path: str) -> tuple[list[str], list[Any]]:
                 listed = batch.column(chosen[0])
                 paths += _unpacked(listed, data, chosen[0])
                 values += batch.column(chosen[-1]).to_pylist() if len(chosen) > 1 else [None] * len(listed)
-    except (pyarrow.ArrowException, OSError, IndexError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged file: Arrow's own errors, and many others
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{shown(data)} cannot be read as parquet: {shown(reason)}") from error
-    return paths, values
+    return paths, values, _in_words(names, path_column)
 
 
 def _unpacked(column: Any, data: str, name: str) -> list[str]:

@@ -7,11 +7,27 @@ from collections.abc import Sequence
 
 from tessella.errors import UserError
 
+_ENDINGS = 6  # that are named
+
 
 def shown(text: str) -> str:
     """A foreign name made safe to print: no control characters, no broken UTF-8."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def not_read(passed_over: dict[str, int]) -> str:
+    """Files that are passed over, in words: "12 .heic, 3 .mp4, 1 hidden", and how .heic can be read.
+
+    Args:
+        passed_over: of an `ImageSet`.
+    """
+    most = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    words = [f"{count:,} {shown(ending)}" for ending, count in most[:_ENDINGS]]
+    rest = sum(count for _, count in most[_ENDINGS:])
+    words += [f"{rest:,} others"] if rest else []
+    heic = any(ending in passed_over for ending in (".heic", ".heif"))
+    return ", ".join(words) + ("; .heic is read after: pip install 'tessella[heic]'" if heic else "")
 
 
 def part_not_found(data: str, part: str, choices: list[str]) -> str:

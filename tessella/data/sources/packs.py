@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from tessella.data.index import Index, columns_of
+from tessella import files
+from tessella.data.index import Index, columns_of, read_columns
 from tessella.data.sources.archives import TarImages
 from tessella.data.sources.messages import part_not_found, shown
 from tessella.data.sources.tars import Archives
 from tessella.errors import UserError
-from tessella.files import open_regular, read_json
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION, PACKING, COLUMNS = "pack.json", "packing.json", "index"  # PACKING: one that is being written
 
 _NEEDED = {"ids", "sizes", "labels", "byte_sizes", "key_bytes", "key_offsets", "source_archive", "source_offset"}
-_DESCRIPTION_BYTES = 1 << 30  # which names every unreadable image
+_MAX_DESCRIPTION_BYTES = 2**31
 _LEVELS_LISTED = 100_000  # keys that are looked at for parts to propose
 
 
@@ -68,41 +68,72 @@ def read_description(folder: Path) -> dict[str, Any]:
         UserError: it is missing, not readable, or of another format.
     """
     path = folder / DESCRIPTION
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"{shown(str(folder))} is a pack that is not finished: give the same `tessella pack` once more")
     try:
-        content = read_json(path, _DESCRIPTION_BYTES)
+        content = files.read_json(path, _MAX_DESCRIPTION_BYTES)
         number = content["format"]
-        names = [shard["file"] for shard in content["shards"] if isinstance(shard["bytes"], int)]
-        whole = len(names) == len(content["shards"]) and all(Path(name).name == name for name in names)
-        whole &= isinstance(content["classes"], list) and isinstance(content["fingerprint"], str)
-        whole &= all(len(entry) == 2 for entry in content["unreadable"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        whole = number != FORMAT or _is_description(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         number, whole = FORMAT, False
     if not whole:
-        raise UserError(f"{shown(str(path))} is damaged: copy the pack again, or pack the images anew")
+        raise UserError(f"{shown(str(path))} is damaged: copy the pack again, or pack the images again")
     if number != FORMAT:
-        raise UserError(f"{shown(str(folder))} is a pack of format {number!r}; this version reads format {FORMAT}")
+        raise UserError(
+            f"{shown(str(folder))} is a pack of format {shown(str(number))[:20]}; this version reads format {FORMAT}: "
+            "pack the images again"
+        )
     return content
+
+
+def _is_description(content: dict[str, Any]) -> bool:
+    """Whether every value that is used later is of its type; may fail with any error of another type."""
+    shards, texts = content["shards"], [content["fingerprint"], content["source"], *content["classes"]]
+    texts += [shard["sha256"] for shard in shards] + [text for pair in content["unreadable"] for text in pair]
+    counts = [content[name] for name in ("images", "source_bytes", "bytes", "kept", "short_side", "quality")]
+    counts += [shard["bytes"] for shard in shards]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(type(count) is int and count >= 0 for count in counts)
+        and all(len(pair) == 2 for pair in content["unreadable"])
+        and all(Path(shard["file"]).name == shard["file"] for shard in shards)
+        and (content["psnr"] is None or isinstance(content["psnr"], float))
+        and set(content["columns"]) == _NEEDED
+    )
 
 
 def _columns(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
     try:
-        for name in _NEEDED:
-            open_regular(folder / COLUMNS / f"{name}.npy").close()  # numpy would wait for a pipe
-        columns = {
-            name: np.load(folder / COLUMNS / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _NEEDED
-        }
-        rows = description["images"]
-        lengths = {name: rows for name in _NEEDED} | {"key_offsets": rows + 1}
-        lengths["key_bytes"] = int(columns["key_offsets"][-1])
-        if any(len(columns[name]) != length for name, length in lengths.items()):
-            raise ValueError("columns of different lengths")
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        columns = read_columns(folder / COLUMNS, description["columns"])
+        _check_columns(columns, description["images"], len(description["classes"]))
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"the index of {shown(str(folder))} is damaged ({error}): copy the pack again, or pack the images anew"
+            f"the index of {shown(str(folder))} is damaged ({shown(str(error))[:200]}): copy the pack again, or pack "
+            "the images again"
         ) from None
     return columns
+
+
+def _check_columns(columns: dict[str, Any], rows: int, classes: int) -> None:
+    """Refuse arrays that are no index, whoever wrote them.
+
+    Raises:
+        ValueError: says which.
+    """
+    shapes = {name: (rows,) for name in _NEEDED} | {"key_offsets": (rows + 1,), "sizes": (rows, 2)}
+    shapes["key_bytes"] = (columns["key_bytes"].size,)
+    for name, column in columns.items():
+        if column.shape != shapes[name] or not np.issubdtype(column.dtype, np.integer):
+            raise ValueError(f"{name}.npy is an array of {column.dtype} {column.shape}")
+    offsets, labels = columns["key_offsets"], columns["labels"]
+    for name, right in {
+        "key_offsets": offsets[0] == 0 and offsets[-1] == len(columns["key_bytes"]) and (np.diff(offsets) >= 0).all(),
+        "sizes": rows == 0 or columns["sizes"].min() > 0,
+        "labels": rows == 0 or -1 <= labels.min() <= labels.max() < max(1, classes),
+        "ids": rows == 0 or (columns["ids"].min() >= 0 and len(np.unique(columns["ids"])) == rows),
+    }.items():
+        if not right:
+            raise ValueError(f"{name}.npy holds values that cannot be")
 
 
 def _part(data: str, index: Index, part: str) -> Index:

@@ -16,6 +16,7 @@ import tarfile
 import threading
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +24,12 @@ from typing import NamedTuple
 from tessella import files
 from tessella.data.decode import Unreadable
 from tessella.data.index import progress_bar
+from tessella.data.sources.files import ending_of
 from tessella.errors import UserError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
-_MAX_OPEN = 256  # archives held open; a process may have 1024 files by default
+_MAX_OPEN = 256  # archives held open, of the 1024 files that a process may usually have
 _MAX_HEADER = 2**20  # bytes; longest extended header that is believed
 _COPY_CHUNK = 2**22  # bytes
 _MAX_RATIO = 100  # decompressed / compressed bytes; photos stay below 2, drawings below 50
@@ -48,6 +50,7 @@ class Archives:
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = list(paths)
         self._descriptors: dict[int, int] = {}
+        self._most_open = min(_MAX_OPEN, _files_allowed() // 4)
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._descriptors)
 
@@ -67,7 +70,7 @@ class Archives:
     def _descriptor(self, archive: int) -> Iterator[int]:
         with self._lock:
             kept = self._descriptors.get(archive)
-            if kept is None and len(self._descriptors) < _MAX_OPEN:
+            if kept is None and len(self._descriptors) < self._most_open:
                 kept = self._descriptors[archive] = os.open(self.paths[archive], os.O_RDONLY | os.O_CLOEXEC)
         if kept is not None:
             yield kept
@@ -79,14 +82,27 @@ class Archives:
             os.close(passing)
 
 
-def walk_tar(path: str, suffixes: tuple[str, ...]) -> tuple[list[Member], list[tuple[str, str]]]:
+def _files_allowed() -> int:
+    """How many files this process may have open."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 512
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4 * _MAX_OPEN if soft == resource.RLIM_INFINITY else soft
+
+
+def walk_tar(
+    path: str, suffixes: tuple[str, ...], passed_over: Counter[str] | None = None
+) -> tuple[list[Member], list[tuple[str, str]]]:
     """All images of one .tar, and what looks like an image but is not readable in place.
 
-    Hidden members and those with other suffixes are passed over in silence, as in folders.
+    Hidden members and those with other suffixes are passed over, as in folders.
 
     Args:
         path: of an uncompressed archive.
         suffixes: of images, in lower case.
+        passed_over: receives the number of other files by ending.
 
     Returns:
         Members in the archive's order, and (name, reason) pairs; the name is "" for the archive as a whole.
@@ -105,7 +121,11 @@ def walk_tar(path: str, suffixes: tuple[str, ...]) -> tuple[list[Member], list[t
                     raise tarfile.ReadError(f"the header at byte {entry.offset} claims {entry.size} bytes")
                 before = tar.offset
                 name = entry.name.removeprefix("./").lstrip("/")
-                if _is_hidden(name) or not name.lower().endswith(suffixes) or entry.isdir():
+                if entry.isdir():
+                    continue
+                if _is_hidden(name) or not name.lower().endswith(suffixes):
+                    if passed_over is not None:
+                        passed_over["hidden" if _is_hidden(name) else ending_of(name)] += 1
                     continue
                 reason = _refusal(entry, end_of_file)
                 if reason:
@@ -129,7 +149,10 @@ def tar_on_disk(path: str, cache: Path) -> str:
     """
     if path.lower().endswith(".tar"):
         return path
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     place = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     folder = cache / "archives" / place
     copy = folder / f"{status.st_size}-{status.st_mtime_ns}.tar"

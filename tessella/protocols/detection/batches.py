@@ -21,7 +21,7 @@ from torch import Tensor
 from tessella.data.boxes.layouts import AnnotatedImages
 from tessella.data.boxes.outlines import paint
 from tessella.data.decode import Unreadable
-from tessella.data.loader import run_ahead
+from tessella.data.threads import run_ahead
 from tessella.data.transform import resize_pixels as resize
 from tessella.errors import UserError
 from tessella.ops.augment import normalise

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from tessella import dist
 from tessella.data.decode import Unreadable
-from tessella.data.loader import portions, run_ahead
 from tessella.data.masks.layouts import IGNORE, MaskedImages
+from tessella.data.threads import portions, run_ahead
 from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
 from tessella.errors import UserError
 from tessella.protocols.features import progress, rank_rows

@@ -191,3 +191,21 @@ def test_many_threads_read_the_same_archives(folder, tmp_path, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         for chunk, found in zip(chunks, pool.map(read, chunks), strict=True):
             assert found == [expected[row] for row in chunk]
+
+
+def test_more_archives_than_files_may_be_open_are_read(folder, tmp_path):
+    resource = pytest.importorskip("resource", reason="limits of a process are set on POSIX systems")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    whole = pack(tmp_path / "whole.tar", folder)
+    for number in range(120):
+        (shards / f"{number:03d}.tar").write_bytes(whole.read_bytes())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        images = open_images(str(shards), cache=tmp_path / "cache")
+        assert len(images) == 720 and not images.unreadable
+        for row in range(0, 720, 6):
+            images.image(row)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -9,8 +9,9 @@ import socket
 import numpy as np
 import pytest
 
-from tessella.data.decode import Unreadable
+from tessella.data.decode import HEIC, Unreadable
 from tessella.data.sources import open_images
+from tessella.data.sources.messages import not_read
 from tessella.errors import UserError
 from tests.data.pictures import assert_equal_sets, keys, pack, write_image
 
@@ -140,3 +141,28 @@ def test_a_thousand_reads_do_not_depend_on_the_working_folder(folder, monkeypatc
     monkeypatch.chdir("/")
     assert images.image(0).shape == (8, 12, 3)
     assert_equal_sets(images, open_images(str(folder)))
+
+
+def test_files_that_are_not_read_are_counted_by_ending_in_folders_and_archives(folder, tmp_path):
+    for name in ("cat/one.HEIC", "dog/two.heic", "film.mp4", "no_ending", ".DS_Store", "odd.an-endless-ending"):
+        (folder / name).write_bytes(b"x")
+    expected = {".heic": 2, ".mp4": 1, "no ending": 2, "hidden": 1, ".md": 1}
+    if HEIC:
+        del expected[".heic"]
+    for data in (folder, pack(tmp_path / "images.tar", folder)):
+        for _ in range(2):  # from the files, from the cache
+            assert open_images(str(data)).passed_over == expected
+
+
+def test_what_is_passed_over_is_said_with_the_extra_that_reads_it():
+    assert not_read({".mp4": 3, "hidden": 1, ".heic": 1200}) == (
+        "1,200 .heic, 3 .mp4, 1 hidden; .heic is read after: pip install 'tessella[heic]'"
+    )
+    assert not_read({f".{number}": number for number in range(1, 9)}) == "8 .8, 7 .7, 6 .6, 5 .5, 4 .4, 3 .3, 3 others"
+
+
+def test_a_folder_of_nothing_but_films_says_so(tmp_path):
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films/a.mp4").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"holds no images: .* It holds 1 \.mp4\.$"):
+        open_images(str(tmp_path / "films"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 
@@ -70,3 +71,41 @@ def test_what_a_list_names_in_vain_is_unreadable_and_contradictions_are_refused(
     (folder / "broken.parquet").write_text("no parquet")
     with pytest.raises(UserError, match="cannot be read as parquet"):
         open_images(str(folder / "broken.parquet"))
+
+
+def test_the_users_own_list_may_name_any_path(folder, tmp_path):
+    write_image(tmp_path / "beside/one.png")
+    (folder / "list.csv").write_text(f"path\n../beside/one.png\n{tmp_path}/beside/../beside/one.png\n./cat/a.jpg\n")
+    assert len(open_images(str(folder / "list.csv"))) == 3
+
+
+def test_a_list_none_of_whose_files_is_there_says_where_it_looked_and_in_which_column(folder):
+    (folder / "list.csv").write_text("id,photo,species\n17,cat/a.jpg,cat\n18,dog/a.jpg,dog\n")
+    looked = (
+        r"none of its 2 files is there; the first was looked for at .*/17\. Paths come from the column 'id' of id, "
+    )
+    with pytest.raises(UserError, match=looked + "photo, species: .* called path, file, image or filename$"):
+        open_images(str(folder / "list.csv"))
+
+
+def test_a_file_that_a_list_named_in_vain_is_found_when_it_is_there(folder):
+    (folder / "list.csv").write_text("path\ncat/a.jpg\nlater.png\n")
+    assert [key for key, _ in open_images(str(folder / "list.csv")).unreadable] == ["later.png"]
+    write_image(folder / "later.png")
+    assert len(open_images(str(folder / "list.csv"))) == 2
+
+
+def test_a_damaged_parquet_list_is_refused_whatever_is_damaged(folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = folder / "list.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"path": ["cat/a.jpg", "dog/a.jpg"] * 50, "label": [0, 1] * 50}), path)
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(150):
+        content = bytearray(whole)
+        for place in random.integers(len(content), size=3):
+            content[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(content)
+        with contextlib.suppress(UserError):
+            open_images(str(path))

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tessella.data.boxes.layouts import open_annotations
+from tessella.data.masks.layouts import open_masks
 from tessella.data.sources import open_images
 from tessella.errors import UserError
 
@@ -20,8 +22,16 @@ def test_what_is_not_there_is_answered_with_what_is_near_and_what_is_accepted(fo
         open_images(str(tmp_path / "picture"))
     with pytest.raises(UserError, match="near it is cifar10"):
         open_images("cifar-10")
-    with pytest.raises(UserError, match="neither a folder nor"):
-        open_images(str(folder / "README.md"))
+    for name, said in (
+        ("README.md", "is not a folder, list or archive that can be read. Give a folder, "),
+        ("photos.zip", r"unpack it and give the folder, or pack the images as \.tar$"),
+        ("list.txt", r"one path per line is read when it is called \.csv$"),
+        ("cat/a.jpg", "a single image: give the folder that holds it$"),
+    ):
+        (folder / name).touch()
+        with pytest.raises(UserError, match=said) as caught:
+            open_images(str(folder / name))
+        assert len(str(caught.value)) < len(str(folder / name)) + 150
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="holds no images"):
         open_images(str(tmp_path / "nothing"))
@@ -48,3 +58,13 @@ def test_importing_the_module_loads_no_heavy_library():
     loaded = set(done.stdout.split())
     assert "tessella" in loaded
     assert loaded.isdisjoint({"torch", "torchvision", "sklearn", "pyarrow", "datasets"}), loaded
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "a/" * 3000, "with a zero \0 byte", "broken \udcff utf8", "::", "~nobody-of-this-name/x"]
+)
+def test_a_name_that_no_file_can_have_is_refused_in_one_line(name):
+    for open_them in (open_images, open_masks, lambda data: open_annotations(data, "train")):
+        with pytest.raises(UserError) as caught:
+            open_them(name)
+        assert "\n" not in str(caught.value) and str(caught.value).encode()
