@@ -1,8 +1,11 @@
 """The command line: words -> typed settings -> one engine call.
 
-Exit codes: 0 done; 2 a user error, told in one line; 75 interrupted by Ctrl-C or SIGTERM, and `tessella resume` goes
-on; 69 another rank was lost, and `tessella resume` goes on; 130 stopped where nothing was to be saved; 1 an internal
-error, with its traceback.
+Exit codes: 0 done; 2 something to change, said in one line; 75 interrupted by Ctrl-C or SIGTERM, and `tessella resume`
+goes on; 69 another rank was lost, and `tessella resume` goes on; 130 stopped where nothing was to be saved; 1 an
+internal error, with its traceback.
+
+Standard output and standard error may be closed, on a full disk, or a pipe whose reader has ended: work that goes into
+files is done all the same. Where the text itself is the result, a full disk is exit code 2.
 
 `tessella --help` answers at once: torch, tyro and all that needs them are imported within the commands.
 """
@@ -12,11 +15,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import io
 import os
-import re
 import shlex
 import sys
 import typing
@@ -24,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeAlias
 
+from tessella.console import LossyStream
 from tessella.engine.interrupt import EXIT_INTERRUPTED, EXIT_STOPPED, Interrupted, stoppable
 from tessella.engine.ranks import place
 from tessella.errors import EXIT_RANK_LOST, RankLost, UserError
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 
 _HELP = ("-h", "--help")
+_WORK_GOES_TO_FILES = ("demo", "pack", "pretrain", "resume", "evaluate", "embed", "import", "report")
 _SHOWN_UNREADABLE = 20  # files that `scan` lists with their reason
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
@@ -70,13 +75,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code; see the module.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    out, errors = LossyStream(sys.stdout), LossyStream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        code = _exit_code(words)
+        out.flush()
+        lost = out.error
+        text_is_the_result = "".join(words[:1]) not in _WORK_GOES_TO_FILES
+        if code == 0 and lost is not None and lost.errno != errno.EPIPE and text_is_the_result:
+            _say(f"cannot write to standard output: {lost.strerror}")
+            code = EXIT_USER_ERROR
+    for stream in (out, errors):
+        if stream.error is not None:  # else the interpreter fails at the same text when it ends
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def _exit_code(words: list[str]) -> int:
     try:
         with stoppable():
-            code = _dispatch(list(sys.argv[1:] if argv is None else argv))
-            sys.stdout.flush()
-            return code
+            return _dispatch(words)
     except UserError as error:
         _say(str(error))
+        return EXIT_USER_ERROR
+    except OSError as error:  # of the system, about a file that the user has named or that ought to be usable
+        _say(_about_file(error))
         return EXIT_USER_ERROR
     except RankLost:  # each rank has said it
         return EXIT_RANK_LOST
@@ -85,9 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         _say(str(stop) or "stopped by Ctrl-C")
         return EXIT_STOPPED
-    except BrokenPipeError:  # `tessella recipes | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _about_file(error: OSError) -> str:
+    """What the system says, about which file, and what to look at."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        return f"the system refuses: {reason}"
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+    return f"{name}: {reason}. Check that it is what was meant, and that this user may read and write it"
 
 
 def program() -> NoReturn:
@@ -96,11 +126,24 @@ def program() -> NoReturn:
     One that was stopped ends without the interpreter's own clean-up, in which libraries that were half loaded have been
     seen to crash, and which may wait for a rank that is lost.
     """
+    _open_closed_descriptors()
     code = main()
     if code in (EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_RANK_LOST):
-        sys.stdout.flush()
+        LossyStream(sys.stdout).flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _open_closed_descriptors() -> None:
+    """Point closed standard descriptors at /dev/null.
+
+    Otherwise the next file that is opened, such as a checkpoint, gets a closed one's number, and what a library prints.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
 
 
 def _dispatch(words: list[str]) -> int:
@@ -210,7 +253,8 @@ def resume(words: list[str]) -> int:
 def _go_on(run: Path, words: list[str]) -> None:
     from tessella.run.lock import refuse_second_writer
 
-    refuse_second_writer(run)  # at once, before torch is imported
+    _require_run(run)  # both at once, before torch is imported
+    refuse_second_writer(run)
     from tessella.engine.pretrain import resume as go_on
     from tessella.run.config import different_fields, load_config
 
@@ -219,6 +263,11 @@ def _go_on(run: Path, words: list[str]) -> None:
     given = _parse("resume", type(saved), words, default=saved)
     allow = [name.replace("-", "_") for name in allow]
     go_on(run, different_fields(saved, given), allow=allow)
+
+
+def _require_run(folder: Path) -> None:
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml; give the --out of a run")
 
 
 def _taken_out(flag: str, words: list[str]) -> tuple[list[str], list[str]]:
@@ -275,6 +324,7 @@ def _until_done(run: Path, train: Callable[[], object]) -> int:
         _say(f"{str(stop) or 'stopped by Ctrl-C'}; `tessella resume {name}` goes on from what was saved last")
         return EXIT_INTERRUPTED
     if _rank() == 0:
+        print(printable(f"Written:    {run}, with backbone.safetensors and the figures of its steps in metrics.jsonl"))
         print(f"Judge it:   tessella evaluate {name} --train LABELLED --test LABELLED --baseline --out {name}")
         print(f"Look at it: tessella report {name}")
     return 0
@@ -430,6 +480,7 @@ def report(run: Path, /) -> int:
     Args:
         run: a run folder.
     """
+    _require_run(run)
     from tessella.report.of_run import report as write_report
 
     _tell_written(write_report(run))
@@ -672,7 +723,7 @@ def _parse(command: str, target: Any, words: list[str], *, prog: str | None = No
 
     prog = prog or f"tessella {command}"
     target = target if isinstance(target, type) else _recording(target)
-    boxes = io.StringIO()  # tyro tells errors in a box of many lines; a user error is one line
+    boxes = io.StringIO()  # tyro shows an error in a box of many lines; a user error is one line
     try:
         with contextlib.redirect_stderr(boxes):
             return tyro.cli(
@@ -709,18 +760,10 @@ def _recording(function: Callable[..., int]) -> Callable[..., Callable[[], int]]
 
 
 def _in_one_line(box: str) -> str:
-    """What a box of tyro says: its first section, and the options that it thinks were meant."""
+    """What a box of tyro says, without its frame; its sections behind semicolons."""
     lines = [line.strip(" │|") for line in box.splitlines()[1:-1]]
-    body = " ".join(line for line in lines if not re.fullmatch("[─-]*", line))
-    if "(required)" in body:
-        missing = [line.split()[0] for line in lines if re.fullmatch(r"--[\w.-]+ \S+|\[?[A-Z]{2,}\]?", line)]
-        return f"{', '.join(missing)} must be given"
-    said, _, meant = body.partition("Perhaps you meant:")
-    said = re.split(r"Argument helptext:|For full helptext", said)[0].strip().rstrip(".")
-    said = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", said)
-    said = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", said)
-    flags = list(dict.fromkeys(re.findall(r"(?<!\S)--[a-z][\w.-]*", meant.partition("For full helptext")[0])))
-    return said + (f" (did you mean {' or '.join(flags[:3])}?)" if flags else "")
+    words = " ".join(line if line.strip("─-") else ";" for line in lines).replace(" ;", ";")
+    return words.partition("; For full helptext")[0].strip().rstrip(".")
 
 
 # --- console ------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tessella.errors import UserError
 
@@ -256,8 +256,8 @@ def owned_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def open_append(path: Path, *, inside: Path | None = None) -> TextIO:
-    """Open an ASCII text file to add lines at its end; each goes to the system at once. Made if it is missing.
+def open_append(path: Path, *, inside: Path | None = None) -> io.FileIO:
+    """Open a file to add bytes at its end, without a buffer, so that closing cannot fail. Made if it is missing.
 
     Args:
         path: of the file; its folder must exist.
@@ -266,9 +266,7 @@ def open_append(path: Path, *, inside: Path | None = None) -> TextIO:
     Raises:
         FileError: it is a link, has a second name, or is no regular file; its folder is a link; ...
     """
-    return open(
-        open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, inside=inside), "a", encoding="ascii", buffering=1
-    )
+    return open(open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, inside=inside), "ab", buffering=0)
 
 
 def open_own(path: Path, flags: int, *, inside: Path | None = None) -> int:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from tessella import cli
 from tessella.cli import COMMANDS, main, suggested_recipes
 from tessella.engine.interrupt import Interrupted
 from tessella.methods import METHODS
@@ -88,8 +88,8 @@ WRONG = {
     "pretrain": "RECIPE comes first: tessella pretrain RECIPE --data DATA --out RUN",
     "pretrain --data digits --out {tmp}/run": "RECIPE comes first",
     "pretrain swav_cpuu --data digits --out {tmp}/run": "did you mean swav_cpu",
-    "pretrain swav_cpu": "--out, --data must be given. Usage: tessella pretrain RECIPE --data DATA --out RUN",
-    "pretrain swav_cpu --out {tmp}/run": "--data must be given",
+    "pretrain swav_cpu": "--data STR images to train on; labels are never read (required). Usage:",
+    "pretrain swav_cpu --out {tmp}/run": "pretrain swav_cpu: --data STR",
     "pretrain swav_cpu --data {tmp}/nothing --out {tmp}/run": "nothing does not exist",
     "pretrain swav_cpu --data digits --out {tmp}/full": "full is not an empty folder",
     "pretrain swav_cpu --data digits --out {tmp}/run --epochs 0": "epochs=0 must be at least 1",
@@ -100,9 +100,9 @@ WRONG = {
     "pretrain swav_cpu --data digits::test --out {tmp}/run --method.prototypes 100000": "at most 360, the number of im",
     "bench swav_cpu --data digits --seconds -1": "seconds=-1.0 must be above 0",
     "evaluate random:resnet10 --train digits --test digits --out {tmp}/e --batch-size 0": "batch_size=0 must be at",
-    "pretrain swav_cpu --data digits --out {tmp}/run --epochs three": "'three' is not a whole number",
-    "pretrain swav_cpu --data digits --out {tmp}/run --optimizer.lr x": "--optimizer.lr: 'x' is not a number",
-    "pretrain swav_cpu --data digits --out {tmp}/run --epoch 3": "--epoch, 3 (did you mean --epochs",
+    "pretrain swav_cpu --data digits --out {tmp}/run --epochs three": "base 10: 'three'; Argument helptext",
+    "pretrain swav_cpu --data digits --out {tmp}/run --optimizer.lr x": "could not convert string to float: 'x'",
+    "pretrain swav_cpu --data digits --out {tmp}/run --epoch 3": "--epoch, 3; Perhaps you meant: --epochs INT",
     "pretrain swav_cpu --data digits --out {tmp}/run --device tpu": "'auto', 'cpu', 'cuda', 'mps'",
     "pretrain swav_cpu --data digits --out {tmp}/run --method.tile-size 8": "Unrecognized options",
     "pretrain swav_cpu --data digits --out {tmp}/run --method.name jigclu": "invalid choice 'jigclu'",
@@ -110,20 +110,22 @@ WRONG = {
     "pretrain swav_cpu --data digits --out {tmp}/run --method.views.groups.0.scale 0.9 0.1": "lower bound",
     "resume": "RUN comes first",
     "resume {tmp}/full": "full is not a run folder",
-    "evaluate": "BACKBONE, --out must be given",
+    "resume {tmp}/full/note.txt": "note.txt is not a run folder",
+    "report {tmp}/full/note.txt": "note.txt is not a run folder",
+    "evaluate": "tessella evaluate: BACKBONE a run, imported",
     "evaluate random:resnet10 --out {tmp}/e": "by --train and --test, or by --data FILE.yaml",
     "evaluate random:resnet10 --data {tmp}/no.yaml --out {tmp}/e": "cannot be read: No such file",
     "compare {tmp}/full": "holds no evaluation.json with figures",
     "evaluate {tmp} --train digits::train --test digits::test --out {tmp}/e": "is not a run folder",
     "evaluate random:resnet10 --train digits --test digits --out {tmp}/e --protocols knm": "mean knn?",
     "embed random:resnet10 digits --out {tmp}/features.csv": "neither in .npy nor in .parquet",
-    "embed random:resnet10": "DATA, --out must be given",
+    "embed random:resnet10": "DATA the images. (required) --out PATH",
     "recipes swav_gpu": "did you mean swav_cpu",
     "recipes swav_cpu swav_digits": "Unrecognized options: swav_digits",
     "report {tmp}": "is not a run folder",
-    "scan": "DATA must be given",
+    "scan": "DATA the images. (required). Usage: tessella scan DATA",
     "scan {tmp}/nothing": "does not exist. Give a folder, ",
-    "demo --seeds x": "'x' is not a whole number",
+    "demo --seeds x": "--seeds: invalid literal for int() with base 10: 'x'",
 }
 
 
@@ -143,21 +145,29 @@ def test_a_wrong_input_is_one_helpful_line_and_code_2(line, tmp_path, capsys):
     )  # no run begun
 
 
-def test_boxes_without_line_drawing_characters_are_understood_too():
-    lines = [
-        "+ Required options --+",
-        "| Missing:           |",
-        "|   --out PATH       |",
-        "| (required) |",
-        "+--+",
-    ]
-    assert cli._in_one_line("\n".join(lines)) == "--out must be given"
-
-
 def test_control_characters_of_foreign_names_do_not_reach_the_terminal(capsys):
     assert main(["scan", "no\x1b[31mwhere\nelse\udc80"]) == 2
     told = capsys.readouterr().err
     assert "\x1b" not in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "runs/first/x"), "runs/first/x: Permission denied. Check that"),
+        (NotADirectoryError(20, "Not a directory", b"runs/\xff"), "runs/\\udcff: Not a directory. Check that"),
+        (OSError(24, "Too many open files"), "the system refuses: Too many open files"),
+        (TimeoutError(), "the system refuses: TimeoutError"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line_and_code_2(error, said, monkeypatch, capsys):
+    def refuses(words):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "recipes", cli.Command("", "", refuses))
+    assert run("recipes swav_cpu") == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"tessella: {said}") and told.count("\n") == 1
 
 
 def test_an_internal_error_keeps_its_traceback(monkeypatch):
@@ -204,10 +214,39 @@ def test_ctrl_c_where_nothing_was_to_be_saved_exits_with_130(monkeypatch, capsys
     assert capsys.readouterr().err == "tessella: stopped by Ctrl-C\n"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
-    command = f"{shlex.quote(sys.executable)} -m tessella recipes | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (0, "")
+CONSOLES = {  # where standard output goes -> exit code where the text is the result, and what is said
+    "| true": (0, ""),
+    ">&-": (0, ""),
+    "> /dev/full": (2, "tessella: cannot write to standard output: No space left on device\n"),
+    "> /dev/full 2>&1": (2, ""),
+    "2>&- >&- <&-": (0, ""),
+}
+
+
+@pytest.mark.parametrize("to", CONSOLES)
+def test_a_console_that_is_closed_full_or_has_no_reader_ends_in_one_line_at_most(to):
+    done = in_a_shell(f"recipes {to}")
+    assert (done.returncode, done.stderr) == CONSOLES[to]
+
+
+@pytest.mark.parametrize("to", ["| true", "2>&1 | true", ">&- 2>&-", "> /dev/full 2>&1"])
+def test_a_run_is_finished_without_its_console(to, tmp_path):
+    out = tmp_path / "run"
+    done = in_a_shell(f"pretrain swav_cpu --data digits::test --max-steps 2 --out {out} {TINY} {to}")
+    assert done.returncode == 0 and done.stderr.count("\n") <= 1  # a note about the batch size
+    assert (out / "backbone.safetensors").exists()
+
+
+def in_a_shell(words: str) -> subprocess.CompletedProcess[str]:
+    command = f"{shlex.quote(sys.executable)} -m tessella {words}; exit ${{PIPESTATUS[0]}}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_a_console_without_unicode_gets_escapes(tmp_path):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "tessella", "scan", str(tmp_path / "M\u00fcnchen")]
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and done.stderr.isascii()
 
 
 # --- looking ------------------------------------------------------------------------------------------------

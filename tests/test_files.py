@@ -146,10 +146,10 @@ def test_what_is_appended_to_must_be_a_file_with_one_name(
 
 
 def test_lines_are_added_at_the_end(ours: Path):
-    for line in ("one\n", "two\n"):
+    for line in (b"one\n", b"two\n"):
         with files.open_append(ours / "log") as file:
             file.write(line)
-            assert (ours / "log").read_text().endswith(line)  # at once: a killed process loses no line
+            assert (ours / "log").read_bytes().endswith(line)  # at once: a killed process loses no line
     assert (ours / "log").read_text() == "one\ntwo\n"
 
 

@@ -12,15 +12,13 @@ per machine. Every image has an id that depends on its key alone: it stays when 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import stat
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tessella import files
+from tessella.console import progress_bar
 from tessella.data.decode import FORMATS, MAX_BYTES, Inaccessible, Unreadable, probe, probe_with
 from tessella.errors import UserError
 from tessella.files import exclusive
@@ -206,37 +205,6 @@ def sample(paths: Sequence[str]) -> list[Evidence]:
     """
     step = -(-len(paths) // _SAMPLED_FILES) or 1
     return [evidence for path in paths[::step] if (evidence := evidence_of(path))]
-
-
-@contextlib.contextmanager
-def progress_bar(label: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
-    """A bar on standard error while it is a terminal, else nothing; gives the function that advances it.
-
-    Args:
-        label: what is going on.
-        total: units to do.
-        unit: "bytes" shows a download-like bar.
-    """
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    shown = TextColumn("{task.description}")
-    console = Console(stderr=True)
-    with Progress(shown, BarColumn(), amount, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task(escape(label), total=total)
-        yield lambda done: bar.advance(task, done)
 
 
 def stable_ids(keys: Sequence[bytes]) -> NDArray[np.int64]:

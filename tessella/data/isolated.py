@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from tessella.console import progress_bar
 from tessella.data.decode import Unreadable, decode
-from tessella.data.index import progress_bar
 from tessella.data.sources.images import ImageSet
 
 SECONDS = 10.0  # for one image; the largest that is accepted takes about 3

@@ -26,9 +26,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from tessella.console import progress_bar
 from tessella.data.batch import Batch
 from tessella.data.decode import Unreadable
-from tessella.data.index import progress_bar
 from tessella.data.sampler import Order, check_shares, share
 from tessella.data.sources import ImageSet
 from tessella.data.threads import Task, portions, run_ahead

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tessella import files
+from tessella.console import progress_bar
 from tessella.data.decode import Unreadable, decode
-from tessella.data.index import columns_of, fingerprint_of, progress_bar, write_columns
+from tessella.data.index import columns_of, fingerprint_of, write_columns
 from tessella.data.sources.images import ImageSet
 from tessella.data.sources.packs import COLUMNS, DESCRIPTION, FORMAT, PACKING, read_description
 from tessella.data.threads import run_ahead

@@ -99,9 +99,10 @@ def _stop_here(number: int, frame: FrameType | None) -> None:
 
 def _quit(number: int, code: int) -> None:
     """End the process without waiting for threads, which may hang in a decoder or on a network file system."""
-    if os.isatty(2):
-        os.write(2, _SHOW_CURSOR)
-    os.write(2, f"tessella: {_NAMES[signal.Signals(number)]} for the second time: quits at once\n".encode())
+    with contextlib.suppress(OSError):  # a terminal that is gone keeps nobody from ending
+        if os.isatty(2):
+            os.write(2, _SHOW_CURSOR)
+        os.write(2, f"tessella: {_NAMES[signal.Signals(number)]} for the second time: quits at once\n".encode())
     os._exit(code)
 
 

@@ -18,6 +18,7 @@ from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from tessella import dist
+from tessella.data.sources import ImageSet
 from tessella.engine.ranks import adopt
 from tessella.errors import UserError
 from tessella.run.config import RunConfig
@@ -90,6 +91,24 @@ def _meet_anew(backend: str) -> None:
         torch_dist.init_process_group(
             backend, store=torch_dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world_size
         )
+
+
+def first_line(fabric: Fabric, config: RunConfig, images: ImageSet) -> str:
+    """What a run trains on, for the person who has started it.
+
+    Args:
+        fabric: launched.
+        config: of the run.
+        images: its data.
+    """
+    device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else fabric.device.type
+    ranks = f"{fabric.world_size} x " if fabric.world_size > 1 else ""
+    precision = {"32-true": "float32", "bf16-mixed": "bf16 mixed precision"}[str(fabric.strategy.precision.precision)]
+    left_out = f" ({len(images.unreadable):,} more cannot be read and are left out)" if images.unreadable else ""
+    return (
+        f"{config.recipe or config.method.name} on {ranks}{device}, {precision}: {len(images):,} images{left_out}, "
+        f"{config.epochs} epochs, batches of {config.batch_size}"
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -23,7 +23,7 @@ from tessella.data.sampler import Order
 from tessella.data.sources import ImageSet
 from tessella.engine.build import build_loader, build_state
 from tessella.engine.interrupt import Interrupted, StopRequest
-from tessella.engine.launch import repeatable
+from tessella.engine.launch import first_line, repeatable
 from tessella.engine.memory import explain_out_of_memory
 from tessella.engine.numbers import LOOK_EVERY, Guard
 from tessella.engine.watch import Watch
@@ -66,6 +66,7 @@ class Session:
         self.last_step = min(self.progress.total_steps, config.max_steps or self.progress.total_steps)
         self.loader = build_loader(config, images, order, fabric)
         self.log = RunLog(run.path, self.last_step, config.batch_size, step, enabled=fabric.is_global_zero)
+        self.log.say(first_line(fabric, config, images))
         self.guard = Guard(config, state, images, self.log)
         self.stop = StopRequest()
         self._output: Step | None = None
@@ -104,6 +105,7 @@ class Session:
             self.guard.before_step(self.progress)
             yield batches, self.progress
             self.progress = self.progress.next()
+            self.log.advance(self.progress)
             if not self._look():
                 self._go_back()
                 return

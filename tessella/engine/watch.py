@@ -28,8 +28,8 @@ from typing import Self, TypeVar
 import torch.distributed as torch_dist
 
 from tessella import dist
+from tessella.console import note
 from tessella.errors import EXIT_RANK_LOST, RankLost
-from tessella.text import printable
 
 _BEAT = 1.0  # seconds
 _SILENT = 4  # beats of others that a rank misses at least to be called silent, once something is known to be wrong
@@ -203,7 +203,7 @@ class Watch:
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _say(self, text: str) -> None:
-        print(printable(f"tessella (rank {self._rank}): {text}"), file=sys.__stderr__, flush=True)
+        note(f"tessella (rank {self._rank}): {text}", sys.__stderr__)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from tessella import dist
+from tessella.console import note
 from tessella.data.boxes.layouts import AnnotatedImages, open_annotations
 from tessella.data.index import cache_folder
 from tessella.data.label_map import read_label_map
@@ -24,7 +24,6 @@ from tessella.protocols.duplicates import DuplicatesConfig, duplicates
 from tessella.protocols.features import ImageData
 from tessella.protocols.lowshot import ChosenImages
 from tessella.run.config import to_dict
-from tessella.text import printable
 
 _PAIRS = 12  # near-copies that a record names
 _REASONS = 20  # files left out that a record names
@@ -88,7 +87,7 @@ class Shelf:
     def _warn(self, text: str) -> None:
         """Say it once."""
         if text not in self._said and dist.rank() == 0:
-            print(printable(f"warning: {text}"), file=sys.stderr)
+            note(f"warning: {text}")
         self._said.add(text)
 
     def _open(self, name: Any, split: str, task: Task) -> Any:
@@ -121,7 +120,7 @@ def _tell_unreadable(images: Any) -> None:
     if failed and dist.rank() == 0:
         key, reason = failed[0]
         more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        print(printable(f"left out of {images.name}: {key}: {reason}{more}"), file=sys.stderr)
+        note(f"left out of {images.name}: {key}: {reason}{more}")
 
 
 def described(data: Data, split: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tessella import dist, files
+from tessella.console import note
 from tessella.data.sources import ImageSet
 from tessella.data.transform import Interpolation
 from tessella.engine.launch import cores_at_hand, join_ranks
@@ -38,7 +38,6 @@ from tessella.protocols.duplicates import DuplicatesConfig
 from tessella.protocols.features import ImageData, frozen
 from tessella.run.config import to_dict
 from tessella.run.folder import versions
-from tessella.text import printable
 from tessella.weights.resolve import Loaded, random_twin, resolve_backbone, weights_sha256
 
 __all__ = ["Record", "assign", "evaluate", "score"]
@@ -363,7 +362,7 @@ def _answer(
 def _say(text: str) -> None:
     """A line on stderr, from rank 0."""
     if dist.rank() == 0:
-        print(printable(text), file=sys.stderr, flush=True)
+        note(text)
 
 
 @contextmanager

@@ -9,9 +9,7 @@ folder, a later evaluation of the same weights and images reads them from there.
 from __future__ import annotations
 
 import hashlib
-import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tessella import dist
+from tessella.console import progress_bar
 from tessella.data.evaluation import evaluation_batches
 from tessella.data.sources import ImageSet
 from tessella.data.transform import EvalTransform
@@ -37,7 +36,6 @@ T = TypeVar("T")
 
 _GATHER_ROWS = 8192  # rows of one rank that travel at a time: the device never holds the whole result
 _IN_MEMORY = 1 << 30  # bytes; a larger matrix of features lies in a file while it is made
-_LINE_SECONDS = 30.0  # between two lines about progress where there is no terminal
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}  # no names of classes
 _SPOT_CHECKS = 8  # images whose kept features are compared with new ones
 _SPOT_TOLERANCE = 0.01  # relative; TF32 and other batch sizes move features by less
@@ -393,32 +391,14 @@ def tensor_digests(module: nn.Module) -> dict[str, str]:
 
 
 def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """The items, while rank 0 tells on stderr how far they are and how long the rest will take; not without a title.
-
-    A bar on a terminal; elsewhere, as in a log, a line every half minute.
-    """
+    """The items, while rank 0 shows how far they are and how long the rest will take; not without a title."""
     if not title or dist.rank() != 0:
         yield from items
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track
-
-        yield from track(items, title, total=total, console=Console(stderr=True), transient=True)
-    else:
-        yield from _told(items, title, total)
-
-
-def _told(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    start = said = time.monotonic()
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if done and now - said >= _LINE_SECONDS:
-            said = now
-            left = (now - start) / done * (total - done)
-            minutes, seconds = divmod(round(left), 60)
-            rest = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {seconds:02} s"
-            print(f"{title}: {done} of {total}, {rest} left", file=sys.stderr, flush=True)
-        yield item
+        return
+    with progress_bar(title, total) as advance:
+        for item in items:
+            yield item
+            advance(1)
 
 
 def _check_features(x: Tensor, images: ImageSet) -> None:

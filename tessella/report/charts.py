@@ -43,17 +43,17 @@ def line_chart(
     *,
     title: str,
     sentence: str,
-    from_zero: bool = False,
+    reaches: float = 0.0,
     rule: float | None = None,
     rule_label: str = "",
 ) -> Chart | None:
-    """A curve over the steps of a run.
+    """A curve over the steps of a run. Its axis reaches 0, so that noise looks as small as it is.
 
     Args:
         points: (step, value), steps >= 0 and ascending; None and what is not finite leave a gap.
         title: of the chart.
         sentence: what one sees and what is good.
-        from_zero: whether the axis starts at 0.
+        reaches: a value that the axis shows in any case.
         rule: a value to mark with a horizontal line; the axis reaches it.
         rule_label: what to call it.
 
@@ -64,7 +64,7 @@ def line_chart(
     values = [value for _, value in points if value is not None]
     if not values:
         return None
-    reached = [*values, *([rule] if rule is not None else []), *([0.0] if from_zero else [])]
+    reached = [0.0, reaches, *values, *([rule] if rule is not None else [])]
     marks = nice_ticks(min(reached), max(reached))
     low, high, last = marks[0], marks[-1], max(1, *(step for step, _ in points))
     steps = [mark for mark in nice_ticks(0, last, whole=True) if mark <= last]

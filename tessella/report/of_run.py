@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tessella.console import note
 from tessella.data.sources import ImageSet
 from tessella.engine.launch import cores_at_hand, pick_device
 from tessella.errors import UserError
@@ -17,7 +17,6 @@ from tessella.protocols.features import extract
 from tessella.report.run import write_report
 from tessella.run.config import load_config
 from tessella.run.folder import RunFolder
-from tessella.text import printable
 from tessella.weights.resolve import resolve_backbone
 
 _CLUSTERED_IMAGES = 20_000  # enough to see the clusters; a page should not take an epoch
@@ -43,7 +42,7 @@ def report(run: Path, *, images: ImageSet | None = None, device: str = "auto") -
         images = images or RunFolder(run).open_images(config)
         clusters = _clusters(run, images, device)
     except UserError as error:  # a page without pictures is better than none
-        print(printable(f"the page shows less: {error}"), file=sys.stderr)
+        note(f"the page shows less: {error}")
     return write_report(run, images=images, spec=views_of(config.method), clusters=clusters)
 
 

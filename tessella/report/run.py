@@ -23,6 +23,7 @@ import yaml
 from numpy.typing import NDArray
 
 from tessella import files
+from tessella.console import duration
 from tessella.data.sources import ImageSet
 from tessella.data.views import ViewSpec
 from tessella.errors import UserError
@@ -49,7 +50,7 @@ class _Curve(NamedTuple):
     key: str  # in a line of metrics.jsonl; dots lead inwards
     title: str
     sentence: str
-    from_zero: bool = True
+    reaches: float = 0.0  # what the axis shows in any case, besides 0
 
 
 _CURVES = (
@@ -58,36 +59,39 @@ _CURVES = (
         "Loss",
         "The dashed line is what a network scores that gives every image the same answer. Good: the curve "
         "falls below it and keeps falling.",
-        from_zero=False,
     ),
     _Curve(
         "embedding_std",
-        "Spread of the embeddings",
-        "1: they point in all directions; 0: they are all alike, the run has collapsed. Good: near 1.",
+        "Embedding std",
+        "1: embeddings point in all directions; 0: they are all alike, the run has collapsed. Good: near 1.",
+        reaches=1.0,
     ),
     _Curve(
         "effective_rank",
-        "Directions in use",
+        "Effective rank",
         "How many dimensions the embeddings really fill. Good: tens, and not falling.",
     ),
     _Curve(
-        "assignment_entropy",
-        "Clusters in use",
-        "1: images spread evenly over all clusters; counted afresh in each epoch, hence the saw teeth. Good: "
-        "above 0.5 at an epoch's end.",
+        "cluster_evenness",
+        "Cluster evenness",
+        "1: the epoch's images spread evenly over all clusters; 0.5: as if evenly over half of them. It starts again "
+        "with each epoch, hence the saw teeth. Good: above 0.5 at an epoch's end.",
+        reaches=1.0,
     ),
     _Curve(
         "dead_clusters",
-        "Empty clusters",
+        "Dead clusters",
         "Share of clusters that no image has fallen into since the epoch began. Good: near 0 at its end.",
+        reaches=1.0,
     ),
-    _Curve("lr", "Learning rate", "Warm-up, then a slow descent, as set; it explains kinks in the other curves."),
-    _Curve("timing.images_per_second", "Speed", "Images per second over all devices. Good: high and level."),
+    _Curve("lr", "Learning rate (lr)", "As set; it explains kinks in the other curves."),
+    _Curve("timing.images_per_second", "Images per second", "Over all devices. Good: high and level."),
     _Curve(
         "timing.wait_share",
         "Waiting for data",
         "Share of the time in which the device had nothing to do. Good: near 0; else more workers or faster "
         "storage help.",
+        reaches=1.0,
     ),
 )
 
@@ -95,6 +99,7 @@ _CURVES = (
 class _Status(NamedTuple):
     complete: bool
     text: str
+    alarms: int = 0
     running: bool = False
 
 
@@ -120,6 +125,11 @@ class _Run:
     def steps(self) -> list[dict[str, Any]]:
         """Lines with the figures of a step."""
         return [line for line in self.lines if line.get("kind") == "step"]
+
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        """Lines with a warning of the monitor."""
+        return [line for line in self.lines if line.get("kind") == "alarm"]
 
     @property
     def step(self) -> int:
@@ -186,7 +196,7 @@ def _content(
         "facts": _facts(run, images),
         "tables": score_tables(run.records, run.path.resolve().name),
         "evaluated": (run.path / "evaluation.html").is_file(),
-        "alarms": [line for line in run.lines if line.get("kind") == "alarm"],
+        "alarms": run.alarms,
         "steps": run.step,
         "charts": charts,
         "more_charts": more_charts,
@@ -287,12 +297,14 @@ def _status(run: _Run, images: ImageSet | None) -> _Status:
         whole = len(images) // max(run.number("batch_size", 1), 1) * run.number("epochs", 1)
         planned = min(planned or whole, whole)
     steps = f"step {run.step:,}" + (f" of {planned:,}" if planned else "")
+    alarms = len(run.alarms)
+    warned = f", with {alarms} alarm{'s' * (alarms > 1)}" if alarms else ""
     owner = owner_of(run.path)
     if owner:
-        return _Status(False, f"running, at {steps} ({owner})", running=True)
+        return _Status(False, f"running, at {steps}{warned} ({owner})", alarms, running=True)
     if (run.path / "backbone.safetensors").exists():
-        return _Status(True, f"complete after {run.step:,} steps" if run.step else "complete")
-    return _Status(False, f"stopped at {steps}")
+        return _Status(True, (f"complete after {run.step:,} steps" if run.step else "complete") + warned, alarms)
+    return _Status(False, f"stopped at {steps}{warned}", alarms)
 
 
 def _facts(run: _Run, images: ImageSet | None) -> list[tuple[str, str]]:
@@ -309,7 +321,7 @@ def _facts(run: _Run, images: ImageSet | None) -> list[tuple[str, str]]:
     facts.append(("Epochs", _epochs(run)))
     seconds, batch = _seconds(run.steps), run.number("batch_size", 0)
     if seconds > 0:
-        facts.append(("Training time", _duration(seconds)))
+        facts.append(("Training time", duration(seconds)))
         facts.append(("Images per second", f"{run.step * batch / seconds:,.0f}"))
     facts.append(("Device", _text(run.environment, "gpu") or "CPU"))
     return facts
@@ -332,22 +344,12 @@ def _seconds(steps: list[dict[str, Any]]) -> float:
     return total + latest
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (seconds, "s")]
-    while len(parts) > 1 and not parts[0][0]:
-        parts.pop(0)
-    return " ".join(f"{number:.0f} {unit}" for number, unit in parts[:2])
-
-
 def _charts(steps: list[dict[str, Any]]) -> tuple[list[Chart], list[Chart]]:
     """The curves that every run has, and those of figures that only this method reports."""
     known = [_chart(steps, curve) for curve in _CURVES]
     used = {curve.key for curve in _CURVES} | {"kind", "step", "epoch", "loss_to_collapse", "nonfinite_loss"}
     others = dict.fromkeys(key for line in steps for key in line if key not in used)
-    more = (_chart(steps, _Curve(key, key.replace("_", " ").capitalize(), "", False)) for key in others)
+    more = (_chart(steps, _Curve(key, key.replace("_", " ").capitalize(), "")) for key in others)
     drawn = itertools.islice((chart for chart in more if chart is not None), _MOST_CURVES)
     return [chart for chart in known if chart is not None], list(drawn)
 
@@ -358,7 +360,7 @@ def _chart(steps: list[dict[str, Any]], curve: _Curve) -> Chart | None:
         [(line["step"], _value(line, curve.key)) for line in steps],
         title=curve.title,
         sentence=curve.sentence,
-        from_zero=curve.from_zero,
+        reaches=curve.reaches,
         rule=collapse,
         rule_label="same answer for every image:",
     )
@@ -419,5 +421,5 @@ def _commands(run: _Run, status: _Status) -> list[tuple[str, str]]:
         *commands,
         ("Judge the backbone beside an untrained one", evaluate),
         ("Write features for other programs", f"tessella embed {folder} IMAGES --out features.parquet"),
-        ("Write this page anew", f"tessella report {folder}"),
+        ("Write this page again", f"tessella report {folder}"),
     ]

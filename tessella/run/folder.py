@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from tessella import dist, files
+from tessella.console import note
 from tessella.data.sources import ImageSet, open_images
 from tessella.errors import UserError
 from tessella.methods.method import Method, Progress
@@ -431,4 +432,4 @@ def versions() -> dict[str, str | None]:
 
 
 def _warn(text: str) -> None:
-    print(printable(f"warning: {text}"), file=sys.stderr)
+    note(f"warning: {text}")

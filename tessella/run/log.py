@@ -12,27 +12,30 @@ under `nonfinite`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
 import secrets
+import sys
 import time
 import warnings
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from tessella import files
+from tessella.console import Display, LossyStream
+from tessella.errors import UserError
 from tessella.files import explain_write_error
 from tessella.methods.method import Progress
 from tessella.run.monitor import Alarm
-from tessella.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SECONDS_BETWEEN_LINES = 10.0  # on a console that is not a terminal
 TENSORBOARD = "tensorboard"  # name of the folder
 
 _LIMIT = 2 << 30  # bytes of metrics.jsonl
@@ -74,12 +77,19 @@ class RunLog:
         self._started = self._last_time = time.monotonic()
         self._last_step, self._waited = resume_step, 0.0
         self._open(resume_step)
-        self._display = _display(console, total_steps, resume_step)
+        self._display = Display("step", total_steps, done=resume_step, console=console or _stdout(), keep=True)
+        if resume_step:
+            self._display.say(
+                f"the run goes on from step {resume_step:,} of {total_steps:,}"
+                if resume_step < total_steps
+                else f"the run is complete, after {resume_step:,} steps; nothing is left to train. To train "
+                "longer: --epochs N --allow epochs, or --max-steps None if that cut it short"
+            )
 
     def _open(self, resume_step: int) -> None:
         path = self._folder / "metrics.jsonl"
         _drop_lines_after(path, resume_step)
-        self._file: TextIO = files.open_append(path)  # closed by `close`
+        self._file: FileIO = files.open_append(path)  # closed by `close`
         self._tensorboard = _open_tensorboard(self._folder / TENSORBOARD, resume_step)
 
     def go_back(self, progress: Progress) -> None:
@@ -94,6 +104,24 @@ class RunLog:
         self._open(progress.step)
         self._step = self._last_step = progress.step
         self._epoch = progress.epoch
+
+    def say(self, text: str) -> None:
+        """Show a line without logging it.
+
+        Args:
+            text: for people.
+        """
+        if self.enabled:
+            self._display.say(text)
+
+    def advance(self, progress: Progress) -> None:
+        """Show how far the run is, between two logged steps.
+
+        Args:
+            progress: the clock after a step.
+        """
+        if self.enabled:
+            self._display.update(progress.step)
 
     def step(self, progress: Progress, metrics: dict[str, float], wait_seconds: float = 0.0) -> None:
         """Log one step's figures.
@@ -116,7 +144,7 @@ class RunLog:
         self._write("step", progress, {**metrics, "timing": timing})
         self._write_tensorboard(progress.step, metrics)
         self._write_tensorboard(progress.step, timing, prefix="timing/")
-        self._display.progress(progress.step, _summary(metrics, timing))
+        self._display.update(progress.step, _summary(metrics, timing))
 
     def epoch(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Log figures of a whole epoch.
@@ -141,7 +169,7 @@ class RunLog:
         if not self.enabled:
             return
         self._write("alarm", progress, {"name": alarm.name, "text": alarm.text, **fields})
-        self._display.say(printable(f"warning at step {progress.step}: {alarm.text}"))
+        self._display.say(f"warning at step {progress.step}: {alarm.text}")
 
     def event(self, text: str, **fields: Any) -> None:
         """Log and show that something happened, at the step logged last.
@@ -153,7 +181,7 @@ class RunLog:
         if not self.enabled:
             return
         self._write_line({"kind": "event", "step": self._step, "epoch": self._epoch, "text": text, **fields})
-        self._display.say(printable(text))
+        self._display.say(text)
 
     def close(self) -> None:
         """Finish the files and the display. A second call does nothing."""
@@ -175,7 +203,8 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        with contextlib.suppress(*([UserError] if error is not None else [])):  # the first error is the one to show
+            self.close()
 
     def _write(self, kind: str, progress: Progress, fields: Mapping[str, Any]) -> None:
         self._step, self._epoch = progress.step, progress.epoch
@@ -186,9 +215,10 @@ class RunLog:
         line = _without_nonfinite(line, nonfinite)
         if nonfinite:
             line["nonfinite"] = nonfinite
-        text = json.dumps(line, allow_nan=False)
-        with explain_write_error(self._folder, len(text)):
-            self._file.write(text + "\n")
+        data = json.dumps(line, allow_nan=False).encode("ascii") + b"\n"
+        with explain_write_error(self._folder, len(data)):
+            while data:  # a disk that is nearly full takes a part
+                data = data[self._file.write(data) :]
 
     def _write_tensorboard(self, step: int, values: dict[str, float], prefix: str = "") -> None:
         if self._tensorboard is not None:
@@ -250,64 +280,7 @@ def _summary(values: dict[str, float], timing: dict[str, float]) -> str:
     return ", ".join(parts)
 
 
-def _display(console: Console | None, total_steps: int, resume_step: int) -> _Bar | _Lines:
+def _stdout() -> Console:
     from rich.console import Console
 
-    console = console or Console()
-    return (_Bar if console.is_terminal else _Lines)(console, total_steps, resume_step)
-
-
-class _Lines:
-    """Plain lines, few enough for the log file of a batch system."""
-
-    def __init__(self, console: Console, total_steps: int, resume_step: int) -> None:
-        self._console = console
-        self._total, self._first_step = total_steps, resume_step
-        self._started = time.monotonic()
-        self._printed = -math.inf
-
-    def progress(self, step: int, summary: str) -> None:
-        now = time.monotonic()
-        if now - self._printed < SECONDS_BETWEEN_LINES and step < self._total:
-            return
-        self._printed = now
-        left = (self._total - step) * (now - self._started) / max(step - self._first_step, 1)
-        self.say(f"step {step}/{self._total}: {summary}, {_duration(left)} left")
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-    def close(self) -> None:
-        pass
-
-
-class _Bar(_Lines):
-    """A progress bar at the foot of the terminal."""
-
-    def __init__(self, console: Console, total_steps: int, resume_step: int) -> None:
-        super().__init__(console, total_steps, resume_step)
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}", markup=False),
-            TimeRemainingColumn(),
-        )
-        # A long memory for the speed: logged steps may be a minute apart.
-        self._bar = Progress(*columns, console=console, refresh_per_second=2, speed_estimate_period=600)
-        self._task = self._bar.add_task("starting", total=total_steps, completed=resume_step)
-        self._bar.start()
-
-    def progress(self, step: int, summary: str) -> None:
-        self._bar.update(self._task, completed=step, description=summary)
-
-    def close(self) -> None:
-        self._bar.stop()
-
-
-def _duration(seconds: float) -> str:
-    """Hours and minutes, or minutes and seconds below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    return Console(file=LossyStream(sys.stdout))  # type: ignore[arg-type]

@@ -175,7 +175,7 @@ class Monitor(nn.Module):
             `embedding_std`: mean over dimensions of the std over the batch, times sqrt(D): 1 isotropic, 0
                 collapsed.
             `effective_rank`: of the embeddings, in [1, D], 0 when they are all equal; see `ops.metrics`.
-            `assignment_entropy`: perplexity of the epoch's assignments / K, in (0, 1].
+            `cluster_evenness`: perplexity of the epoch's assignments / K, in (0, 1].
             `dead_clusters`: share of clusters without an image since the epoch's start; only once ten images
                 per cluster were seen.
             `blank_images`: share of the step's images whose view is of one colour.
@@ -207,7 +207,7 @@ class Monitor(nn.Module):
         if not seen:
             return {}
         entropy = torch.special.entr(counts / seen).sum()
-        figures = {"assignment_entropy": entropy.exp().item() / len(counts)}
+        figures = {"cluster_evenness": entropy.exp().item() / len(counts)}
         if seen >= IMAGES_PER_CLUSTER * len(counts):
             figures["dead_clusters"] = (counts == 0).double().mean().item()
         return figures
@@ -295,7 +295,7 @@ def _loss_at_collapse(report: dict[str, float]) -> str | None:
 def _few_clusters(report: dict[str, float]) -> str | None:
     if "dead_clusters" not in report:
         return None
-    used, dead = report["assignment_entropy"], report["dead_clusters"]
+    used, dead = report["cluster_evenness"], report["dead_clusters"]
     if used >= FEW_CLUSTERS and dead <= MOST_DEAD:
         return ""
     return (

@@ -405,8 +405,8 @@ def test_real_pictures_from_an_archive(shared_data, tmp_path):
 
 def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
     assert list(features.progress(range(3), "training", 3)) == [0, 1, 2] and not capsys.readouterr().err
-    monkeypatch.setattr(features, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr("tessella.console.SECONDS_BETWEEN_LINES", 0.0)
     assert list(features.progress(range(3), "training", 3)) == [0, 1, 2]
     told = capsys.readouterr().err.splitlines()
-    assert told == ["training: 1 of 3, 0 min 00 s left", "training: 2 of 3, 0 min 00 s left"]
+    assert told == [f"training {done} of 3, 0 s left" for done in (1, 2, 3)]
     assert list(features.progress(range(3), "", 3)) == [0, 1, 2] and not capsys.readouterr().err

@@ -149,13 +149,36 @@ def test_alarms_are_shown_in_their_words_and_their_absence_is_said(tmp_path: Pat
     assert "Step 7. lower epsilon" in text and "No alarms" not in text
 
 
+def test_a_run_with_alarms_does_not_look_well(tmp_path: Path) -> None:
+    def status(run: Path) -> dict[str, str | None]:
+        return next(values for tag, values in Elements(page_of(run)).tags if "status" in (values.get("class") or ""))
+
+    run = run_folder(tmp_path / "run")
+    (run / "backbone.safetensors").write_bytes(b"")
+    assert status(run) == {"href": "#health", "class": "status"}
+    alarm = {"kind": "alarm", "step": 7, "name": "few_clusters", "text": "lower epsilon"}
+    write_log(run, [alarm, {"kind": "step", "step": 400, "loss": 1.0}])
+    assert status(run) == {"href": "#health", "class": "status open"}
+    assert "complete after 400 steps, with 1 alarm" in Elements(page_of(run)).text
+    write_log(run, [alarm, alarm])
+    assert "complete after 7 steps, with 2 alarms" in Elements(page_of(run)).text
+
+
+def test_a_curve_has_the_name_of_its_figure_in_the_log(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    figures = {"loss": 2.0, "embedding_std": 1.0, "effective_rank": 9.0, "cluster_evenness": 0.9, "dead_clusters": 0.0}
+    write_log(run, [{"kind": "step", "step": 1, **figures}])
+    text = Elements(page_of(run)).text
+    assert all(name.replace("_", " ").capitalize() in text for name in figures)
+
+
 def test_curves_are_drawn_for_what_was_logged_and_for_nothing_else(tmp_path: Path) -> None:
     page = Elements(page_of(run_folder(tmp_path / "run")))
     charts = [attributes["aria-label"] for tag, attributes in page.tags if attributes.get("role") == "img"]
     assert charts == [
         "Loss, at the end 1",
-        "Learning rate, at the end 0.1",
-        "Speed, at the end 2",
+        "Learning rate (lr), at the end 0.1",
+        "Images per second, at the end 2",
         "Code confidence, at the end 0.5",
     ]
     assert "same answer for every image: 1.792" in page.text
@@ -441,6 +464,12 @@ def test_values_that_are_missing_leave_a_gap() -> None:
     chart = line_chart(points, title="t", sentence="s")
     assert chart is not None and chart.path.count("M") == 2
     assert line_chart([(1, None)], title="t", sentence="s") is None
+
+
+def test_noise_fills_no_axis() -> None:
+    chart = line_chart([(1, 3.4010), (2, 3.4030)], title="t", sentence="s")
+    assert chart is not None and chart.y_ticks[0].label == "0"
+    assert abs(corners(chart.path)[0][1] - corners(chart.path)[1][1]) < 2  # of 1000
 
 
 def test_the_axis_reaches_the_line_to_compare_with() -> None:

@@ -8,12 +8,16 @@ import io
 import json
 import math
 import os
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from tessella import console as console_module
+from tessella.console import LossyStream
 from tessella.errors import UserError
 from tessella.methods.method import Progress
 from tessella.run import log as log_module
@@ -41,6 +45,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(log_module, "time", clock)
+    monkeypatch.setattr(console_module, "time", clock)
     return clock
 
 
@@ -195,17 +200,26 @@ def test_closing_twice_and_logging_after_it_do_nothing(tmp_path: Path):
     assert lines(tmp_path) == []
 
 
-def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    class Full(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_is_full_at_a_log_line_is_explained(tmp_path: Path):
     log = a_log(tmp_path)
     log._file.close()
-    monkeypatch.setattr(log, "_file", Full())
-    with pytest.raises(UserError, match="bytes are free"):
+    with pytest.raises(UserError, match="bytes are free"), log:
+        log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
         log.step(at(1), {"loss": 1.0})
-    log.close()
+    assert not log.enabled
+
+
+def test_a_disk_that_takes_half_a_line_gets_the_other_half_after_it(tmp_path: Path):
+    class Nearly(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:7])
+
+    with a_log(tmp_path) as log:
+        log._file.close()
+        log._file = Nearly(tmp_path / "metrics.jsonl", "ab")
+        log.step(at(1), {"loss": 1.0})
+    assert lines(tmp_path)[0]["loss"] == 1.0
 
 
 # --- the console --------------------------------------------------------------------------------------------
@@ -218,8 +232,8 @@ def test_a_console_that_is_no_terminal_gets_one_line_per_ten_seconds_and_the_las
             clock.now += 1
             log.step(at(step), {"loss": 2.0, "lr": 0.5})
     printed = shown(console).splitlines()
-    assert [line.split(":")[0] for line in printed] == [f"step {s}/100" for s in (*range(1, 100, 10), 100)]
-    assert printed[1] == "step 11/100: loss 2, lr 0.5, 64 images/s, waiting for data 0%, 1 min 29 s left"
+    assert [line.split(":")[0] for line in printed] == [f"step {s} of 100" for s in (*range(1, 100, 10), 100)]
+    assert printed[1] == "step 11 of 100: loss 2, lr 0.5, 64 images/s, waiting for data 0%, 1 min 29 s left"
 
 
 def test_alarms_and_events_are_shown_at_once(tmp_path: Path, clock: Clock):
@@ -237,7 +251,7 @@ def test_the_time_left_counts_the_steps_of_this_process_only(tmp_path: Path, clo
     with a_log(tmp_path, resume_step=90, console=console) as log:
         clock.now += 10
         log.step(at(95), {"loss": 2.0})
-    assert "0 min 10 s left" in shown(console)
+    assert "10 s left" in shown(console)
 
 
 def test_a_terminal_gets_a_bar_with_loss_rate_speed_waiting_and_time_left(tmp_path: Path):
@@ -249,6 +263,64 @@ def test_a_terminal_gets_a_bar_with_loss_rate_speed_waiting_and_time_left(tmp_pa
     text = shown(console)
     for part in ("100/100", "loss 1.5", "lr 0.25", "images/s", "waiting for data 0%", "0:00:0", "saved"):
         assert part in text, part
+
+
+def test_the_display_goes_on_between_two_logged_steps_with_the_time_left(tmp_path: Path, clock: Clock):
+    console = plain_console()
+    with a_log(tmp_path, console=console) as log:
+        for step in range(1, 5):
+            clock.now += 6
+            log.advance(at(step))
+    assert shown(console).splitlines() == ["step 2 of 100, 9 min 48 s left", "step 4 of 100, 9 min 36 s left"]
+    assert lines(tmp_path) == []
+
+
+def test_a_bar_knows_the_time_left_from_the_second_step_on(tmp_path: Path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    with a_log(tmp_path, console=console) as log:
+        for step in (1, 2):
+            log.advance(at(step))
+            time.sleep(0.01)
+    assert re.search(r"2/100 .* 0:00:\d\d", shown(console))
+
+
+class Broken(io.StringIO):
+    """A pipe without a reader, or a full disk."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.tried = number, 0
+
+    def write(self, text: str) -> int:
+        self.tried += 1
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+def test_a_run_goes_on_without_its_console(number: int, terminal: bool, tmp_path: Path, monkeypatch):
+    stream = Broken(number)
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr("sys.stdout", stream)
+    with RunLog(tmp_path, 100, 64) as log:
+        log.say("cpu")
+        log.step(at(1), {"loss": 1.0})
+        log.event("saved")
+    assert stream.tried and [line["kind"] for line in lines(tmp_path)] == ["step", "event"]
+
+
+def test_a_run_goes_on_where_there_is_no_console_at_all(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    with RunLog(tmp_path, 100, 64) as log:
+        log.step(at(1), {"loss": 1.0})
+    assert len(lines(tmp_path)) == 1
+
+
+def test_a_console_without_a_character_gets_its_escape():
+    raw = io.BytesIO()
+    stream = LossyStream(io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    stream.write("97.0 ± 0.7")
+    assert raw.getvalue() == b"97.0 \\xb1 0.7"
 
 
 HOSTILE = [

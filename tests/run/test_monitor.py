@@ -82,12 +82,12 @@ def test_effective_rank_counts_the_dimensions_in_use():
     assert report_of(a_step(embeddings=rows))["effective_rank"] == pytest.approx(4, rel=1e-6)
 
 
-def test_assignment_entropy_is_the_perplexity_of_the_epochs_histogram_over_k():
+def test_cluster_evenness_is_the_perplexity_of_the_epochs_histogram_over_k():
     steps = [a_step(assignments=[0, 1, 2, 2]), a_step(assignments=[2, 3, 2, 2])]
     shares = [1 / 8, 1 / 8, 5 / 8, 1 / 8]
     perplexity = math.exp(-sum(p * math.log(p) for p in shares))
-    assert report_of(*steps)["assignment_entropy"] == pytest.approx(perplexity / K)
-    assert report_of(a_step(assignments=range(K)))["assignment_entropy"] == pytest.approx(1)
+    assert report_of(*steps)["cluster_evenness"] == pytest.approx(perplexity / K)
+    assert report_of(a_step(assignments=range(K)))["cluster_evenness"] == pytest.approx(1)
 
 
 def test_dead_clusters_are_only_counted_once_each_could_have_had_ten_images():
@@ -102,7 +102,7 @@ def test_a_new_epoch_forgets_the_assignments():
     monitor.observe(a_step(assignments=[0] * 200))
     monitor.epoch_start()
     figures = report_of(a_step(assignments=range(K)), monitor=monitor)
-    assert figures["assignment_entropy"] == pytest.approx(1) and "dead_clusters" not in figures
+    assert figures["cluster_evenness"] == pytest.approx(1) and "dead_clusters" not in figures
 
 
 def test_a_method_without_clusters_or_collapse_loss_has_no_such_figures():
@@ -234,7 +234,7 @@ def alarms_of(report_at: Any, steps: int = 600, log_every: int = LOG_EVERY) -> l
         "loss_to_collapse": 0.3,
         "embedding_std": 0.8,
         "effective_rank": 9.0,
-        "assignment_entropy": 0.7,
+        "cluster_evenness": 0.7,
         "dead_clusters": 0.1,
     }
     said = []
@@ -246,7 +246,7 @@ def alarms_of(report_at: Any, steps: int = 600, log_every: int = LOG_EVERY) -> l
 COLLAPSES = {
     "collapsed_embeddings": [{"embedding_std": 0.01}, {"effective_rank": 0.0}, {"effective_rank": 1.5}],
     "loss_at_collapse": [{"loss_to_collapse": 1e-5}, {"loss_to_collapse": -2e-4}],
-    "few_clusters": [{"assignment_entropy": 0.02}, {"dead_clusters": 0.97}],
+    "few_clusters": [{"cluster_evenness": 0.02}, {"dead_clusters": 0.97}],
     "blank_images": [{"blank_images": 0.95}],
 }
 
@@ -285,7 +285,7 @@ def test_a_run_that_starts_like_a_collapsed_one_raises_no_alarm(log_every: int):
         "loss_to_collapse": 0.0,
         "embedding_std": 0.01,
         "effective_rank": 1.0,
-        "assignment_entropy": 0.01,
+        "cluster_evenness": 0.01,
         "dead_clusters": 0.99,
     }
     before = WARMUP_STEPS - 1
@@ -294,7 +294,7 @@ def test_a_run_that_starts_like_a_collapsed_one_raises_no_alarm(log_every: int):
 
 @pytest.mark.parametrize("log_every", [1, 5, 20])
 def test_a_dip_that_passes_raises_no_alarm(log_every: int):
-    dip = {"loss_to_collapse": 0.0, "embedding_std": 0.01, "assignment_entropy": 0.01}
+    dip = {"loss_to_collapse": 0.0, "embedding_std": 0.01, "cluster_evenness": 0.01}
     assert alarms_of(lambda step: dip if step % LASTING_STEPS else {}, log_every=log_every) == []
 
 
@@ -310,7 +310,7 @@ def test_an_alarm_that_cleared_is_said_again_when_it_comes_back():
 
 def test_reports_too_early_in_an_epoch_to_know_neither_raise_nor_clear_the_alarm_about_clusters():
     def figures(step: int) -> dict[str, float]:
-        return {"assignment_entropy": 0.02, "dead_clusters": 0.98}
+        return {"cluster_evenness": 0.02, "dead_clusters": 0.98}
 
     monitor = a_monitor()
     said = []
@@ -318,7 +318,7 @@ def test_reports_too_early_in_an_epoch_to_know_neither_raise_nor_clear_the_alarm
         report = {
             "embedding_std": 0.8,
             "effective_rank": 9.0,
-            "assignment_entropy": 0.02,
+            "cluster_evenness": 0.02,
         }
         if step % 100 >= 40:
             report |= figures(step)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tessella import files
+from tessella.console import progress_bar
 from tessella.data.decode import Unreadable
-from tessella.data.index import progress_bar
 from tessella.data.sources.files import ending_of
 from tessella.errors import UserError
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tessella import dist, files
+from tessella.console import note
 from tessella.data.boxes.layouts import AnnotatedImages
 from tessella.data.boxes.outlines import mask_coder
 from tessella.data.sampler import check_shares
@@ -274,13 +274,13 @@ def _check_resolution(finest: int, config: DetectionConfig) -> list[str]:
             "--backbone.stem imagenet"
         )
     smallest = config.anchor_scale * finest * (1 if config.neck == "fpn" else _C4_SMALLEST)
-    note = (
+    slow = (
         f"{made_for}: training a detector on it takes several times as long, and its smallest anchors are {smallest:g} "
         f"pixels on a side instead of {smallest * _USUAL_STRIDE / finest:g}"
     )
     if dist.rank() == 0:
-        print(note, file=sys.stderr, flush=True)
-    return [note]
+        note(slow)
+    return [slow]
 
 
 def learning_rate(config: DetectionConfig, step: int) -> float:
