@@ -14,6 +14,7 @@ Names are those of the command line. Data with boxes or masks may hold both spli
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def read_data_file(path: Path) -> DataFile:
     except FileError as error:
         raise UserError(f"the data file {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"the data file {path} is not YAML: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"the data file {path} is not YAML: {textwrap.shorten(str(error), 300)}") from None
     name = path.name
     content = _table(content, name, (*KINDS, "protocols"))
     sources = {kind: _source(content[kind], f"{name}: {kind}", kind) for kind in KINDS if kind in content}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import textwrap
 import types
 import typing
 from collections.abc import Collection, Iterator
@@ -281,5 +282,5 @@ def load_config(path: Path) -> RunConfig:
             ) from None
         raise UserError(f"{path.parent} is not a run folder: it has no {path.name}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{path} cannot be read as YAML: {textwrap.shorten(str(error), 300)}") from None
     return from_dict(RunConfig, value, path.name)

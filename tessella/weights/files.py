@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import struct
+import textwrap
 import warnings
 import zipfile
 from pathlib import Path
@@ -51,7 +52,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return dict(safetensors.torch.load_file(path))
     except Exception as error:  # a header may claim anything, such as types that torch does not know
-        reason = " ".join(str(error).split())[:200]
+        reason = textwrap.shorten(str(error), 200)
         raise UserError(f"{path} cannot be read as safetensors ({type(error).__name__}: {reason})") from None
 
 
@@ -91,5 +92,6 @@ def _refuse_bomb(path: Path) -> None:
 
 def _unreadable(path: Path, error: Exception) -> str:
     said = str(error).partition("WeightsUnpickler error:")[2] or str(error)
-    reason = f"{type(error).__name__}: {' '.join(said.split())[:120]}"
+    said = (said.strip().splitlines() or ["the file ends early"])[0]  # torch's advice, which follows, is not for here
+    reason = f"{type(error).__name__}: {textwrap.shorten(said, 160)}"
     return f"{path} cannot be read as a file of torch.save ({reason}): is it one, and complete? Download it again"

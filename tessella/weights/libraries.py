@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -66,7 +67,7 @@ def timm_network(name: str) -> Pretrained:
 
 
 def _not_there(what: str, error: Exception) -> str:
-    said = " ".join(str(error).split())[:160]
+    said = textwrap.shorten(str(error), 160)
     return (
         f"the weights of {what} cannot be had ({type(error).__name__}: {said}). Without an internet connection, fetch "
         "them where there is one: the library keeps them in its cache folder (TORCH_HOME, HF_HOME), which can be "

@@ -403,6 +403,12 @@ def test_half_a_file_is_said_to_be_unreadable(tmp_path: Path):
         read_official(file)
 
 
+def test_what_torch_says_about_a_file_ends_in_whole_words(tmp_path: Path):
+    (tmp_path / "s.pth").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"save \(UnpicklingError: Unsupported operand \d+\): is it one"):
+        read_official(tmp_path / "s.pth")
+
+
 def test_a_folder_that_holds_something_and_a_file_that_is_not_there_are_refused(tmp_path: Path):
     (tmp_path / "note.txt").write_text("mine")
     file = saved(nets.released(nets.swav(nets.resnet())), tmp_path / "s.pth")
