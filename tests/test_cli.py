@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tessella.cli import COMMANDS, main, suggested_recipes
+from tessella.cli import COMMANDS, Command, main, suggested_recipes
 from tessella.engine.interrupt import Interrupted
 from tessella.methods import METHODS
 from tessella.recipes import RECIPES, recipe
@@ -161,10 +161,10 @@ def test_control_characters_of_foreign_names_do_not_reach_the_terminal(capsys):
     ],
 )
 def test_an_error_of_the_system_is_one_line_and_code_2(error, said, monkeypatch, capsys):
-    def refuses(words):
+    def refuses(words: list[str]) -> int:
         raise error
 
-    monkeypatch.setitem(COMMANDS, "recipes", cli.Command("", "", refuses))
+    monkeypatch.setitem(COMMANDS, "recipes", Command("", "", refuses))
     assert run("recipes swav_cpu") == 2
     told = capsys.readouterr().err
     assert told.startswith(f"tessella: {said}") and told.count("\n") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +37,8 @@ def launch(config: RunConfig) -> Fabric:
     place = adopt()
     launched = "RANK" in os.environ
     devices = place.local_world_size if launched else torch.cuda.device_count() if device == "cuda" else 1
+    if devices * config.nodes > 1 and not launched:
+        require_program(devices)
     _meet_anew("nccl" if device == "cuda" else "gloo")
     several = DDPStrategy() if device == "cuda" else RepeatableDDP()
     precision = config.precision
@@ -90,6 +93,27 @@ def _meet_anew(backend: str) -> None:
         store, rank, world_size = next(torch_dist.rendezvous("env://"))
         torch_dist.init_process_group(
             backend, store=torch_dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world_size
+        )
+
+
+def require_program(devices: int) -> None:
+    """Refuse to start one process per GPU from where there is no program that each of them could run.
+
+    The processes are started with this one's command line, and run it from its beginning; a notebook, a prompt and
+    `python -c` have no such file.
+
+    Args:
+        devices: processes on this machine.
+
+    Raises:
+        UserError: there is no program.
+    """
+    if getattr(sys.modules["__main__"], "__file__", None) is None or "ipykernel" in sys.modules:
+        raise UserError(
+            f"{devices} GPUs are visible, and a notebook or a prompt cannot start one process for each: put "
+            "os.environ['CUDA_VISIBLE_DEVICES'] = '0' before the first import of torch to train on one, or start all "
+            "from a terminal, with `tessella pretrain RECIPE --data DATA --out RUN` or "
+            f"`torchrun --nproc-per-node={devices} SCRIPT.py`"
         )
 
 
