@@ -1,0 +1,1 @@
+"""SimSiam for Tessella: an example of a package that adds to Tessella without changing it."""
