@@ -136,8 +136,8 @@ def evaluate(
         train: images to learn from, with classes, boxes or masks, as the protocols need.
         test: images to be judged on.
         data: instead of both, a .yaml file that says which data serve which protocol.
-        protocols: names in `tessella.protocols.SETTINGS`, configs of protocols, or "all" for the quick ones that the
-            data allow; by default kNN, linear, few labels and clustering, with `data` all.
+        protocols: names of `tessella.protocols.named_settings()`, configs of protocols, or "all" for the quick ones
+            that the data allow; by default kNN, linear, few labels and clustering, with `data` all.
         out: folder of `evaluation.json`, `evaluation.md`, `evaluation.html` and `predictions`; nothing is written
             without it. What it has already is not computed again.
         baseline: add the scores of the same network at random init.

@@ -30,7 +30,7 @@ class Registry(Mapping[str, T], Generic[T]):
             own: Tessella's own things by name.
         """
         self.kind = kind
-        self._own = dict(own)
+        self.loaded = dict(own)
 
     def __getitem__(self, name: str) -> T:
         """The thing of that name.
@@ -39,8 +39,8 @@ class Registry(Mapping[str, T], Generic[T]):
             KeyError: there is none.
             UserError: the package that provides it cannot be imported.
         """
-        if name in self._own:
-            return self._own[name]
+        if name in self.loaded:
+            return self.loaded[name]
         entry = self._added[name]
         try:
             thing: T = entry.load()
@@ -50,23 +50,23 @@ class Registry(Mapping[str, T], Generic[T]):
                 f"{name} of tessella.{self.kind} comes from {package}, which cannot be imported: "
                 f"{type(error).__name__}: {error}. Repair or uninstall {package}"
             ) from error
-        self._own[name] = thing
+        self.loaded[name] = thing
         return thing
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self._own, **self._added})
+        return iter({**self.loaded, **self._added})
 
     def __len__(self) -> int:
-        return len({**self._own, **self._added})
+        return len({**self.loaded, **self._added})
 
     def __contains__(self, name: object) -> bool:
-        return name in self._own or name in self._added
+        return name in self.loaded or name in self._added
 
     @cached_property
     def _added(self) -> dict[str, EntryPoint]:
         """Entry points of installed packages. A name of ours cannot be taken."""
         return {
-            entry.name: entry for entry in entry_points(group=f"tessella.{self.kind}") if entry.name not in self._own
+            entry.name: entry for entry in entry_points(group=f"tessella.{self.kind}") if entry.name not in self.loaded
         }
 
     def find(self, name: str) -> T:

@@ -18,7 +18,7 @@ from tessella.engine import memory
 from tessella.engine.pretrain import pretrain
 from tessella.errors import UserError
 from tessella.methods.coke import CokeConfig
-from tessella.protocols import SETTINGS
+from tessella.protocols import named_settings
 from tessella.ranges import Range, check_ranges, checked, range_of
 from tessella.recipes import recipe
 from tessella.run.config import RunConfig, from_dict, to_dict, to_yaml
@@ -82,7 +82,7 @@ def settings_of_runs() -> list[RunConfig]:
 
 def test_every_number_has_a_range_and_what_lies_outside_is_refused_by_name():
     seen: set[tuple[type, str]] = set()
-    for settings in (*settings_of_runs(), *SETTINGS.values()):
+    for settings in (*settings_of_runs(), *named_settings().values()):
         for place, hint in numbers(settings, seen):
             assert range_of(hint), f"{place} of {type(settings).__name__} declares no range"
             for value in VALUES:

@@ -274,7 +274,7 @@ def _own_clusters(loaded: Loaded, tasks: Sequence[Task]) -> list[Task]:
     method = loaded.method
     if method is None or not method.clusters:
         return []
-    protocol = Protocol(_OwnClustersConfig, functools.partial(_score_own, method))
+    protocol = Protocol("the method's own clusters", _OwnClustersConfig, functools.partial(_score_own, method))
     return [
         task._replace(name="own-clusters", config=_OwnClustersConfig(), protocol=protocol)
         for task in tasks

@@ -28,14 +28,14 @@ from tessella.data.masks.layouts import MaskedImages, open_masks
 from tessella.errors import UserError
 from tessella.files import FileError
 from tessella.protocols import (
-    ALL,
     KINDS,
-    SETTINGS,
     Kind,
     Protocol,
     changes,
     default_config,
+    named_settings,
     protocol_of,
+    quick_settings,
     record_name,
 )
 from tessella.ranges import Repeats, check_ranges, checked
@@ -96,7 +96,7 @@ class Task(NamedTuple):
     @property
     def changed(self) -> dict[str, Any]:
         """What differs from the setting that the name stands for, as JSON has it."""
-        setting = SETTINGS.get(self.name)
+        setting = named_settings().get(self.name)
         found = {} if type(setting) is not type(self.config) else changes(setting, self.config)
         return {name: to_dict(value) for name, value in found.items()}
 
@@ -220,11 +220,11 @@ def _all(source: Source | None, file: DataFile | None, seed: int, seeds: int | N
     else:
         sources = file.sources
     for kind, found in sources.items():
-        for name in ALL[kind]:
+        for name in quick_settings(kind):
             if file is None or name not in file.sections:
-                tasks += _seeded(name, SETTINGS[name], kind, found, seed, seeds, required=False)
+                tasks += _seeded(name, named_settings()[name], kind, found, seed, seeds, required=False)
     for name in file.sections if file else ():
-        config = SETTINGS[name]
+        config = named_settings()[name]
         kind, found = _data_of(name, protocol_of(config), source, file)
         tasks += _seeded(name, _with_settings(name, config, file), kind, found, seed, seeds)
     return tasks

@@ -21,6 +21,7 @@ from tessella.errors import UserError
 from tessella.ops import metrics
 from tessella.ops.kmeans import kmeans
 from tessella.protocols.features import EvalData, progress
+from tessella.protocols.protocol import Protocol
 from tessella.protocols.scoring import permuted, save_predictions
 from tessella.ranges import PositiveInt, Repeats, Seed
 
@@ -112,3 +113,23 @@ def _agreement(assignments: Tensor, labels: Tensor, clusters: int) -> dict[str, 
         "ari": metrics.adjusted_rand_index(table),
         "purity": metrics.purity(table),
     }
+
+
+def _name_of(config: ClusteringConfig) -> str:
+    kind = "overclustering" if config.clusters_per_class > 1 else "clustering"
+    return kind if config.split == "test" else f"{kind}-{config.split}"
+
+
+CLUSTERING = Protocol(
+    "k-means",
+    ClusteringConfig,
+    clustering,
+    {
+        "clustering": ClusteringConfig(),
+        "clustering-train": ClusteringConfig(split="train"),
+        "overclustering": ClusteringConfig(clusters_per_class=10),
+    },
+    {"accuracy": "ACC", "nmi": "NMI", "ari": "ARI"},
+    quick={"classes": ("clustering", "overclustering")},
+    name_of=_name_of,
+)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tessella.data.transform import EvalTransform
 from tessella.ops.near_copies import CUTS, SIDE, near_copies, signatures, threshold_for
 from tessella.protocols.features import ImageData
+from tessella.protocols.protocol import Protocol
 from tessella.ranges import NonNegativeInt, Range
 
 _SQUASHED = EvalTransform(2 * SIDE, 2 * SIDE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), squash=True)
@@ -84,3 +85,12 @@ def duplicates(backbone: nn.Module | None, data: ImageData, config: DuplicatesCo
 
 
 _SIGNATURES = Signatures()
+
+
+DUPLICATES = Protocol(
+    "Near-duplicates",
+    DuplicatesConfig,
+    duplicates,
+    {"duplicates": DuplicatesConfig()},
+    quick={"classes": ("duplicates",)},
+)

@@ -36,6 +36,7 @@ from tessella.errors import UserError
 from tessella.modules.norm import synchronise_batch_norm
 from tessella.ops.metrics import topk_correct
 from tessella.protocols.features import EvalData, Features, apply_to_images, frozen, progress, tensor_digests
+from tessella.protocols.protocol import Protocol
 from tessella.protocols.scoring import classification_scores, save_classification
 from tessella.protocols.subsets import listed_rows, share_rows, stratified_split
 from tessella.protocols.training import Snapshots, SubsetOrder, TrainImages, initial_head, sum_gradients
@@ -434,3 +435,33 @@ def _summary(
         "loss_last": _mean_loss(run.losses[-1] for run in runs),
         "notes": notes,
     }
+
+
+FINETUNE = Protocol(
+    "Fine-tuned",
+    FinetuneConfig,
+    finetune,
+    {
+        **{
+            f"finetune-{name}-{percent}": FinetuneConfig(recipe=name, labels=percent / 100)  # type: ignore[arg-type]
+            for name in RECIPES
+            if name not in (*FOR_ALL_LABELS, "small")
+            for percent in (1, 10)
+        },
+        "finetune-vissl-100": FinetuneConfig(recipe="vissl-100"),
+        "transfer": FinetuneConfig(recipe="transfer"),
+        # For small images and two cores: more and smaller steps, fewer values to try.
+        "finetune-small-1": FinetuneConfig("small", labels=0.01, batch_size=32),
+        "finetune-small-10": FinetuneConfig("small", labels=0.1, batch_size=32),
+        "finetune-small-100": FinetuneConfig("small", labels=1.0, batch_size=64, epochs=5),
+        "transfer-small": FinetuneConfig(
+            recipe="transfer", batch_size=64, epochs=5, lrs=(0.1, 0.03), weight_decays=(5e-4,)
+        ),
+    },
+    {"top1": "top-1"},
+    check=check,
+    repeats="repeats",
+    default="finetune-swav-1",
+    quick={"classes": ("finetune-small-1", "finetune-small-10")},
+    name_of=finetune_name,
+)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessella.protocols.features import EvalData, gather_rows, rank_rows
+from tessella.protocols.protocol import Protocol
 from tessella.protocols.scoring import accuracy_scores, permuted_accuracy, save_classes
 from tessella.ranges import Positive, PositiveInt
 
@@ -173,3 +174,6 @@ def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = torch.cat([inside.flatten(1), rest], dim=1)
     values, order = x.gather(1, columns).topk(k, dim=1)
     return values, columns.gather(1, order)
+
+
+KNN = Protocol("Neighbours", KnnConfig, knn, {"knn": KnnConfig()}, {"top1": "kNN"}, quick={"classes": ("knn",)})

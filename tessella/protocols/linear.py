@@ -30,6 +30,7 @@ from tessella.ops.metrics import topk_correct
 from tessella.ops.philox import permutation, stream_key
 from tessella.optim import LARC
 from tessella.protocols.features import EvalData, Features, assert_unchanged, frozen, progress, tensor_digests
+from tessella.protocols.protocol import Protocol
 from tessella.protocols.scoring import classification_scores, permuted_accuracy, save_classes, save_classification
 from tessella.protocols.subsets import balanced_rows, stratified_split
 from tessella.protocols.training import LabelledBatch, SubsetOrder, TrainImages, initial_head, sum_gradients
@@ -301,7 +302,7 @@ def _try_penalties(x: Tensor, labels: Tensor, classes: int, config: LinearConfig
     fit_x, held_x = (x[fit_rows] - shift) / scale, (x[held_rows] - shift) / scale
     fit_labels, held_labels = labels[fit_rows], labels[held_rows]
     trials: list[Trial] = []
-    for c in progress(config.c, "linear probe", len(config.c)):
+    for c in progress(config.c, "Linear probe", len(config.c)):
         start = trials[-1].head if trials else None
         head = fit_logistic(fit_x, fit_labels, classes, c, start=start, iterations=config.iterations)
         logits = F.linear(held_x, *head)
@@ -457,3 +458,27 @@ def _update(head: nn.Linear, solver: torch.optim.SGD, backbone: nn.Module, batch
     (F.cross_entropy(head(features), batch.labels, reduction="none") * batch.weights).sum().backward()
     sum_gradients(head.parameters())
     solver.step()
+
+
+LINEAR = Protocol(
+    "Linear probe",
+    LinearConfig,
+    linear,
+    {
+        "linear-fast": LinearConfig(recipe="fast"),
+        "linear-lr-grid": LinearConfig(recipe="lr-grid"),
+        **{f"linear-{name}": LinearConfig(recipe=name) for name in RECIPES},  # type: ignore[arg-type]
+    },
+    {"top1": "top-1"},
+    default="linear-fast",
+    quick={"classes": ("linear-fast",)},
+    name_of=lambda config: f"linear-{config.recipe}",
+)
+FEW_LABELS = Protocol(
+    "Labels per class",
+    FewLabelsConfig,
+    few_labels,
+    {"fewlabels": FewLabelsConfig()},
+    {"top1_N": "N"},
+    quick={"classes": ("fewlabels",)},
+)

@@ -33,6 +33,7 @@ from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.ops.philox import permutation, stream_key
 from tessella.protocols.features import EvalData, ImageData, progress
+from tessella.protocols.protocol import Protocol
 from tessella.protocols.scoring import permuted, save_predictions
 from tessella.ranges import Positive, PositiveInt, Repeats, Seed
 
@@ -331,3 +332,26 @@ def _save(data: EvalData | MultiLabelData, name: str, problem: _Problem, scores:
         columns[f"label of {problem.classes[i]}"] = problem.test_y[:, i].tolist()
         columns[f"score of {problem.classes[i]}"] = scores[:, i].tolist()
     save_predictions(data.predictions, name, data.test, problem.test_rows, columns)
+
+
+_FEW_COSTS = (0.001, 0.01, 0.1)
+SVM = Protocol(
+    "SVM",
+    SvmConfig,
+    svm,
+    {"svm": SvmConfig(), "svm-small": SvmConfig(costs=_FEW_COSTS)},
+    {"map": "mean AP"},
+    ("boxes", "classes"),
+    quick={"classes": ("svm-small",), "boxes": ("svm-small",)},
+)
+LOW_SHOT = Protocol(
+    "Low-shot SVM",
+    LowShotConfig,
+    lowshot,
+    {
+        "lowshot": LowShotConfig(),
+        "lowshot-small": LowShotConfig(positives=(1, 4, 16), draws=3, costs=_FEW_COSTS),
+    },
+    kinds=("boxes", "classes"),
+    quick={"classes": ("lowshot-small",), "boxes": ("lowshot-small",)},
+)

@@ -5,28 +5,14 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+from tessella.protocols import PROTOCOLS
 
 _SEED = re.compile(r", seed \d+$")  # ends the name of what was trained or initialised several times
 _FEW = re.compile(r"top1_(\d{1,6})$")
-_MEASURES = {  # (protocol, score) -> heading, column; in this order
-    ("knn", "top1"): ("Neighbours", "kNN"),
-    ("fewlabels", "top1_N"): ("Labels per class", "N"),
-    ("linear", "top1"): ("Linear probe", "top-1"),
-    ("finetune", "top1"): ("Fine-tuned", "top-1"),
-    ("transfer", "top1"): ("Transfer", "top-1"),
-    ("clustering", "accuracy"): ("k-means", "ACC"),
-    ("clustering", "nmi"): ("k-means", "NMI"),
-    ("clustering", "ari"): ("k-means", "ARI"),
-    ("own-clusters", "nmi"): ("Own clusters", "NMI"),
-    ("own-clusters", "ari"): ("Own clusters", "ARI"),
-    ("svm", "map"): ("SVM", "mean AP"),
-    ("detection", "box_ap"): ("Detection", "box AP"),
-    ("detection", "mask_ap"): ("Detection", "mask AP"),
-    ("segmentation", "miou"): ("Segmentation", "mean IoU"),
-}
-_OF_SEVERAL_KINDS = ("linear", "finetune", "detection", "segmentation")  # protocols whose records are NAME-SETTING
+_OWN_CLUSTERS = ("Own clusters", {"nmi": "NMI", "ari": "ARI"})  # of a method that has clusters, beside k-means
 
 
 class Column(NamedTuple):
@@ -152,24 +138,29 @@ def _row(
 
 def _figures(protocol: str, scores: dict[str, Any]) -> Iterator[tuple[Column, _Figure]]:
     """The measures of a record that the table shows."""
-    kind, _, variant = protocol.partition("-")
-    if kind not in _OF_SEVERAL_KINDS:
-        kind, variant = protocol.removesuffix("-small"), ""
+    rank, heading, measures, variant = _declared(protocol)
     stds = scores.get("std")
-    for rank, ((wanted, score), (heading, label)) in enumerate(_MEASURES.items()):
-        if wanted != kind:
-            continue
+    for number, (score, label) in enumerate(measures.items()):
         for name, value in scores.items():
             few = _FEW.match(str(name)) if score == "top1_N" else None
             if (name == score or few) and _is_number(value):
-                number = int(few[1]) if few else 0
-                std = scores.get(f"std_{number}") if few else stds.get(name) if isinstance(stds, dict) else None
-                several = len([other for other in _MEASURES if other[0] == kind]) > 1
-                text = f"{variant} {label}" if variant and several else variant or label
+                labels = int(few[1]) if few else 0
+                std = scores.get(f"std_{labels}") if few else stds.get(name) if isinstance(stds, dict) else None
+                text = f"{variant} {label}" if variant and len(measures) > 1 else variant or label
                 yield (
-                    Column(rank, number, heading, str(number) if few else text),
+                    Column(rank + number, labels, heading, str(labels) if few else text),
                     _Figure(value, std if _is_number(std) else None),
                 )
+
+
+def _declared(record: str) -> tuple[int, str, Mapping[str, str], str]:
+    """Place, heading and measures of the protocol that a record is called after, and which of its settings it is."""
+    for rank, (name, protocol) in enumerate(PROTOCOLS.items()):
+        if record in protocol.settings or record == name or record.startswith(f"{name}-"):
+            variant = record.removeprefix(name).strip("-") if len(protocol.settings) > 2 else ""
+            return 10 * rank, protocol.title, protocol.measures, variant
+    heading, measures = _OWN_CLUSTERS if record == "own-clusters" else ("", {})
+    return 10 * list(PROTOCOLS).index("clustering") + 5, heading, measures, ""
 
 
 def _mean(seeds: list[_Figure]) -> _Figure:

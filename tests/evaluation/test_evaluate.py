@@ -17,7 +17,7 @@ from tessella.errors import UserError
 from tessella.evaluation.evaluate import evaluate
 from tessella.evaluation.records import LOCK
 from tessella.modules.backbone import BackboneConfig
-from tessella.protocols import PROTOCOLS, SETTINGS, features
+from tessella.protocols import PROTOCOLS, features, named_settings
 from tessella.protocols.clustering import ClusteringConfig
 from tessella.protocols.finetune import FinetuneConfig
 from tessella.protocols.knn import KnnConfig
@@ -217,7 +217,7 @@ def counting(monkeypatch, name="knn"):
         calls.append(config)
         return protocol.function(backbone, data, config)
 
-    monkeypatch.setitem(PROTOCOLS, name, protocol._replace(function=counted))
+    monkeypatch.setitem(PROTOCOLS.loaded, name, protocol._replace(function=counted))
     return calls
 
 
@@ -238,7 +238,7 @@ def test_a_record_is_written_as_soon_as_its_protocol_is_done(tmp_path, monkeypat
         assert [record["protocol"] for record in records_in(tmp_path)] == ["knn"]
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(PROTOCOLS, "clustering", PROTOCOLS["clustering"]._replace(function=killed))
+    monkeypatch.setitem(PROTOCOLS.loaded, "clustering", PROTOCOLS["clustering"]._replace(function=killed))
     with pytest.raises(KeyboardInterrupt):
         run(out=tmp_path, protocols=["knn", "clustering"])
     monkeypatch.undo()
@@ -278,7 +278,7 @@ def test_predictions_of_different_questions_lie_in_different_folders(tmp_path):
 
 def test_a_figure_that_is_not_finite_does_not_cost_the_record(tmp_path, monkeypatch):
     protocol = PROTOCOLS["knn"]._replace(function=lambda *_: {"top1": float("nan"), "losses": [1.0, float("inf")]})
-    monkeypatch.setitem(PROTOCOLS, "knn", protocol)
+    monkeypatch.setitem(PROTOCOLS.loaded, "knn", protocol)
     (record,) = run(out=tmp_path)
     assert records_in(tmp_path)[0]["scores"] == record["scores"] == {"top1": None, "losses": [1.0, None]}
 
@@ -287,14 +287,14 @@ def test_a_figure_that_is_not_finite_does_not_cost_the_record(tmp_path, monkeypa
 
 
 def test_a_protocol_that_trains_is_run_for_each_seed(tmp_path, monkeypatch):
-    small = replace(SETTINGS["segmentation-small"], iterations=1, batch_size=2)
+    small = replace(named_settings()["segmentation-small"], iterations=1, batch_size=2)
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     masks = ArrayMasks("halves", pixels, np.tile(np.array([0, 1], np.uint8), (2, 8, 4)), ["left", "right"])
     backbone, seen = resolve_backbone(TINY_RESNET, seed=9), []
     protocol = PROTOCOLS["segmentation"]._replace(
         function=lambda _b, _d, c: seen.append(c.seed) or {"miou": c.seed / 10}
     )
-    monkeypatch.setitem(PROTOCOLS, "segmentation", protocol)
+    monkeypatch.setitem(PROTOCOLS.loaded, "segmentation", protocol)
     records = evaluate(backbone, masks, masks, protocols=[small], seed=2, seeds=3, workers=1, baseline=True)
     assert seen == [2, 2, 3, 3, 4, 4]  # each with its baseline
     assert [(r["seed"], r["settings"]["seed"], r["baseline"]["name"][-1]) for r in records] == [

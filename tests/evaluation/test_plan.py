@@ -9,7 +9,15 @@ import pytest
 
 from tessella.errors import UserError
 from tessella.evaluation.plan import DEFAULT, Source, plan, read_data_file
-from tessella.protocols import ALL, PROTOCOLS, SETTINGS, default_config, protocol_of, record_name
+from tessella.protocols import (
+    KINDS,
+    PROTOCOLS,
+    default_config,
+    named_settings,
+    protocol_of,
+    quick_settings,
+    record_name,
+)
 
 CLASSES = "classes: {train: a, test: b}\n"
 
@@ -28,16 +36,18 @@ def names(tasks: list[Any]) -> list[str]:
 
 
 def test_a_record_is_called_as_its_setting_whatever_the_seeds():
-    assert {record_name(config) for config in SETTINGS.values()} == set(SETTINGS)
+    assert {record_name(config) for config in named_settings().values()} == set(named_settings())
     (task,) = plan(["detection-small"], Source("a", "b"), None, seed=7)
     assert record_name(task.config) == "detection-small" and task.config.seed == 7 and not task.changed
     assert record_name(default_config("finetune")) == "finetune-swav-1"
 
 
 def test_every_protocol_has_a_setting_and_every_quick_one_fits_its_data():
-    assert {protocol_of(config).config for config in SETTINGS.values()} == {p.config for p in PROTOCOLS.values()}
-    for kind, quick in ALL.items():
-        assert all(kind in protocol_of(SETTINGS[name]).kinds for name in quick)
+    assert {protocol_of(config).config for config in named_settings().values()} == {
+        p.config for p in PROTOCOLS.values()
+    }
+    for kind in KINDS:
+        assert all(kind in protocol_of(named_settings()[name]).kinds for name in quick_settings(kind))
 
 
 @pytest.mark.parametrize(("name", "told"), [
@@ -60,7 +70,7 @@ def test_without_a_data_file_the_usual_four_are_run():
 
 def test_with_a_data_file_all_that_its_data_allow(tmp_path: Path):
     tasks = plan([], None, data_file(tmp_path, CLASSES + "masks: streets\n"), seed=0)
-    assert names(tasks) == [*ALL["classes"], *ALL["masks"]]
+    assert names(tasks) == [*quick_settings("classes"), *quick_settings("masks")]
     assert tasks[-1].kind == "masks" and tasks[-1].source == Source("streets", "streets")
     assert not any(task.required for task in tasks)
 
@@ -75,21 +85,23 @@ protocols:
   segmentation-small: {train: e, test: e, crops: {size: 64}}
 """
     tasks = {task.name: task for task in plan(["all"], None, data_file(tmp_path, text), seed=3)}
-    assert set(tasks) == {*ALL["classes"], "linear-swav", "detection-small", "segmentation-small"}
+    assert set(tasks) == {*quick_settings("classes"), "linear-swav", "detection-small", "segmentation-small"}
     swav = tasks["linear-swav"]
     assert swav.changed == {"epochs": 2, "lr": 0.3} and swav.required and swav.config.seed == 3
     assert swav.source == Source("a", "b", "map.csv")
     assert tasks["knn"].config.k == (5,) and tasks["detection-small"].source == Source("c", "d")
     crops = tasks["segmentation-small"].config.crops
-    assert crops.size == 64 and crops.scale == SETTINGS["segmentation-small"].crops.scale  # the rest stays
+    assert crops.size == 64 and crops.scale == named_settings()["segmentation-small"].crops.scale  # the rest stays
     assert tasks["segmentation-small"].kind == "masks"
 
 
 def test_data_that_say_what_they_are_decide_what_all_is(tmp_path: Path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_train.json").write_text("{}")
-    assert names(plan(["all"], Source(str(tmp_path), str(tmp_path)), None, seed=0)) == list(ALL["boxes"])
-    assert names(plan(["all"], Source("digits::train", "digits::test"), None, seed=0)) == list(ALL["classes"])
+    assert names(plan(["all"], Source(str(tmp_path), str(tmp_path)), None, seed=0)) == list(quick_settings("boxes"))
+    assert names(plan(["all"], Source("digits::train", "digits::test"), None, seed=0)) == list(
+        quick_settings("classes")
+    )
     (svm,) = plan(["svm"], Source(str(tmp_path), str(tmp_path)), None, seed=0)
     assert svm.kind == "boxes" and svm.required
     (svm,) = plan(["svm"], Source("digits::train", "digits::test"), None, seed=0)
@@ -98,7 +110,7 @@ def test_data_that_say_what_they_are_decide_what_all_is(tmp_path: Path):
 
 def test_asked_for_twice_is_run_once(tmp_path: Path):
     tasks = plan(["all", "knn"], None, data_file(tmp_path, CLASSES), seed=0)
-    assert names(tasks) == list(ALL["classes"])
+    assert names(tasks) == list(quick_settings("classes"))
     assert [task.name for task in tasks if task.required] == ["knn"]
 
 

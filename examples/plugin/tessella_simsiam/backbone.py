@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tessella.modules.backbone import BackboneConfig
 from torch import Tensor, nn
+
+from tessella.modules.backbone import BackboneConfig
 
 
 class Plain4(nn.Module):

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from tessella.data.batch import Batch
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.methods import Method, MethodConfig, Setting
 from tessella.methods.method import Progress, Step
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

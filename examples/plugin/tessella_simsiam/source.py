@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+
 from tessella import UserError
 from tessella.data.sources import ArrayImages, ImageSet
 
@@ -24,5 +25,7 @@ def open_npz(data: str, labels: bool) -> ImageSet:
         with np.load(path, allow_pickle=False) as arrays:
             images, classes = arrays["images"], arrays["labels"] if labels else None
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be used: {error}. Give an .npz file with images, and labels for classes") from None
+        raise UserError(
+            f"{path} cannot be used: {error}. Give an .npz file with images, and labels for classes"
+        ) from None
     return ArrayImages(data, images, classes)

@@ -45,6 +45,7 @@ from tessella.protocols.detection.batches import (
 )
 from tessella.protocols.detection.scores import average_precision
 from tessella.protocols.features import progress, rank_rows, tensor_digests
+from tessella.protocols.protocol import Protocol
 from tessella.protocols.training import Snapshots, from_all_ranks
 from tessella.ranges import (
     Channels,
@@ -588,3 +589,17 @@ def check(data: DetectionData, config: DetectionConfig) -> list[str]:
     if data.test.table.difficult.any():
         notes.append("difficult objects are ignored in scoring, by COCO's rules for crowds")
     return notes
+
+
+DETECTION = Protocol(
+    "Detection",
+    DetectionConfig,
+    detection,
+    {f"detection-{name}": config for name, config in RECIPES.items()},
+    {"box_ap": "box AP", "mask_ap": "mask AP"},
+    ("boxes",),
+    check,
+    "record",
+    quick={"boxes": ("detection-small",)},
+    name_of=lambda config: f"detection-{config.recipe}",
+)

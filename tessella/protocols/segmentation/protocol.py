@@ -33,6 +33,7 @@ from tessella.modules.norm import synchronise_batch_norm
 from tessella.modules.resnet import ResNet
 from tessella.optim import OptimizerConfig, build_optimizer
 from tessella.protocols.features import frozen, progress, tensor_digests
+from tessella.protocols.protocol import Protocol
 from tessella.protocols.segmentation.data import SegmentationData, Survey
 from tessella.protocols.segmentation.files import write_tables
 from tessella.protocols.segmentation.networks import Head, Segmenter, SharedDropout2d, dilate
@@ -407,3 +408,16 @@ def _notes(
     if data.train.unreadable:
         notes.append(f"{len(data.train.unreadable)} train images cannot be read and were left out")
     return notes
+
+
+SEGMENTATION = Protocol(
+    "Segmentation",
+    SegmentationConfig,
+    segmentation,
+    {f"segmentation-{name}": config for name, config in RECIPES.items()},
+    {"miou": "mean IoU"},
+    ("masks",),
+    lambda data, config: data.survey(),
+    "record",
+    quick={"masks": ("segmentation-small",)},
+)
