@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from tessella.errors import UserError
 from tessella.modules.resnet import LAYERS, ResNet
 from tessella.ranges import Channels, FractionBelowOne
+from tessella.registry import Registry
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
     """Which network is trained."""
 
-    name: str = "resnet50"  # resnet10, 18, 34, 50, 101, 152; or timm:NAME for a ViT, Swin, ConvNeXt, ...
+    name: str = "resnet50"  # resnet10, 18, 34, 50, 101, 152; timm:NAME for a ViT, Swin, ...; or a package's name
     width: Channels = 64  # channels of our ResNets' stem; 64 is standard, 128 is SwAV's w2
     # small: 3x3 stride 1, no max-pool, for images of about 32 pixels; small-pool: then a 2x2 max-pool, for about 64
     stem: Literal["imagenet", "small", "small-pool"] = "imagenet"
@@ -141,6 +142,9 @@ def _small_stem(net: Any, config: BackboneConfig) -> None:
 
 Backbone: TypeAlias = ResNet | TimmBackbone  # what methods and protocols take: feature_dim, feature_map(x), forward(x)
 
+# Networks of other packages by name: a function of the config that gives a module with these three.
+BACKBONES: Registry[Callable[[BackboneConfig], Any]] = Registry("backbones", {})
+
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """The network, freshly initialised from torch's global generator.
@@ -150,6 +154,9 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     """
     if config.name.startswith("timm:"):
         return TimmBackbone(config)
+    if config.name in BACKBONES:
+        network: Backbone = BACKBONES[config.name](config)
+        return network
     if config.name not in LAYERS:
         raise UserError(
             f"unknown backbone {config.name!r}: use one of {', '.join(LAYERS)}, or timm:NAME for a network of timm"
@@ -189,7 +196,7 @@ def try_backbone(config: BackboneConfig, images: Iterable[int], montages: Iterab
     if isinstance(net, ResNet):
         return  # takes any size
     montages = list(montages)
-    if montages and getattr(net.net, "global_pool", "") == "token":
+    if montages and getattr(getattr(net, "net", None), "global_pool", "") == "token":
         raise UserError(
             f"this method trains the positions of {config.name}, which is then evaluated by its class token: use "
             "--backbone.pool average"

@@ -9,6 +9,8 @@
     cifar10, stl10 ...  torchvision's arrays, in memory                      split/number
     hf:NAME             Hugging Face `datasets`                              split/number
     digits, shapes      embedded, no download                                split/number
+    NAME:...            what a package's entry point `tessella.sources`      the package's
+                        makes of it
     anything::PART      a folder within a folder or archive; a split of      relative to the part
                         a data set by name
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 import difflib
 import glob
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +39,7 @@ from tessella.data.sources.named import TORCHVISION, open_hugging_face, open_tor
 from tessella.data.sources.packs import is_pack, open_pack
 from tessella.data.sources.tars import TAR_SUFFIXES
 from tessella.errors import UserError
+from tessella.registry import Registry
 
 __all__ = ["ACCEPTED", "IMAGE_SUFFIXES", "ArrayImages", "ImageSet", "open_images"]
 
@@ -49,6 +53,9 @@ _MENDS = {  # ending of a file -> what to do
     ".xlsx": "save the list as .csv",
     **dict.fromkeys(IMAGE_SUFFIXES, "it is a single image: give the folder that holds it"),
 }
+
+# Openers of other packages by the word before the colon: (data as given, whether classes are asked for) -> images.
+SOURCES: Registry[Callable[[str, bool], ImageSet]] = Registry("sources", {})
 
 
 def open_images(data: str, *, labels: bool = False, cache: Path | None = None) -> ImageSet:
@@ -66,7 +73,10 @@ def open_images(data: str, *, labels: bool = False, cache: Path | None = None) -
         UserError: nothing there, nothing readable in it, or labels asked for that it does not have.
     """
     base, part = _split_part(data)
-    if data.startswith("hf:"):
+    prefix, colon, _ = base.partition(":")
+    if colon and prefix in SOURCES:
+        images = SOURCES[prefix](data, labels)
+    elif data.startswith("hf:"):
         images = open_hugging_face(data, base.removeprefix("hf:"), part or "train", labels, cache)
     elif base.lower() in EMBEDDED:
         return EMBEDDED[base.lower()](data, part, labels)
