@@ -7,6 +7,7 @@
     run = tessella.resume("runs/first")
 
     backbone = tessella.load_backbone(run)  # a torch module: (b, 3, h, w) -> (b, backbone.feature_dim)
+    features = backbone(backbone.transform(image)[None])  # of a PIL image or uint8 pixels (3, h, w)
     records = tessella.evaluate(run, train="digits::train", test="digits::test", protocols=["knn"])
     features = tessella.embed(run, "photos/", out="photos.parquet").x
 
@@ -15,16 +16,19 @@
 
 Images are given as on the command line (a folder, a list, archives, a data set's name), as a uint8 array
 (N, H, W, 3) or (N, H, W), where labels are needed as a pair (array, N integers), or as an opened
-`tessella.data.sources.ImageSet`. What is wrong with an input is said by `tessella.UserError`.
+`tessella.data.sources.ImageSet`. What is wrong with an input is said by `tessella.UserError`. torch's own random
+generators are left as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from tessella import dist
@@ -41,9 +45,24 @@ from tessella.report.evaluation import print_scores, write_pages
 from tessella.run.config import RunConfig, different_fields, from_dict, load_config, to_dict
 from tessella.weights.resolve import resolve_backbone
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Images: TypeAlias = str | Path | ImageSet | NDArray[np.uint8] | tuple[NDArray[np.uint8], ArrayLike]
 
 
+def _generators_restored(function: Callable[P, T]) -> Callable[P, T]:
+    """Leave torch's global generators as they were: a caller's own draws do not depend on ours."""
+
+    @functools.wraps(function)
+    def restored(*args: P.args, **options: P.kwargs) -> T:
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(gpus):
+            return function(*args, **options)
+
+    return restored
+
+
+@_generators_restored
 def pretrain(data: Images, recipe: str, out: str | Path, **settings: Any) -> Path:
     """Train a backbone on unlabelled images.
 
@@ -66,6 +85,7 @@ def pretrain(data: Images, recipe: str, out: str | Path, **settings: Any) -> Pat
     return _pretrain.pretrain(config, Path(out), images)
 
 
+@_generators_restored
 def resume(run: str | Path, data: Images | None = None, *, allow: Collection[str] = (), **changes: Any) -> Path:
     """Go on exactly where a run stopped.
 
@@ -90,23 +110,27 @@ def resume(run: str | Path, data: Images | None = None, *, allow: Collection[str
     return _pretrain.resume(Path(run), different_fields(saved, with_settings(saved, changes)), images, allow=allow)
 
 
+@_generators_restored
 def load_backbone(source: str | Path) -> Backbone:
     """A backbone as a torch module in eval mode, on the CPU.
 
     Args:
-        source: a run, imported or official weights, `torchvision:NAME`, `timm:NAME`, or `random:NAME`.
+        source: a run, imported or official weights, `torchvision:NAME`, `timm:NAME`, `timm:FOLDER`,
+            `timm:NAME=FILE`, or `random:NAME`.
 
     Returns:
-        A module that maps normalised images (b, 3, h, w) to features (b, `feature_dim`).
+        A module that maps images (b, 3, h, w) to features (b, `feature_dim`). Its `transform` makes such images of PIL
+        images and uint8 tensors, exactly as `evaluate` and `embed` do; `transform.size`, `.resize`, `.mean`, `.std`,
+        `.fit` and `.interpolation` are the numbers.
 
     Raises:
         UserError: `source` names no backbone.
     """
-    backbone = resolve_backbone(str(source)).backbone
-    backbone.eval()
-    return backbone
+    backbone: Backbone = resolve_backbone(str(source)).backbone
+    return backbone.eval()
 
 
+@_generators_restored
 @checked
 def evaluate(
     backbone: str | Path,
@@ -186,6 +210,7 @@ def evaluate(
     return records
 
 
+@_generators_restored
 @checked
 def embed(
     backbone: str | Path,

@@ -262,7 +262,11 @@ def _go_on(run: Path, words: list[str]) -> None:
     allow, words = _taken_out("--allow", words)
     given = _parse("resume", type(saved), words, default=saved)
     allow = [name.replace("-", "_") for name in allow]
-    go_on(run, different_fields(saved, given), allow=allow)
+    changes = different_fields(saved, given)
+    for name in ("data", "start_from"):  # typed, even if as in config.yaml: then it may be downloaded
+        if any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in words):
+            changes[name] = getattr(given, name)
+    go_on(run, changes, allow=allow)
 
 
 def _require_run(folder: Path) -> None:
@@ -474,16 +478,17 @@ def embed(
     return 0
 
 
-def report(run: Path, /) -> int:
+def report(run: Path, /, *, data: str | None = None) -> int:
     """Write RUN/report.html: figures, curves, views as the method saw them, settings.
 
     Args:
         run: a run folder.
+        data: the images, if they lie elsewhere now, or must be downloaded.
     """
     _require_run(run)
     from tessella.report.of_run import report as write_report
 
-    _tell_written(write_report(run))
+    _tell_written(write_report(run, data=data))
     return 0
 
 

@@ -164,3 +164,25 @@ def test_opened_images_are_taken_as_they_are(tmp_path):
     images = ArrayImages("mine", pixels(6))
     spec = "random:resnet10?width=4&stem=small&size=32"
     assert len(tessella.embed(spec, images, tmp_path / "x.npy", device="cpu", workers=1).x) == 6
+
+
+def test_a_backbone_brings_the_images_that_evaluations_see(tmp_path: Path):
+    run = tessella.pretrain(pixels(), recipe="jigclu_cpu", out=tmp_path / "run", max_steps=2, **TINY)
+    backbone = tessella.load_backbone(run)
+    features = tessella.embed(run, pixels(), tmp_path / "features.npy", device="cpu", workers=1).x
+    images = backbone.transform(torch.from_numpy(pixels()).permute(0, 3, 1, 2))
+    assert images.shape[-1] == backbone.transform.size == 32 and not backbone.training
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images), features)
+
+
+def test_torch_s_generators_are_left_as_they_were(tmp_path: Path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run = tessella.pretrain(pixels(), recipe="jigclu_cpu", out=tmp_path / "run", max_steps=2, **TINY)
+    tessella.load_backbone(run)
+    tessella.load_backbone("random:resnet10?stem=small&width=4&size=32")
+    labelled = pixels(), np.arange(16) % 2
+    tessella.evaluate(run, labelled, labelled, protocols=["knn", "linear"], device="cpu", workers=1)
+    assert torch.equal(torch.rand(3), expected)

@@ -1,11 +1,13 @@
-"""What happens to an image before a trained network sees it: resize, crop, normalise. The same for every use of it.
+"""What happens to an image before a trained network sees it.
 
-PIL image, uint8 tensor or decoded file -> shorter side to `resize`, or both sides to `size`
--> centre crop of `size` -> (pixels / 255 - mean) / std
+    PIL image, uint8 tensor or decoded file -> shorter side to `resize` -> centre crop of `size` -> normalise
+
+Evaluations, embeddings and a user's own code go through the same lines.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,7 +23,9 @@ from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
 from tessella.errors import UserError
 from tessella.ops.augment import normalise
 
+MAX_SIDE = 4096  # pixels
 _LONGEST_STRIP = 16  # longer side / shorter side that is resized whole
+
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -37,12 +41,17 @@ class EvalTransform:
     resize: int  # pixels of the shorter side before the crop; size / resize is the crop fraction
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of each channel, values in [0, 1]
     std: tuple[float, float, float] = IMAGENET_STD
-    squash: bool = False  # instead of the crop: both sides to `size`, so that nothing is cut off (VOC07's probes)
+    # What goes to `resize`: the shorter side, or both. VOC07's probes: the shorter side, and then both to `size`.
+    fit: Literal["shorter side", "both sides", "shorter side, then both"] = "shorter side"
     interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= self.resize:
             raise UserError(f"resize={self.resize} is less than the crop size={self.size}: give resize={self.size}")
+        if self.resize > MAX_SIDE:
+            raise UserError(f"images are resized to {self.resize} pixels: give at most {MAX_SIDE}")
+        if not (all(map(math.isfinite, self.mean)) and all(0 < s < math.inf for s in self.std)):
+            raise UserError(f"mean={self.mean}, std={self.std}: give finite numbers, and std above 0")
 
     @classmethod
     def of(
@@ -87,11 +96,12 @@ class EvalTransform:
 
     def crop(self, image: NDArray[np.uint8]) -> Tensor:
         """(h, w, 3) pixels of any size -> (size, size, 3) uint8."""
-        if not self.squash:
-            return _centre(_shorter_side(image, self.resize, self.interpolation), self.size)
-        if self.resize != self.size:  # as the published probes of VOC07 do
-            image = _shorter_side(image, self.resize, self.interpolation).numpy()
-        return resize_pixels(image, self.size, self.size, self.interpolation)
+        if self.fit == "both sides":
+            return _centre(resize_pixels(image, self.resize, self.resize, self.interpolation), self.size)
+        pixels = _shorter_side(image, self.resize, self.interpolation)
+        if self.fit == "shorter side":
+            return _centre(pixels, self.size)
+        return resize_pixels(pixels.numpy(), self.size, self.size, self.interpolation)
 
     def normalised(self, crops: Tensor) -> Tensor:
         """(b, size, size, 3) uint8 -> (b, 3, size, size) float32 on the same device, in `image_layout`."""

@@ -44,7 +44,7 @@ def pretrain(config: RunConfig, out: Path, images: ImageSet | None = None) -> Pa
     try_network(config)
     fabric, run = launch(config), RunFolder(out)
     if goes_on(config, out):
-        return resume(out, images=images)
+        return resume(out, {"data": config.data, "start_from": config.start_from}, images)
     if fabric.is_global_zero:
         run.refuse_taken()
     images = images or open_images(config.data)
@@ -69,7 +69,8 @@ def resume(
     Args:
         out: the run folder.
         changes: new values of fields that change how a run is executed but not what it computes; and of those in
-            `allow`. `run.config.ON_RESUME` has them all.
+            `allow`. `run.config.ON_RESUME` has them all. What `data` and `start_from` name is downloaded only if it
+            is given here: a run folder may come from anybody.
         images: as in `pretrain`.
         allow: dotted names of fields that may have another value from now on, in `changes` or in config.yaml.
 
@@ -80,17 +81,18 @@ def resume(
         UserError, Interrupted, RankLost: as `pretrain`.
     """
     run, saved = RunFolder.open(out)
-    config = dataclasses.replace(saved, **(changes or {}))
+    changes = changes or {}
+    config = dataclasses.replace(saved, **changes)
     fabric = launch(config)
     with Watch(config.rank_timeout) as watch, run.only_writer(fabric.is_global_zero):
         run.go_on_as(saved, config, allow)
-        images = images or run.open_images(config)
+        images = images or run.open_images(config, download="data" in changes)
         require_fit(config, images, fabric)
         state = build_state(config, images, fabric.device)
         run.refuse_other_images(config, images)
         step = run.restore(state)
         if step == 0:
-            start = start_from(config.start_from, state.method)
+            start = start_from(config.start_from, state.method, download="start_from" in changes)
             if fabric.is_global_zero:
                 start.write(out)
         return _train(fabric, config, run, images, state, step, watch)

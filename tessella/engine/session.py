@@ -94,7 +94,7 @@ class Session:
             yield from self._steps_while_finite()
         if self.fabric.is_global_zero:
             self._save()
-            self.run.write_backbone(self.state.method)
+            self.run.write_backbone(self.state.method, self.config, self.progress.step)
         self.fabric.barrier()
 
     def _steps_while_finite(self) -> Iterator[tuple[list[Batch], Progress]]:

@@ -36,6 +36,7 @@ class TimmBackbone(nn.Module):
     """A timm network without its classifier."""
 
     net: Any  # timm's networks share no typed base
+    transform: Any = None  # with loaded weights: PIL image or uint8 tensor -> what the network expects
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -121,7 +122,7 @@ def _timm_network(name: str, config: BackboneConfig) -> Any:
         options["dynamic_img_size"] = True
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **options)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, RuntimeError) as error:  # RuntimeError: a tag that timm does not know
         raise UserError(
             f"{config.name} cannot be built with drop_path={config.drop_path}, pool={config.pool}: {error}"
         ) from None

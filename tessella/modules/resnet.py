@@ -89,6 +89,8 @@ class ResNet(nn.Module):
             about a third more time.
     """
 
+    transform: Any = None  # with loaded weights: PIL image or uint8 tensor -> what the network expects
+
     def __init__(self, name: str, width: int = 64, stem: str = "imagenet", recompute: bool = False) -> None:
         super().__init__()
         block, depths = LAYERS[name]

@@ -18,7 +18,7 @@ from tessella.protocols.features import ImageData
 from tessella.protocols.protocol import Protocol
 from tessella.ranges import NonNegativeInt, Range
 
-_SQUASHED = EvalTransform(2 * SIDE, 2 * SIDE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), squash=True)
+_SQUASHED = EvalTransform(2 * SIDE, 2 * SIDE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), fit="both sides")
 _GRAY = (0.299, 0.587, 0.114)
 
 

@@ -228,7 +228,10 @@ def _problem(backbone: nn.Module, data: EvalData | MultiLabelData, squash: bool,
     """Features and labels of both splits. Full: shorter side to 256, then squashed; low-shot: squashed at once."""
     transform = data.transform
     if squash:
-        transform = replace(transform, squash=True, resize=transform.resize if shorter_first else transform.size)
+        if shorter_first and transform.resize > transform.size:
+            transform = replace(transform, fit="shorter side, then both")
+        else:
+            transform = replace(transform, fit="both sides", resize=transform.size)
     sides = []
     for split in ("train", "test"):
         found = data.features(backbone, split, transform)

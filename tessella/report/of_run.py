@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessella.console import note
-from tessella.data.sources import ImageSet
+from tessella.data.sources import ImageSet, open_images
 from tessella.engine.launch import cores_at_hand, pick_device
 from tessella.errors import UserError
 from tessella.evaluation.evaluate import assign
@@ -22,11 +22,12 @@ from tessella.weights.resolve import resolve_backbone
 _CLUSTERED_IMAGES = 20_000  # enough to see the clusters; a page should not take an epoch
 
 
-def report(run: Path, *, images: ImageSet | None = None, device: str = "auto") -> Path:
+def report(run: Path, *, data: str | None = None, images: ImageSet | None = None, device: str = "auto") -> Path:
     """Write RUN/report.html with all that can be shown; what is missing is said and left out.
 
     Args:
         run: a run folder.
+        data: the images, if they lie elsewhere now, or must be downloaded: what only the run names never is.
         images: what it was trained on, if that has no name on disk.
         device: where the cluster of each image is computed.
 
@@ -39,7 +40,8 @@ def report(run: Path, *, images: ImageSet | None = None, device: str = "auto") -
     config = load_config(run / "config.yaml")
     clusters = None
     try:
-        images = images or RunFolder(run).open_images(config)
+        if images is None:
+            images = RunFolder(run).open_images(config, download=False) if data is None else open_images(data)
         clusters = _clusters(run, images, device)
     except UserError as error:  # a page without pictures is better than none
         note(f"the page shows less: {error}")

@@ -119,6 +119,8 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             state = _parse_json_object(path, name, data)
         else:
             groups[name.removesuffix(_SUFFIX)] = _parse_tensors(path, name, data, manifest)
+    if state.get("step", manifest["step"]) != manifest["step"]:
+        raise Damaged(f"{path.name}/{_STATE} is of step {state['step']!r}: it was copied from another checkpoint")
     return groups, state
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import math
 import textwrap
 import types
 import typing
@@ -225,7 +226,7 @@ def from_dict(kind: Any, value: Any, path: str = "config") -> Any:
         hints = _type_hints(typing.cast(Any, kind))
         names = [f.name for f in dataclasses.fields(kind)]
         if not isinstance(value, dict) or set(value) - set(names):
-            strange = sorted(set(value) - set(names)) if isinstance(value, dict) else value
+            strange = sorted(map(str, set(value) - set(names))) if isinstance(value, dict) else value
             raise UserError(f"{path} does not take {strange!r}; its fields are {', '.join(names)}")
         try:
             return kind(**{k: from_dict(hints[k], v, f"{path}.{k}") for k, v in value.items()})  # type: ignore[operator]
@@ -252,7 +253,7 @@ def _checked_scalar(kind: Any, value: Any, path: str) -> Any:
     words = [word for m in members if typing.get_origin(m) is Literal for word in typing.get_args(m)]
     kinds = [member for member in members if typing.get_origin(member) is not Literal]
     if float in kinds and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if value not in words and type(value) not in kinds:
         allowed = [*(getattr(member, "__name__", str(member)) for member in kinds), *words]
         raise UserError(f"{path} is {value!r}; expected {' or '.join(map(str, allowed))}")

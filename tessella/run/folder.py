@@ -17,6 +17,7 @@ import contextlib
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Collection, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -29,11 +30,14 @@ from torch import Tensor
 from tessella import dist, files
 from tessella.console import note
 from tessella.data.sources import ImageSet, open_images
+from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
+from tessella.methods import views_of
 from tessella.methods.method import Method, Progress
 from tessella.ops import compiled
 from tessella.run import checkpoints as checkpoint_files
 from tessella.run import images_seen, lock
+from tessella.run.backbone_file import write_backbone
 from tessella.run.config import RunConfig, from_dict, load_config, refuse_changes, to_dict, to_yaml
 from tessella.run.log import TENSORBOARD
 from tessella.run.monitor import Monitor
@@ -171,7 +175,7 @@ class RunFolder:
             UserError: see `refuse_changes`.
         """
         self._read = self._newest()
-        before = saved if self._read is None else from_dict(RunConfig, self._read[1]["config"], "state.json")
+        before = saved if self._read is None else from_dict(RunConfig, self._read[1].get("config"), "state.json")
         if refuse_changes(before, config, allowed):
             self._config_changed = True
             if dist.rank() == 0:
@@ -214,20 +218,24 @@ class RunFolder:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def open_images(self, config: RunConfig) -> ImageSet:
+    def open_images(self, config: RunConfig, *, download: bool) -> ImageSet:
         """The run's images: by their name, else by the path that they had, from the root or from the run folder.
+
+        Args:
+            config: of the run.
+            download: whether a data set by name may be fetched; False if only the run names it.
 
         Raises:
             UserError: they are in none of these places, or cannot be read there.
         """
         try:
-            return open_images(config.data)
+            return open_images(config.data, download=download)
         except UserError as error:
             places = self._environment().get("data")
             known = places if isinstance(places, dict) and places.get("name") == config.data else {}
             for place in (str(known.get("absolute")), str(self.path / str(known.get("from_run")))):
                 if known and _path_of(place):
-                    return open_images(place)
+                    return open_images(place, download=False)
             raise UserError(f"{error} If the images of {self.path} lie elsewhere now, name them with --data") from None
 
     def save(
@@ -298,8 +306,9 @@ class RunFolder:
         if self._read is None:
             return
         facts = self._read[1]
-        before = facts["fingerprints"]["data"]
-        contents = images_seen.changed_contents(images, facts.get("contents", {}))
+        with _foreign_refused():
+            before = facts["fingerprints"]["data"]
+            contents = images_seen.changed_contents(images, facts.get("contents", {}))
         if before == images.fingerprint and not contents:
             return
         found = images_seen.difference(self.path, images, before) if before != images.fingerprint else None
@@ -319,10 +328,11 @@ class RunFolder:
         if found is None:
             return 0
         tensors, facts = found
-        state.method.load_state_dict(tensors["method"], strict=True)
-        load_optimizer_tensors(state.method, state.optimizer, tensors["optimizer"])
-        state.monitor.load_state_dict(tensors["monitor"])
-        self._saved_step = int(facts["step"])
+        with _foreign_refused():
+            state.method.load_state_dict(tensors["method"], strict=True)
+            load_optimizer_tensors(state.method, state.optimizer, tensors["optimizer"])
+            state.monitor.load_state_dict(tensors["monitor"])
+            self._saved_step = int(facts["step"])
         return self._saved_step
 
     def _newest(self) -> Checkpoint | None:
@@ -357,18 +367,28 @@ class RunFolder:
             with files.open_regular(self.metrics) as log:
                 os.fsync(log.fileno())
 
-    def write_backbone(self, method: Method) -> None:
+    def write_backbone(self, method: Method, config: RunConfig, steps: int) -> None:
         """The product of a complete run: the backbone alone.
 
         Raises:
             UserError: it cannot be written.
         """
-        files.write_tensors(self.backbone, dict(method.backbone.state_dict()))
+        origin: dict[str, Any] = {name: getattr(config, name) for name in ("recipe", "epochs", "seed")}
+        origin |= {"method": config.method.name, "steps": steps, "tessella": versions()["tessella"]}
+        write_backbone(
+            self.backbone, dict(method.backbone.state_dict()), config.backbone, eval_transform(config), origin
+        )
 
     def _write_unreadable(self, unreadable: dict[str, str]) -> None:
         """List images that could not be used. Names are written on one line, escaped where needed."""
         lines = (f"{printable(key)}\t{printable(reason)}\n" for key, reason in sorted(unreadable.items()))
         files.write_text(self.path / "unreadable.txt", "".join(lines))
+
+
+def eval_transform(config: RunConfig) -> EvalTransform:
+    """What a run's images go through when its backbone is evaluated."""
+    spec = views_of(config.method)
+    return EvalTransform.of(config.image_size, mean=spec.mean, std=spec.std)
 
 
 def optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -381,12 +401,33 @@ def optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer) -> dict[
     return tensors
 
 
+@contextlib.contextmanager
+def _foreign_refused() -> Iterator[None]:
+    """Say so if a checkpoint is not of this run. Its hashes only say that it is as somebody has written it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise UserError(
+            f"the newest checkpoint cannot be one of this run ({type(error).__name__}: {reason}): remove it to go on "
+            "from the one before it, or bring the run back from a copy"
+        ) from None
+
+
 def load_optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """The inverse of `optimizer_tensors`.
+
+    Raises:
+        KeyError, ValueError: a tensor fits no parameter.
+    """
     parameters = dict(method.named_parameters())
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
         parameter = parameters[name]
+        if value.dim() and value.shape != parameter.shape:  # copying would stretch it
+            raise ValueError(f"optimizer tensor {full_name} has shape {tuple(value.shape)}")
         # AdamW keeps its step count on the CPU; everything else lives beside its parameter, in the same layout.
         state = value if value.dim() == 0 else torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][key] = state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import struct
 import textwrap
@@ -10,13 +11,14 @@ import warnings
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError  # the name of an error; nothing is unpickled here
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-import safetensors.torch
 import torch
 
 from tessella.errors import UserError
+from tessella.files import open_regular
+from tessella.run.backbone_file import read_described
 
 SUFFIXES = (".pth", ".pt", ".tar", ".torch", ".bin", ".safetensors")
 
@@ -40,28 +42,20 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, would run code to be read, or holds no named tensors.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is not a file: give the path of a checkpoint")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content = read_described(path)[0] if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name: save a state_dict()")
     return content
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        return dict(safetensors.torch.load_file(path))
-    except Exception as error:  # a header may claim anything, such as types that torch does not know
-        reason = textwrap.shorten(str(error), 200)
-        raise UserError(f"{path} cannot be read as safetensors ({type(error).__name__}: {reason})") from None
-
-
 def _read_torch(path: Path) -> Any:
-    _refuse_bomb(path)
     try:
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        with open_regular(path) as file, torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            _refuse_bomb(path, file)
             warnings.simplefilter("ignore")  # torch warns of pickle protocols; what it cannot read, it refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         if culprit is None:
@@ -76,14 +70,15 @@ def _read_torch(path: Path) -> Any:
         raise UserError(_unreadable(path, error)) from None
 
 
-def _refuse_bomb(path: Path) -> None:
+def _refuse_bomb(path: Path, file: BinaryIO) -> None:
     """Refuse an archive that unpacks to more than it is: torch.save compresses nothing."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             claimed = sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
-        return  # the older format of torch.save, or damaged: torch will say
-    size = path.stat().st_size
+        claimed = 0  # the older format of torch.save, or damaged: torch will say
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     if claimed > size:
         raise UserError(
             f"{path} has {size:,} bytes and unpacks to {claimed:,}, which no file of torch.save does: it is not read"

@@ -15,12 +15,13 @@ from tessella.errors import UserError
 from tessella.files import FileError
 from tessella.methods import MethodConfig
 from tessella.modules.backbone import BackboneConfig
+from tessella.run.backbone_file import read_backbone, read_described, write_backbone, write_described
 from tessella.run.config import from_dict, to_dict
-from tessella.weights.files import read_file
-from tessella.weights.official import Official, Row, read_official
+from tessella.weights.layouts import layouts
+from tessella.weights.official import Official, Row, official_transform, read_official
 
 FACTS = "import.json"
-FORMAT = 1  # of the folder
+FORMAT = 2  # of the folder
 _LIMIT = 64 << 20  # bytes of import.json
 _BACKBONE = "backbone."
 
@@ -54,9 +55,10 @@ def import_weights(file: Path, out: Path, origin: str = "auto") -> Official:
         "report": [row._asdict() for row in official.report],
     }
     files.make_folder(out)
-    files.write_tensors(out / "backbone.safetensors", net)
+    origin_of = {key: facts[key] for key in ("file", "sha256", "title")}
+    write_backbone(out / "backbone.safetensors", net, official.backbone, official_transform(official), origin_of)
     if heads:
-        files.write_tensors(out / "heads.safetensors", heads)
+        write_described(out / "heads.safetensors", heads, {"of": facts["sha256"]})
     files.write_json(out / FACTS, facts)  # last: with it the folder counts
     return official
 
@@ -72,20 +74,21 @@ def read_imported(folder: Path) -> Official:
     Raises:
         UserError: something in the folder has been damaged.
     """
-    facts = _facts(folder / FACTS)
-    tensors = {_BACKBONE + k: v for k, v in read_file(folder / "backbone.safetensors").items()}
-    method = facts["method"]
+    path = folder / FACTS
+    facts = _facts(path)
+    backbone = from_dict(BackboneConfig, facts["backbone"], f"{FACTS}: backbone")
+    method = None if facts["method"] is None else from_dict(MethodConfig, facts["method"], f"{FACTS}: method")
+    product = read_backbone(folder / "backbone.safetensors")
+    if product is None or product.backbone != backbone:
+        raise UserError(f"{folder / 'backbone.safetensors'} is not the network of {FACTS}. Import the file again")
+    tensors = {_BACKBONE + key: value for key, value in product.tensors.items()}
     if method is not None:
-        tensors |= read_file(folder / "heads.safetensors")
-    return Official(
-        facts["origin"],
-        facts["title"],
-        from_dict(BackboneConfig, facts["backbone"], f"{FACTS}: backbone"),
-        None if method is None else from_dict(MethodConfig, method, f"{FACTS}: method"),
-        facts["whole"],
-        tensors,
-        tuple(Row(**row) for row in facts["report"]),
-    )
+        heads, of = read_described(folder / "heads.safetensors")
+        if of is None or of.get("of") != facts["sha256"]:
+            raise UserError(f"{folder / 'heads.safetensors'} is not of the file of {FACTS}. Import the file again")
+        tensors |= heads
+    report = tuple(Row(**row) for row in facts["report"])
+    return Official(facts["origin"], facts["title"], backbone, method, facts["whole"], tensors, report)
 
 
 def report_lines(official: Official) -> list[str]:
@@ -105,7 +108,27 @@ def _facts(path: Path) -> dict[str, Any]:
         facts = files.read_json(path, _LIMIT)
     except FileError as error:
         raise UserError(f"{error}. Import the file again") from None
-    expected = {"format", "origin", "title", "backbone", "method", "whole", "report"}
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT or not expected <= set(facts):
+    if not _is_sound(facts):
         raise UserError(f"{path} is not what this Tessella writes (format {FORMAT}). Import the file again")
     return facts
+
+
+def _is_sound(facts: Any) -> bool:
+    """Whether these can be the facts that `import_weights` wrote."""
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        return False
+    if facts.get("origin") not in [layout.origin for layout in layouts()]:
+        return False
+    texts = [facts.get("title"), facts.get("sha256")]
+    rows = facts.get("report")
+    if (
+        not isinstance(rows, list)
+        or not isinstance(facts.get("whole"), bool)
+        or not {"backbone", "method"} <= set(facts)
+    ):
+        return False
+    for row in rows:
+        if not isinstance(row, dict) or set(row) != set(Row._fields):
+            return False
+        texts += row.values()
+    return all(isinstance(text, str) for text in texts)

@@ -17,7 +17,10 @@ _TORCHVISION = Layout(
     "layer1.*",
     {"backbone.*": "*"},
     _network,
-    left_out={"fc.*": "a classifier of the classes that it was trained on"},
+    left_out={
+        "fc.*": "a classifier of the classes that it was trained on",
+        "head.*": "a head of the method that trained it",
+    },
 )
 
 _PROBE = {

@@ -1,18 +1,32 @@
-"""Pretrained networks by name, from the libraries that publish them; they download, and keep what they have."""
+"""Pretrained networks of the libraries that publish them: by name, which may download, or from a local copy.
+
+Each comes with the library's own transform: resize, crop, interpolation, mean and std.
+"""
 
 from __future__ import annotations
 
 import difflib
+import math
 import textwrap
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
+from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
+from tessella.files import read_json
 from tessella.modules.backbone import BackboneConfig
 from tessella.modules.resnet import LAYERS
-from tessella.weights.official import infer_resnet
+from tessella.run.config import from_dict
+from tessella.weights.files import read_file
+from tessella.weights.official import infer_resnet, unwrap
+
+_CONFIG = "config.json"  # of a folder that timm writes
+_MOST_BYTES = 1 << 20  # of config.json
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # beside it
 
 
 class Pretrained(NamedTuple):
@@ -20,9 +34,7 @@ class Pretrained(NamedTuple):
 
     backbone: BackboneConfig
     tensors: dict[str, Tensor]  # state of our backbone
-    image_size: int  # pixels
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    transform: EvalTransform
 
 
 def torchvision_network(name: str) -> Pretrained:
@@ -39,37 +51,132 @@ def torchvision_network(name: str) -> Pretrained:
     import torchvision
 
     try:
-        state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        state, own = weights.get_state_dict(progress=False), weights.transforms()
     except Exception as error:  # whatever a download says
         raise UserError(_not_there(f"torchvision:{name}", error)) from None
     tensors = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    return Pretrained(infer_resnet(tensors, f"torchvision:{name}"), tensors, 224, IMAGENET_MEAN, IMAGENET_STD)
+    size, resize, how = own.crop_size[0], own.resize_size[0], own.interpolation.value
+    transform = EvalTransform(size, resize, tuple(own.mean), tuple(own.std), interpolation=how)
+    return Pretrained(infer_resnet(tensors, f"torchvision:{name}"), tensors, transform)
 
 
-def timm_network(name: str) -> Pretrained:
-    """A network of timm with its weights; a name may have a tag, as in `resnet50.a1_in1k`.
+def timm_network(given: str) -> Pretrained:
+    """A network of timm with its weights.
+
+    Args:
+        given: NAME of the library, perhaps with a tag as in `resnet50.a1_in1k`, which downloads the weights if they
+            are not in its cache; or a local FOLDER that timm wrote (config.json and weights), a weights FILE in such
+            a folder, or NAME=FILE.
 
     Raises:
-        UserError: timm has no such network or no weights for it, or they cannot be had.
+        UserError: there is no such network or file, they do not fit, or the weights cannot be had.
     """
     import timm
 
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise UserError(f"timm has no network {name!r}; did you mean {', '.join(near) or 'another name'}?")
+    name, _, file = given.partition("=")
+    if file:
+        return _timm_of_file(name, Path(file), {})
+    path = Path(name)
+    if not timm.is_model(name) and path.exists():
+        return _timm_of_folder(path)
+    _refuse_unknown(name)
     try:
         net: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # whatever a download says; "no pretrained weights exist" is a RuntimeError too
         raise UserError(_not_there(f"timm:{name}", error)) from None
-    facts = timm.data.resolve_data_config(model=net)
-    tensors = {f"net.{key}": value for key, value in net.state_dict().items()}
-    return Pretrained(BackboneConfig(f"timm:{name}"), tensors, facts["input_size"][-1], facts["mean"], facts["std"])
+    return _timm_pretrained(name, net.state_dict(), timm.data.resolve_data_config(model=net))
+
+
+def is_local(given: str) -> bool:
+    """Whether what `timm_network` takes is certainly a file or folder here, so that nothing is downloaded."""
+    import timm
+
+    name, _, file = given.partition("=")
+    return bool(file) or (not timm.is_model(name) and Path(name).exists())
+
+
+def _timm_of_folder(path: Path) -> Pretrained:
+    folder = path if path.is_dir() else path.parent
+    if path.is_file() and not (folder / _CONFIG).is_file():
+        raise UserError(f"{path} does not say which network it is of: give timm:NAME={path}")
+    config = read_json(folder / _CONFIG, _MOST_BYTES)
+    name = config.get("architecture") if isinstance(config, dict) else None
+    facts = config.get("pretrained_cfg", {}) if isinstance(name, str) else None
+    if not isinstance(name, str) or not isinstance(facts, dict):
+        raise UserError(f"{folder / _CONFIG} is not a config.json of timm: it names no architecture")
+    files = [path] if path.is_file() else [folder / file for file in _WEIGHTS if (folder / file).is_file()]
+    if not files:
+        raise UserError(f"{folder} holds no weights of timm: expected {' or '.join(_WEIGHTS)}")
+    return _timm_of_file(name, files[0], facts)
+
+
+def _timm_of_file(name: str, file: Path, facts: Mapping[str, Any]) -> Pretrained:
+    """Timm converts and loads the tensors, strictly; the file itself is read by us."""
+    import timm
+
+    _refuse_unknown(name)
+    state = unwrap(read_file(file), file.name).tensors
+    try:
+        own = timm.get_pretrained_cfg(name)
+        heads = (own and own.classifier) or ()
+        rows = [state.get(f"{head}.weight") for head in ((heads,) if isinstance(heads, str) else heads)]
+        # With the file's own number of classes timm demands every tensor; it drops the classifier of another number.
+        classes = next((weight.shape[0] for weight in rows if weight is not None and weight.dim()), 0)
+        given = {"state_dict": state, "num_classes": classes}
+        net: Any = timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=given)
+        with torch.device("meta"):
+            headless = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
+        whole, cfg = net.state_dict(), timm.data.resolve_data_config(model=net)
+    except Exception as error:  # whatever a filter of timm says of foreign tensors
+        raise UserError(
+            f"{file} does not hold the weights of timm:{name} ({_short(error)}): is it that network?"
+        ) from None
+    return _timm_pretrained(name, {key: whole[key] for key in headless}, cfg | dict(facts))
+
+
+def _timm_pretrained(name: str, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Pretrained:
+    tensors = {f"net.{key}": value for key, value in state.items()}
+    return Pretrained(BackboneConfig(f"timm:{name}"), tensors, _timm_transform(name, facts))
+
+
+def _timm_transform(name: str, facts: Mapping[str, Any]) -> EvalTransform:
+    """As timm's own evaluation has it. What its crop would fill with padding is left out instead."""
+    try:
+        size = int(facts["input_size"][-1])
+        resize = max(size, math.floor(size / float(facts["crop_pct"] or 1.0)))
+        squash = facts["crop_mode"] == "squash"
+        values = {
+            "size": size,
+            "resize": resize,
+            "mean": facts["mean"],
+            "std": facts["std"],
+            "fit": "both sides" if squash else "shorter side",
+            "interpolation": facts["interpolation"],
+        }
+    except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
+        raise UserError(f"timm:{name} has no usable transform in its configuration ({_short(error)})") from None
+    return from_dict(EvalTransform, values, f"transform of timm:{name}")
+
+
+def _refuse_unknown(name: str) -> None:
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        raise UserError(
+            f"timm has no network {name!r}; did you mean {', '.join(near) or 'another name'}? A folder or file of that "
+            "name is not there either"
+        )
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 160)}"
 
 
 def _not_there(what: str, error: Exception) -> str:
-    said = textwrap.shorten(str(error), 160)
     return (
-        f"the weights of {what} cannot be had ({type(error).__name__}: {said}). Without an internet connection, fetch "
-        "them where there is one: the library keeps them in its cache folder (TORCH_HOME, HF_HOME), which can be "
-        "copied here. random:NAME is a network without weights"
+        f"the weights of {what} cannot be had ({_short(error)}). Without an internet connection, fetch them where "
+        "there is one: the library keeps them in its cache folder (TORCH_HOME, HF_HOME), which can be copied here; "
+        "timm:FOLDER and timm:NAME=FILE take local weights. random:NAME is a network without weights"
     )

@@ -15,7 +15,7 @@ The layouts were taken from the projects' code; the tests read self-made files o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tessella.data.transform import EvalTransform
+from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
 from tessella.errors import UserError
-from tessella.methods import MethodConfig, build_method
+from tessella.methods import MethodConfig, build_method, views_of
 from tessella.methods.layout import Layout, OfficialFile
 from tessella.methods.method import Setting
 from tessella.modules.backbone import BackboneConfig, build_backbone
@@ -78,7 +80,7 @@ def read_official(path: Path, origin: str = "auto") -> Official:
 
 def recognise(content: Mapping[str, Any], name: str, origin: str = "auto") -> Official:
     """As `read_official`, from what the file `name` holds. Tensors may be on torch's meta device, without values."""
-    file = _unwrap(content, name)
+    file = unwrap(content, name)
     known = {layout.origin for layout in layouts()}
     if origin not in ("auto", *known):
         raise UserError(f"--from {origin}: the projects are {', '.join(sorted(known))}; leave --from out to find out")
@@ -92,6 +94,15 @@ def recognise(content: Mapping[str, Any], name: str, origin: str = "auto") -> Of
     title, method = layout.config(file)
     tensors, rows = _match(file, layout, backbone, method)
     return Official(found, f"{title}, {file.wrapping}", backbone, method, layout.assigns, tensors, rows)
+
+
+def official_transform(official: Official, image_size: int | None = None) -> EvalTransform:
+    """What the images of these weights go through: by default at 224 pixels, or at 32 with a stem for small ones."""
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if official.method is not None:  # SwAV normalises a little differently
+        mean, std = views_of(official.method).mean, views_of(official.method).std
+    size = image_size or (224 if official.backbone.stem == "imagenet" else 32)
+    return EvalTransform.of(size, mean=mean, std=std)
 
 
 def infer_resnet(tensors: Mapping[str, Tensor], name: str) -> BackboneConfig:
@@ -118,6 +129,8 @@ def infer_resnet(tensors: Mapping[str, Tensor], name: str) -> BackboneConfig:
 
 # --- from a file to tensors under their official names ------------------------------------------------------
 
+_WEIGHTS_UNDER = ("state_dict", "model_state_dict", "model", "teacher", "student")  # the first that holds tensors
+_MOST_CLAIMED = 2  # bytes of all tensors / bytes that the file stores for them; more is a trick with shared storage
 _AROUND = {
     "epoch": "a counter of the run that made the file",
     "optimizer": "belongs to the run that made the file; a new run has its own",
@@ -125,52 +138,90 @@ _AROUND = {
     "amp": "belongs to the run that made the file; a new run has its own",
     "scaler": "belongs to the run that made the file; a new run has its own",
 }
+_NOTE = "a note of the run that made the file"
 
 
-def _unwrap(content: Mapping[str, Any], name: str) -> OfficialFile:
-    """Take off what is wrapped around the weights."""
+def unwrap(content: Mapping[str, Any], name: str) -> OfficialFile:
+    """Take off what is wrapped around the weights.
+
+    Args:
+        content: of the file.
+        name: of the file, for messages.
+
+    Raises:
+        UserError: the tensors are not plain ones, or claim more values than the file holds.
+    """
     if isinstance(content.get("classy_state_dict"), dict):
         return _unwrap_vissl(content["classy_state_dict"], name)
+    copies = [key for key in _WEIGHTS_UNDER if _holds_tensors(content.get(key))]
     wrapping, weights, others = "weights alone", content, {}
-    if isinstance(content.get("state_dict"), dict):
-        wrapping, weights = "training checkpoint", content["state_dict"]
-        others = {key: _why_left(key, value, name) for key, value in content.items() if key != "state_dict"}
-    tensors = {str(key): value.detach() for key, value in weights.items() if isinstance(value, Tensor)}
-    others |= {key: _why_left(key, value, name) for key, value in weights.items() if not isinstance(value, Tensor)}
-    if tensors and all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    if copies:
+        wrapping = "training checkpoint" if copies[0] == "state_dict" else f"training checkpoint, {copies[0]}"
+        weights = content[copies[0]]
+        others = {str(key): _why_left(key, value, copies[0]) for key, value in _named(content) if key != copies[0]}
+    tensors = {key: value.detach() for key, value in _named(weights) if isinstance(value, Tensor)}
+    others |= {key: _why_left(key, value, "") for key, value in _named(weights) if not isinstance(value, Tensor)}
+    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    if "backbone.conv1.weight" in tensors and "conv1.weight" not in tensors:
+        tensors = {key.removeprefix("backbone."): value for key, value in tensors.items()}
+    _refuse_claims(tensors, name)
     return OfficialFile(name, wrapping, tensors, others)
 
 
-def _why_left(key: str, value: Any, name: str) -> str:
-    """Why an entry beside the weights is left out; an unknown one that holds tensors is not."""
-    if key in _AROUND:
-        return _AROUND[key]
-    if _holds_tensors(value):
-        raise UserError(
-            f"{name} holds tensors under {key!r}, which have no place here; remove them if they are useless"
-        )
-    return "a note of the run that made the file"
+def _named(entries: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    return ((key, value) for key, value in entries.items() if isinstance(key, str))
 
 
 def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_tensors, value.values()))
-    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_holds_tensors, value)))
+    """Directly, under names. What lies deeper is never looked at: lists in lists can be endless."""
+    return isinstance(value, dict) and any(isinstance(item, Tensor) for item in value.values())
+
+
+def _why_left(key: str, value: Any, taken: str) -> str:
+    """Why an entry beside the weights is left out."""
+    if key in _AROUND:
+        return _AROUND[key]
+    if key in _WEIGHTS_UNDER and _holds_tensors(value):
+        return f"another copy of the network: {taken} is taken"
+    return "beside the weights: no part of the network" if _holds_tensors(value) else _NOTE
+
+
+def _refuse_claims(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Refuse tensors that a small file makes huge: one stored value can stand for a billion."""
+    stored: dict[int, int] = {}
+    claimed: dict[tuple[Any, ...], int] = {}
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise UserError(f"{name}: {key!a} is a sparse or quantized tensor: save dense ones")
+        storage = tensor.untyped_storage()
+        stored[storage._cdata] = storage.nbytes()
+        place = storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()  # tied weights count once
+        claimed[place] = tensor.nbytes
+    if sum(claimed.values()) > _MOST_CLAIMED * sum(stored.values()):
+        raise UserError(
+            f"{name} claims tensors of {sum(claimed.values()):,} bytes and stores {sum(stored.values()):,} for them: "
+            "it is not read; save a copy of each (tensor.clone())"
+        )
 
 
 def _unwrap_vissl(state: Mapping[str, Any], name: str) -> OfficialFile:
     """VISSL keeps the network's trunk and its heads apart; here under the names that SwAV's own files give them."""
     try:
         model = state["base_model"]["model"]
-        trunk, heads = dict(model["trunk"]), dict(model["heads"])
-    except (KeyError, TypeError):
+        trunk, heads = (
+            {key: value for key, value in _named(model[part]) if isinstance(value, Tensor)}
+            for part in ("trunk", "heads")
+        )
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{name} is a VISSL file without classy_state_dict.base_model.model.trunk and heads") from None
     tensors = {key.removeprefix("_feature_blocks."): value for key, value in trunk.items()}
     heads = {re.sub(r"^\d+\.", "", key): value for key, value in heads.items()}  # some name the head by its number
     several = sum(bool(re.fullmatch(r"prototypes\d+\.weight", key)) for key in heads) > 1
     of_prototypes = r"prototypes.prototypes\1.weight" if several else "prototypes.weight"
     tensors |= {re.sub(r"^prototypes(\d+)\.weight$", of_prototypes, key): value for key, value in heads.items()}
+    _refuse_claims(tensors, name)
     return OfficialFile(name, "VISSL checkpoint", tensors, {"everything else": "VISSL's record of the run"})
 
 

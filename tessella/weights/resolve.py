@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
@@ -11,23 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from tessella.data.transform import EvalTransform
-from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
 from tessella.errors import UserError
-from tessella.methods import MethodConfig, build_method, views_of
+from tessella.methods import MethodConfig, build_method
 from tessella.methods.method import Method, Setting
-from tessella.modules.backbone import BackboneConfig, build_backbone
+from tessella.modules.backbone import Backbone, BackboneConfig, build_backbone
 from tessella.run import checkpoints as checkpoint_files
+from tessella.run.backbone_file import BackboneFile, read_backbone, tensors_sha256
 from tessella.run.config import from_dict
-from tessella.run.folder import RunFolder
-from tessella.weights.files import read_file
+from tessella.run.folder import RunFolder, eval_transform
 from tessella.weights.imported import is_imported, read_imported
-from tessella.weights.libraries import Pretrained, timm_network, torchvision_network
-from tessella.weights.official import SETTING, Official, read_official
+from tessella.weights.libraries import Pretrained, is_local, timm_network, torchvision_network
+from tessella.weights.official import SETTING, Official, official_transform, read_official
 
 _ACCEPTED = (
     "give a run folder, a folder of `tessella import`, an official checkpoint or a ResNet's weights (.pth, .pth.tar, "
-    ".pt, .torch, .safetensors), torchvision:NAME or timm:NAME for a pretrained network, or random:NAME (for example "
-    "random:resnet18, or random:resnet18?stem=small&width=32&size=32)"
+    ".pt, .torch, .safetensors), torchvision:NAME or timm:NAME for a pretrained network, timm:FOLDER or timm:NAME=FILE "
+    "for one that is here, or random:NAME (for example random:resnet18, or random:resnet18?stem=small&width=32&size=32)"
 )
 _BACKBONE = "backbone."
 
@@ -57,8 +57,12 @@ class Loaded(NamedTuple):
 def resolve_backbone(spec: str, *, image_size: int | None = None, seed: int = 0) -> Loaded:
     """The backbone that `spec` names.
 
+    What a run, a folder or a file names is never downloaded; torchvision:NAME and timm:NAME are, if the library has
+    not kept them.
+
     Args:
-        spec: RUN | IMPORTED | FILE | torchvision:NAME | timm:NAME | random:NAME[?width=..&stem=..&size=..].
+        spec: RUN | IMPORTED | FILE | torchvision:NAME | timm:NAME | timm:FOLDER | timm:NAME=FILE |
+            random:NAME[?width=..&stem=..&size=..].
         image_size: pixels of the evaluated crop; default: the run's or the network's, or 224.
         seed: of a random initialisation.
 
@@ -70,78 +74,103 @@ def resolve_backbone(spec: str, *, image_size: int | None = None, seed: int = 0)
     weights = read_weights(spec, image_size=image_size)
     net = {k.removeprefix(_BACKBONE): v for k, v in weights.tensors.items() if k.startswith(_BACKBONE)}
     backbone = build_backbone(weights.backbone)
-    backbone.load_state_dict(net, strict=True)
+    _load(backbone, net, weights)
+    backbone.transform = weights.transform
     return Loaded(backbone, weights.backbone, weights.transform, _method_of(weights), weights.name)
 
 
-def read_weights(spec: str, *, image_size: int | None = None) -> Weights:
-    """The tensors that `spec` names, and what they belong to; arguments and errors as in `resolve_backbone`."""
+def read_weights(spec: str, *, image_size: int | None = None, download: bool = True) -> Weights:
+    """The tensors that `spec` names, and what they belong to; arguments and errors as in `resolve_backbone`.
+
+    With `download=False`, a pretrained network by name is refused, whether it is in a cache or not.
+    """
     path = Path(spec)
     library, _, network = spec.partition(":")
+    if not download and (library == "torchvision" or (library == "timm" and not is_local(network))):
+        raise UserError(f"{spec} may be downloaded, and only the run names it: give --start-from {spec} to allow it")
     if library == "torchvision":
-        return _from_library(torchvision_network(network), spec, image_size)
+        return _described(torchvision_network(network), spec, image_size)
     if library == "timm":
-        return _from_library(timm_network(network), spec, image_size)
+        return _described(timm_network(network), spec, image_size)
     if path.is_dir():
         return _official(read_imported(path), path.name, image_size) if is_imported(path) else _run(path, image_size)
-    if path.is_file():
-        return _official(read_official(path), path.name, image_size)
+    if path.exists():
+        return _file(path, image_size)
     raise UserError(f"{spec!r} names no backbone: {_ACCEPTED}")
 
 
 def random_twin(loaded: Loaded, seed: int) -> Loaded:
     """The same network at random init: the baseline of every figure."""
-    torch.manual_seed(seed)
-    return loaded._replace(backbone=build_backbone(loaded.config), method=None, name=f"random init, seed {seed}")
+    backbone = _initialised(loaded.config, seed)
+    backbone.transform = loaded.transform
+    return loaded._replace(backbone=backbone, method=None, name=f"random init, seed {seed}")
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Hash of every tensor's name and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """Hash of every tensor's name, type, shape and bytes."""
+    return tensors_sha256(module.state_dict())
+
+
+def _initialised(config: BackboneConfig, seed: int) -> Backbone:
+    """A network at random init, the same for each seed; torch's own generator stays where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_backbone(config)
 
 
 def _method_of(weights: Weights) -> Method | None:
     if weights.method is None:
         return None
     method = build_method(weights.method, build_backbone(weights.backbone), weights.setting)
-    method.load_state_dict(weights.tensors, strict=weights.strict)
+    _load(method, weights.tensors, weights)
     return method.eval()
+
+
+def _load(module: nn.Module, tensors: dict[str, Tensor], weights: Weights) -> None:
+    try:
+        module.load_state_dict(tensors, strict=weights.strict)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error).partition(":\n")[2], 200)
+        raise UserError(
+            f"the weights of {weights.name} do not fit its settings, {weights.backbone.name}: {reason}"
+        ) from None
 
 
 def _run(path: Path, image_size: int | None) -> Weights:
     """The newest checkpoint, where the heads fit the backbone; without one, the product."""
     run, config = RunFolder.open(path)
-    spec = views_of(config.method)
-    transform = EvalTransform.of(image_size or config.image_size, mean=spec.mean, std=spec.std)
-    newest = checkpoint_files.newest(run.checkpoints)
+    transform = eval_transform(config if image_size is None else replace(config, image_size=image_size))
+    newest = checkpoint_files.load_newest(run.checkpoints)
     if newest is not None:
-        tensors, _ = checkpoint_files.load(newest)
+        tensors = newest[1].get("method", {})
         setting = Setting(0, config.batch_size // config.accumulate, config.seed, config.accumulate)
-        return Weights(path.name, config.backbone, tensors["method"], transform, config.method, setting)
-    if run.backbone.exists():
-        net = {_BACKBONE + name: tensor for name, tensor in read_file(run.backbone).items()}
-        return Weights(path.name, config.backbone, net, transform)
-    raise UserError(f"{path} holds no weights yet: let the run reach its first checkpoint")
+        return Weights(path.name, config.backbone, tensors, transform, config.method, setting)
+    if not run.backbone.exists():
+        raise UserError(f"{path} holds no weights yet: let the run reach its first checkpoint")
+    product = read_backbone(run.backbone)
+    if product is None or product.backbone != config.backbone:
+        raise UserError(f"{run.backbone} is not the network of config.yaml beside it: bring both back from one copy")
+    return _described(product, path.name, None)._replace(transform=transform)
+
+
+def _file(path: Path, image_size: int | None) -> Weights:
+    product = read_backbone(path) if path.suffix == ".safetensors" else None
+    if product is not None:
+        return _described(product, path.name, image_size)
+    return _official(read_official(path), path.name, image_size)
+
+
+def _described(network: BackboneFile | Pretrained, name: str, image_size: int | None) -> Weights:
+    """A network whose transform is known."""
+    transform = network.transform if image_size is None else network.transform.at(image_size)
+    tensors = {_BACKBONE + key: tensor for key, tensor in network.tensors.items()}
+    return Weights(name, network.backbone, tensors, transform)
 
 
 def _official(official: Official, name: str, image_size: int | None) -> Weights:
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if official.method is not None:  # SwAV normalises a little differently
-        mean, std = views_of(official.method).mean, views_of(official.method).std
-    size = image_size or (224 if official.backbone.stem == "imagenet" else 32)
-    transform = EvalTransform.of(size, mean=mean, std=std)
+    transform = official_transform(official, image_size)
     method = official.method if official.whole else None
     return Weights(name, official.backbone, official.tensors, transform, method, strict=False)
-
-
-def _from_library(network: Pretrained, name: str, image_size: int | None) -> Weights:
-    transform = EvalTransform.of(image_size or network.image_size, mean=network.mean, std=network.std)
-    tensors = {_BACKBONE + key: tensor for key, tensor in network.tensors.items()}
-    return Weights(name, network.backbone, tensors, transform)
 
 
 def _random(spec: str, image_size: int | None, seed: int) -> Loaded:
@@ -151,6 +180,6 @@ def _random(spec: str, image_size: int | None, seed: int) -> Loaded:
     if size is not None and not isinstance(size, int):
         raise UserError(f"size={size} in {spec!r} is not a number of pixels")
     config = from_dict(BackboneConfig, {"name": name, **options}, spec)
-    torch.manual_seed(seed)
-    transform = EvalTransform.of(image_size or size or 224, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    return Loaded(build_backbone(config), config, transform, None, f"{spec}, seed {seed}")
+    backbone, transform = _initialised(config, seed), EvalTransform.of(image_size or size or 224)
+    backbone.transform = transform
+    return Loaded(backbone, config, transform, None, f"{spec}, seed {seed}")

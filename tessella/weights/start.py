@@ -15,7 +15,7 @@ from tessella.text import printable
 from tessella.weights.resolve import Weights, read_weights, weights_sha256
 
 
-def start_from(spec: str, method: Method) -> Start:
+def start_from(spec: str, method: Method, download: bool = True) -> Start:
     """Load the backbone, and every other part of the method that the weights hold in the same shapes.
 
     A part is a head, one set of prototypes or centres, and is taken whole or not at all. What every run makes anew
@@ -25,6 +25,7 @@ def start_from(spec: str, method: Method) -> Start:
         spec: what `resolve_backbone` takes, but for random:NAME, which is what a run starts from anyway. Empty: nothing
             is loaded.
         method: freshly built; changed in place, alike on every rank.
+        download: whether a pretrained network by name may be fetched; False if only a run folder names it.
 
     Raises:
         UserError: no such weights, or they are of another network.
@@ -33,7 +34,7 @@ def start_from(spec: str, method: Method) -> Start:
         return Start(spec, [], {})
     if spec.startswith("random:"):
         raise UserError(f"start_from={spec}: a run starts from random weights anyway; leave start_from out")
-    start = _take(read_weights(spec), method, spec)
+    start = _take(read_weights(spec, download=download), method, spec)
     if dist.rank() == 0:
         anew = "; ".join(f"{part} ({why})" for part, why in start.anew.items())
         print(printable(f"Start from {spec}: {', '.join(start.taken)}. Anew: {anew or 'nothing'}"))

@@ -23,7 +23,7 @@ HALF = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 KINDS = [
     EvalTransform(48, 55, *HALF),
     EvalTransform(48, 48, *HALF, interpolation="bicubic"),
-    EvalTransform(48, 60, *HALF, squash=True, interpolation="bicubic"),
+    EvalTransform(48, 60, *HALF, fit="both sides", interpolation="bicubic"),
 ]
 
 

@@ -146,7 +146,9 @@ def test_a_squashed_image_is_pillows_whole_image_resized(resize, interpolation):
 
     rows, columns = np.mgrid[0:40, 0:60]
     pixels = np.stack([rows * 4 + columns, columns * 4, 255 - rows * 5], axis=-1).clip(0, 255).astype(np.uint8)
-    transform = EvalTransform(16, resize, (0, 0, 0), (1, 1, 1), squash=True, interpolation=interpolation)
+    transform = EvalTransform(
+        16, resize, (0, 0, 0), (1, 1, 1), "shorter side, then both" if resize != 16 else "both sides", interpolation
+    )
     found = extract(Nothing(16), ArrayImages("one", pixels[None]), transform, workers=1).x.view(3, 16, 16)
     image, kind = Image.fromarray(pixels), Image.Resampling[interpolation.upper()]
     if resize != 16:

@@ -100,9 +100,7 @@ def test_the_full_svm_is_scikit_learns_on_unit_features_with_the_published_setti
     data, backbone = multilabel_data(noise=250.0), Tiny()
     data.targets["train"][::7, 0] = DIFFICULT  # a negative to learn from
     scores = svm(backbone, data, SvmConfig(costs=(0.25,)))
-    x, test_x = (
-        data.features(backbone, split, data.transform.__class__(8, 8, squash=True)).x for split in data.targets
-    )
+    x, test_x = (data.features(backbone, split, EvalTransform(8, 8, fit="both sides")).x for split in data.targets)
     unit = [part.double().numpy() / (part.double().norm(dim=1, keepdim=True).numpy() + 1e-5) for part in (x, test_x)]
     for column, name in enumerate(data.classes):
         y = np.where(data.targets["train"][:, column] == 1, 1, -1)
@@ -178,7 +176,7 @@ def test_images_are_squashed_first_to_the_shorter_side_in_the_full_protocol_only
     data.transform = EvalTransform(8, 12)
     assert svm(Tiny(), data, SvmConfig(costs=(0.1,)))["transform"]["resize"] == 12
     transform = lowshot(Tiny(), data, LowShotConfig((1,), draws=1))["transform"]
-    assert (transform["resize"], transform["size"], transform["squash"]) == (8, 8, True)
+    assert (transform["resize"], transform["size"], transform["fit"]) == (8, 8, "both sides")
 
 
 def voc_folder(root: Path, split_of):

@@ -57,7 +57,7 @@ def test_from_an_official_file_to_its_figures_and_onwards(tmp_path: Path, capsys
         ("", "FILE, --out must be given"),
         ("{tmp}/gone.pth --out {tmp}/o", "gone.pth is no file"),
         ("{tmp}/jigclu.pth --out {tmp}/o --from coke", "has the layout of jigclu, not of coke"),
-        ("{tmp}/jigclu.pth --out {tmp}/o --from moco", "'auto', 'swav'"),
+        ("{tmp}/jigclu.pth --out {tmp}/o --from moco", "the projects are coke"),
         ("{tmp}/jigclu.pth --out {tmp}", "not an empty folder"),
     ],
 )

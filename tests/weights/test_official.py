@@ -285,9 +285,6 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a flat prototype": (
         lambda: spoilt(lambda s: s.update({"prototypes.weight": torch.ones(5)})), "too few dimensions",
     ),
-    "tensors beside the weights": (
-        lambda: nets.training(nets.swav(nets.resnet()), ema={"a": [torch.ones(1)]}), "holds tensors under 'ema'",
-    ),
     "a linear probe": (
         lambda: nets.training(nets.linear("linear", 2048, 1000)), "holds a linear classifier and no network",
     ),
@@ -429,3 +426,65 @@ def test_jigclu_s_square_number_of_places_is_its_number_of_tiles(tmp_path: Path)
         else:
             with pytest.raises(UserError, match=r"encoder\.fc_loc\.weight has shape"):
                 read_official(file)
+
+
+# --- files as training scripts write them -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["model", "model_state_dict", "student", "teacher"])
+def test_weights_under_any_usual_name_are_read(key: str, tmp_path: Path):
+    state = nets.resnet()
+    content = {key: nets.released(state), "optimizer": {"state": {}}, "epoch": 3}
+    official = read_official(saved(content, tmp_path / "net.pth"))
+    assert official.title == f"a ResNet in torchvision's layout, training checkpoint, {key}"
+    for name, value in state.items():
+        assert torch.equal(official.tensors[f"backbone.{name}"], value)
+
+
+def test_of_student_and_teacher_the_teacher_is_taken_and_the_report_says_so(tmp_path: Path):
+    student, teacher = nets.resnet(), nets.resnet()
+    inside = {f"backbone.{name}": value for name, value in teacher.items()} | nets.linear("head.mlp.0", 64, 8)
+    content = {"student": nets.released(student), "teacher": inside, "center": torch.zeros(1, 8)}
+    official = read_official(saved(content, tmp_path / "dino.pth"))
+    assert torch.equal(official.tensors["backbone.conv1.weight"], teacher["conv1.weight"])
+    left = {row.official: row.reason for row in official.report if row.outcome == "left out"}
+    assert left["student"] == "another copy of the network: teacher is taken"
+    assert "head.*" in left and "center" in left
+
+
+def test_tensors_beside_the_weights_are_no_obstacle_and_are_listed(tmp_path: Path):
+    beside = {"best_acc1": torch.tensor(71.5), "ema": {"a": [torch.ones(1)]}}
+    official = read_official(saved(nets.training(nets.swav(nets.resnet()), **beside), tmp_path / "s.pth"))
+    assert {"best_acc1", "ema"} <= {row.official for row in official.report if row.outcome == "left out"}
+
+
+# --- small files that would cost much -----------------------------------------------------------------------
+
+
+def test_lists_that_hold_each_other_are_never_walked_through(tmp_path: Path):
+    endless: list[Any] = []
+    for _ in range(60):
+        endless = [endless, endless]  # 2 ** 60 leaves in some hundred bytes
+    file = saved(nets.training(nets.resnet(), note=endless, notes={"more": endless}), tmp_path / "lists.pth")
+    assert "note" in {row.official for row in read_official(file).report}
+
+
+@pytest.mark.parametrize("trick", ["stride 0", "overlapping views"])
+def test_a_small_file_cannot_claim_huge_tensors(trick: str, tmp_path: Path):
+    state = nets.resnet()
+    if trick == "stride 0":
+        state["layer4.0.conv1.weight"] = torch.zeros(1, 1, 1, 1).expand(30_000, 30_000, 1, 1)
+    else:
+        values = torch.zeros(100_000)
+        state |= {f"layer1.0.extra{i}": values[i : 90_000 + i] for i in range(50)}
+    file = saved(state, tmp_path / "claims.pth")
+    assert file.stat().st_size < 2e6
+    with pytest.raises(UserError, match=r"claims tensors of [\d,]+ bytes and stores"):
+        read_official(file)
+
+
+def test_weights_that_are_tied_are_no_trick(tmp_path: Path):
+    state = nets.resnet()
+    state["layer1.0.conv2.weight"] = state["layer1.0.conv1.weight"]
+    file = saved({"state_dict": state, "model": state}, tmp_path / "tied.pth")
+    assert read_official(file).backbone.name == "resnet10"

@@ -58,7 +58,7 @@ _MENDS = {  # ending of a file -> what to do
 SOURCES: Registry[Callable[[str, bool], ImageSet]] = Registry("sources", {})
 
 
-def open_images(data: str, *, labels: bool = False, cache: Path | None = None) -> ImageSet:
+def open_images(data: str, *, labels: bool = False, cache: Path | None = None, download: bool = True) -> ImageSet:
     """Open a set of images. The first time its headers are read; after that its index comes from the cache.
 
     A known name wins over a folder of the same name in the working folder, which is written ./NAME.
@@ -68,20 +68,24 @@ def open_images(data: str, *, labels: bool = False, cache: Path | None = None) -
         labels: also give classes: the first folder below `data` (or below its part), the list's column, or
             what the data set by name brings.
         cache: folder for indexes and decompressed archives; by default $TESSELLA_CACHE or ~/.cache/tessella.
+        download: whether a data set by name may be fetched; False for names that no user has typed.
 
     Raises:
         UserError: nothing there, nothing readable in it, or labels asked for that it does not have.
     """
     base, part = _split_part(data)
     prefix, colon, _ = base.partition(":")
-    if colon and prefix in SOURCES:
+    by_package = bool(colon) and prefix in SOURCES
+    if not download and (by_package or data.startswith("hf:")):
+        raise UserError(f"{shown(data)} may be fetched over the network: give --data {shown(data)} to allow it.")
+    if by_package:
         images = SOURCES[prefix](data, labels)
     elif data.startswith("hf:"):
         images = open_hugging_face(data, base.removeprefix("hf:"), part or "train", labels, cache)
     elif base.lower() in EMBEDDED:
         return EMBEDDED[base.lower()](data, part, labels)
     elif base.lower() in TORCHVISION:
-        return open_torchvision(data, base.lower(), part, labels)
+        return open_torchvision(data, base.lower(), part, labels, download)
     else:
         images = _open_path(data, os.path.expanduser(base), part, labels, cache or cache_folder())
     _check_not_empty(images)

@@ -36,7 +36,7 @@ TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 }
 
 
-def open_torchvision(data: str, name: str, part: str | None, labels: bool) -> ImageSet:
+def open_torchvision(data: str, name: str, part: str | None, labels: bool, download: bool = True) -> ImageSet:
     """Open a data set of torchvision, from $TESSELLA_DATA or downloaded.
 
     Args:
@@ -44,14 +44,15 @@ def open_torchvision(data: str, name: str, part: str | None, labels: bool) -> Im
         name: a key of `TORCHVISION`.
         part: a split; by default the first.
         labels: give classes.
+        download: whether it may be fetched if it is not there.
 
     Raises:
-        UserError: no such split, no network, or images without a class although labels are asked for.
+        UserError: no such split, not there, no network, or images without a class although labels are asked for.
     """
     class_name, splits = TORCHVISION[name]
     split = part or next(iter(splits))
     check_split(data, split, list(splits))
-    dataset = _load_torchvision(data, class_name, splits[split])
+    dataset = _load_torchvision(data, class_name, splits[split], download)
     pixels = np.asarray(dataset.data)
     if pixels.ndim == 4 and pixels.shape[1] == 3:
         pixels = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
@@ -67,14 +68,16 @@ def open_torchvision(data: str, name: str, part: str | None, labels: bool) -> Im
     )
 
 
-def _load_torchvision(data: str, class_name: str, arguments: dict[str, Any]) -> Any:
-    """The data set from $TESSELLA_DATA; downloaded only if it is not there."""
+def _load_torchvision(data: str, class_name: str, arguments: dict[str, Any], download: bool) -> Any:
+    """The data set from $TESSELLA_DATA; downloaded only if it is not there, and only if it may be."""
     import torchvision
 
     root = Path(os.environ.get("TESSELLA_DATA") or cache_folder() / "data").expanduser()
     load = partial(getattr(torchvision.datasets, class_name), root=str(root), **arguments)
     with contextlib.suppress(Exception):  # each class says "not found" in its own way
         return load(download=False)
+    if not download:
+        raise UserError(f"{data} is not in {root}: give --data {data} to download it, or set TESSELLA_DATA.")
     try:
         with exclusive(root.resolve()):  # one download for all ranks of a machine
             return load(download=True)
