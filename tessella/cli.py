@@ -270,7 +270,7 @@ def _go_on(run: Path, words: list[str]) -> None:
 
 
 def _require_run(folder: Path) -> None:
-    if not (folder / "config.yaml").is_file():
+    if not any((folder / name).is_file() for name in ("config.yaml", "import.json")):  # imported weights: said later
         raise UserError(f"{folder} is not a run folder: it has no config.yaml; give the --out of a run")
 
 
@@ -768,7 +768,7 @@ def _in_one_line(box: str) -> str:
     """What a box of tyro says, without its frame; its sections behind semicolons."""
     lines = [line.strip(" │|") for line in box.splitlines()[1:-1]]
     words = " ".join(line if line.strip("─-") else ";" for line in lines).replace(" ;", ";")
-    return words.partition("; For full helptext")[0].strip().rstrip(".")
+    return words.partition("; For full helptext")[0].strip(" ;").rstrip(".")
 
 
 # --- console ------------------------------------------------------------------------------------------------

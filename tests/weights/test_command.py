@@ -54,7 +54,7 @@ def test_from_an_official_file_to_its_figures_and_onwards(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "FILE, --out must be given"),
+        ("", "tessella: Missing from tessella import: FILE .pth"),
         ("{tmp}/gone.pth --out {tmp}/o", "gone.pth is no file"),
         ("{tmp}/jigclu.pth --out {tmp}/o --from coke", "has the layout of jigclu, not of coke"),
         ("{tmp}/jigclu.pth --out {tmp}/o --from moco", "the projects are coke"),
