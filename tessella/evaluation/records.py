@@ -133,7 +133,7 @@ def read_records(out: Path) -> list[Record]:
         if error.errno not in (None, errno.ENOENT):
             raise _unusable(out, error) from None
         records = [] if error.errno == errno.ENOENT else None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+    if not isinstance(records, list) or not all(map(_is_record, records)):
         raise UserError(f"{path} is not a list of records of an evaluation: move it away or choose another --out")
     return records
 
@@ -147,6 +147,25 @@ def _make(out: Path) -> None:
 
 def _unusable(out: Path, error: OSError) -> UserError:
     return UserError(f"cannot use {out} for results: {error.strerror}; choose another --out")
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a value has the form of a record, as far as readers depend on it."""
+    if not isinstance(record, dict):
+        return False
+    answers = [record, *(record[name] for name in PARTS if record.get(name) is not None)]
+    tables = [record.get(split) for split in ("train", "test")]
+    for answer in answers:
+        if not isinstance(answer, dict) or not isinstance(answer.get("scores"), dict):
+            return False
+        tables.append(answer.get("transform"))
+    texts = [record.get("backbone"), *(answer.get("weights") for answer in answers)]
+    size = (record.get("transform") or {}).get("size") if isinstance(record.get("transform"), dict) else None
+    return (
+        all(table is None or isinstance(table, dict) for table in tables)
+        and all(text is None or isinstance(text, str) for text in texts)
+        and (size is None or isinstance(size, int))
+    )
 
 
 def finite(value: Any) -> Any:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import pickletools
 import re
 import struct
 import textwrap
 import warnings
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError  # the name of an error; nothing is unpickled here
 from typing import Any, BinaryIO
@@ -22,6 +26,7 @@ from tessella.run.backbone_file import read_described
 
 SUFFIXES = (".pth", ".pt", ".tar", ".torch", ".bin", ".safetensors")
 
+_MOST_LEVELS = 16  # of tuples in tuples; torch writes three
 _SCALAR = np.float64(0).__reduce__()[0]  # what rebuilds a number of numpy; its module has moved between versions
 # What official files hold besides tensors, and what does nothing but hold values.
 _HARMLESS: list[Any] = [
@@ -52,6 +57,7 @@ def _read_torch(path: Path) -> Any:
     try:
         with open_regular(path) as file, torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             _refuse_bomb(path, file)
+            _refuse_nested_tuples(path, file)
             warnings.simplefilter("ignore")  # torch warns of pickle protocols; what it cannot read, it refuses
             return torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
@@ -83,6 +89,54 @@ def _refuse_bomb(path: Path, file: BinaryIO) -> None:
         raise UserError(
             f"{path} has {size:,} bytes and unpacks to {claimed:,}, which no file of torch.save does: it is not read"
         )
+
+
+def _refuse_nested_tuples(path: Path, file: BinaryIO) -> None:
+    """Refuse a pickle whose tuples hold each other level by level: a key made of them takes for ever to hash."""
+    try:
+        deep = any(_tuple_levels(pickled) > _MOST_LEVELS for pickled in _pickles(file))
+    except (OSError, ValueError, IndexError, NotImplementedError, zlib.error):
+        return  # damaged: torch will say
+    finally:
+        file.seek(0)
+    if deep:
+        raise UserError(f"{path} holds tuples in tuples, more than {_MOST_LEVELS} levels of them: it is not read")
+
+
+def _pickles(file: BinaryIO) -> Iterator[BinaryIO]:
+    """What torch unpickles: a member of an archive or, in its older format, four pickles in a row."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    yield io.BytesIO(archive.read(name))
+    except (zipfile.BadZipFile, struct.error):
+        file.seek(0)
+        yield from [file] * 4
+
+
+def _tuple_levels(pickled: BinaryIO) -> int:
+    """How deep the tuples of a pickle lie in each other; nothing is unpickled."""
+    stack: list[int | None] = []  # the level of each value; None for a mark
+    memo: dict[int, int] = {}
+    deepest = 0
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name.endswith("GET"):
+            stack.append(memo.get(int(argument or 0), 0))
+        elif opcode.name.endswith("PUT") or opcode.name == "MEMOIZE":
+            memo[len(memo) if argument is None else int(argument)] = stack[-1] or 0
+        else:
+            taken: list[int] = []
+            for kind in reversed(opcode.stack_before):
+                if kind is pickletools.stackslice:
+                    while (level := stack.pop()) is not None:
+                        taken.append(level)
+                elif kind is not pickletools.markobject:
+                    taken.append(stack.pop() or 0)
+            level = 1 + max(taken, default=0) if "TUPLE" in opcode.name else 0
+            deepest = max(deepest, level)
+            stack += [None if kind is pickletools.markobject else level for kind in opcode.stack_after]
+    return deepest
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -229,7 +229,8 @@ def cifar_folder(folder: Path, mark: Path, run: Path) -> Path:
 def imported_folder(folder: Path, mark: Path, run: Path) -> Path:
     """A folder of imported weights whose tensors are a pickle."""
     (folder / "imported").mkdir()
-    facts = {"format": 1, "backbone": {"name": "resnet50"}, "method": None, "origin": "torchvision"}
+    facts = {"format": 2, "backbone": {"name": "resnet50"}, "method": None, "origin": "torchvision"}
+    facts |= {"title": "a ResNet", "sha256": "0" * 64, "whole": True, "report": []}
     (folder / "imported/import.json").write_text(json.dumps(facts))
     for name in ("weights.safetensors", "backbone.safetensors", "method.safetensors"):
         (folder / "imported" / name).write_bytes(pickled(mark))

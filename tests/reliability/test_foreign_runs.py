@@ -202,3 +202,16 @@ def test_an_import_json_of_wrong_types_is_one_line(tmp_path: Path):
             path.write_text(json.dumps(changed))
             with pytest.raises(UserError):
                 resolve_backbone(str(tmp_path / "imported"))
+
+
+@pytest.mark.parametrize("field", ["scores", "train", "transform", "weights", "backbone", "baseline"])
+def test_records_of_wrong_types_are_one_line(field: str, tmp_path: Path):
+    from tessella.evaluation.records import read_records
+
+    record = {"protocol": "knn", "scores": {"top1": 1.0}, "train": {"fingerprint": "a"}, "weights": "b"}
+    (tmp_path / "evaluation.json").write_text(json.dumps([record]))
+    assert read_records(tmp_path) == [record]
+    for value in (7, [1]):
+        (tmp_path / "evaluation.json").write_text(json.dumps([record | {field: value}]))
+        with pytest.raises(UserError, match="not a list of records"):
+            read_records(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -488,3 +489,25 @@ def test_weights_that_are_tied_are_no_trick(tmp_path: Path):
     state["layer1.0.conv2.weight"] = state["layer1.0.conv1.weight"]
     file = saved({"state_dict": state, "model": state}, tmp_path / "tied.pth")
     assert read_official(file).backbone.name == "resnet10"
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_tuples_that_hold_each_other_are_no_key(older: bool, tmp_path: Path):
+    levels = b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(60))  # each holds the one before twice
+    pickled = b"\x80\x02)q\x00" + levels + b"}h\x3cK\x01s."  # 2 ** 60 leaves to hash
+    file = saved({"state_dict": nets.resnet()}, tmp_path / "keys.pth")
+    if older:
+        torch.save(1, file, _use_new_zipfile_serialization=False)
+        whole = file.read_bytes()
+        file.write_bytes(whole.replace(b"\x80\x02K\x01.", pickled))
+    else:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+            archive.writestr("archive/version", "3\n")
+    with pytest.raises(UserError, match="tuples in tuples"):
+        read_official(file)
+
+
+def test_the_older_format_of_torch_is_read(tmp_path: Path):
+    torch.save(nets.training(nets.resnet()), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert read_official(tmp_path / "old.pth").backbone.name == "resnet10"
