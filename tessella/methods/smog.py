@@ -226,7 +226,10 @@ class Smog(Method):
         self.bank.write(batch.instances, z.detach())
         return Step(
             loss=loss,
-            metrics={"label_agreement": (own == labels[:, 0]).float().mean(), "group_drift": drift},
+            metrics={
+                "label_agreement": (own == labels[:, 0]).float().mean(),
+                "group_drift": self.setting.accumulate * drift,
+            },
             embeddings=z[0].detach(),
             assignments=labels[0, 0],
         )
