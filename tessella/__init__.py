@@ -17,13 +17,45 @@ from tessella.errors import UserError
 
 if TYPE_CHECKING:
     from tessella import recipes
-    from tessella.api import embed, evaluate, load_backbone, pretrain, resume
+    from tessella.api import (
+        bench,
+        compare,
+        demo,
+        embed,
+        evaluate,
+        import_weights,
+        load_backbone,
+        pack,
+        pretrain,
+        resume,
+        scan,
+        write_report,
+    )
 
     __version__: str
 
-__all__ = ["UserError", "__version__", "embed", "evaluate", "load_backbone", "pretrain", "recipes", "resume"]
+_FUNCTIONS = (
+    *("bench", "compare", "demo", "embed", "evaluate", "import_weights", "load_backbone", "pack", "pretrain"),
+    *("resume", "scan", "write_report"),
+)
 
-_FUNCTIONS = ("embed", "evaluate", "load_backbone", "pretrain", "resume")
+__all__ = [
+    "UserError",
+    "__version__",
+    "bench",
+    "compare",
+    "demo",
+    "embed",
+    "evaluate",
+    "import_weights",
+    "load_backbone",
+    "pack",
+    "pretrain",
+    "recipes",
+    "resume",
+    "scan",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:

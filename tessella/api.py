@@ -1,4 +1,4 @@
-"""What `import tessella` offers: the commands as functions, on names of data as well as on arrays in memory.
+"""The commands as functions. The command line is made from their signatures and docstrings; each is defined once, here.
 
     import tessella
 
@@ -15,60 +15,199 @@
     tessella.recipes.recipe("swav_cpu")  # all its settings
 
 Images are given as on the command line (a folder, a list, archives, a data set's name), as a uint8 array
-(N, H, W, 3) or (N, H, W), where labels are needed as a pair (array, N integers), or as an opened
-`tessella.data.sources.ImageSet`. What is wrong with an input is said by `tessella.UserError`. torch's own random
-generators are left as they were.
+(N, H, W, 3) or (N, H, W), where labels are needed as a pair (array, N integers), as a list of paths or PIL images, as a
+data set of torch or Hugging Face or of your own class (`tessella.data.sources.objects`), or as an opened
+`tessella.data.sources.ImageSet`. A backbone is given by name or as a torch module. What is wrong with an input is said
+by `tessella.UserError`. torch's own random generators are left as they were.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
-import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
-
-from tessella import dist
-from tessella.data.sources import ArrayImages, ImageSet, open_images
-from tessella.engine import pretrain as _pretrain
 from tessella.errors import UserError
-from tessella.evaluation import embed as _embed
-from tessella.evaluation import evaluate as _evaluate
-from tessella.modules.backbone import Backbone
-from tessella.protocols.features import Features
-from tessella.ranges import ForwardBatch, Pixels, Repeats, Seed, Threads, checked
-from tessella.recipes import recipe as _recipe
-from tessella.report.evaluation import print_scores, write_pages
-from tessella.run.config import RunConfig, different_fields, from_dict, load_config, to_dict
-from tessella.weights.resolve import resolve_backbone
+from tessella.ranges import (
+    ForwardBatch,
+    JpegQuality,
+    PackedSide,
+    Pixels,
+    Positive,
+    PositiveInt,
+    Repeats,
+    Seed,
+    Threads,
+    checked,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+    from torch import nn
+
+    from tessella.data.pack import Packed
+    from tessella.data.sources import ImageSet
+    from tessella.modules.backbone import Backbone
+    from tessella.protocols.features import Features
+    from tessella.recipes.suggest import Scan
+    from tessella.report.bench import Bench
+    from tessella.report.compare import Comparison
+    from tessella.report.evaluation import Records
+    from tessella.run.config import RunConfig
+    from tessella.weights.official import Official
+
+    FilePath: TypeAlias = str | Path
+    Folders: TypeAlias = Sequence[str | Path]
+    Images: TypeAlias = str | Path | ImageSet | NDArray[np.uint8] | tuple[NDArray[np.uint8], ArrayLike] | Sequence[Any]
+    Network: TypeAlias = str | Path | nn.Module
+    Names: TypeAlias = str | Sequence[Any]
+    Recipe: TypeAlias = str | RunConfig
+else:  # as words of the command line; torch and numpy are not imported for it
+    FilePath, Folders, Images, Network, Names, Recipe = Path, tuple[Path, ...], str, str, tuple[str, ...], str
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Images: TypeAlias = str | Path | ImageSet | NDArray[np.uint8] | tuple[NDArray[np.uint8], ArrayLike]
+Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 
 
-def _generators_restored(function: Callable[P, T]) -> Callable[P, T]:
-    """Leave torch's global generators as they were: a caller's own draws do not depend on ours."""
+def _command(function: Callable[P, T]) -> Callable[P, T]:
+    """Check the arguments' ranges, and leave torch's global generators as they were."""
+    check_and_call = checked(function)
 
     @functools.wraps(function)
-    def restored(*args: P.args, **options: P.kwargs) -> T:
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        import torch
+
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(gpus):
-            return function(*args, **options)
+            return check_and_call(*args, **options)
 
-    return restored
+    return call
 
 
-@_generators_restored
-def pretrain(data: Images, recipe: str, out: str | Path, **settings: Any) -> Path:
+@_command
+def demo(*, out: FilePath = Path("tessella-demo"), seeds: Repeats = 3, device: Device = "auto") -> Path:
+    """Pretrain on embedded digits, evaluate, write a report: minutes on two cores, no network.
+
+    Args:
+        out: folder of the runs and the report; missing or empty.
+        seeds: number of runs; the table shows their mean and spread.
+        device: where to run.
+
+    Returns:
+        The report's path.
+    """
+    from tessella.recipes.demo import demo as run_demo
+
+    return run_demo(Path(out), seeds=seeds, device=device)
+
+
+@_command
+def scan(data: Images, *, headers_only: bool = False, workers: Threads | None = None) -> Scan:
+    """Look at images before training: how many, how large, what cannot be read, which recipe fits.
+
+    Every image is decoded once, in processes of their own: one that crashes or hangs the decoder is listed as well.
+    Into a file or pipe the list is complete.
+
+    Args:
+        data: the images.
+        headers_only: decode nothing; quick, but files that end in the middle are not found.
+        workers: decoding processes; default: the cores at hand.
+
+    Returns:
+        What was found; `lines()` is what the command prints.
+    """
+    from tessella.data.isolated import undecodable
+    from tessella.data.sources.objects import images_of
+    from tessella.recipes.suggest import scan_of
+
+    images = images_of(data)
+    return scan_of(images, [] if headers_only else undecodable(images, workers))
+
+
+@_command
+def pack(
+    data: Images,
+    *,
+    out: FilePath,
+    short_side: PackedSide = 320,
+    quality: JpegQuality = 90,
+    workers: Threads | None = None,
+) -> Packed:
+    """Encode images again, smaller, once: later every epoch reads and decodes fewer bytes.
+
+    A pack is read like any other DATA; names, classes and the randomness of views stay. The pixels change: by the
+    smaller size, and by the JPEG, whose loss is measured and printed. A killed pack goes on where it was; given again
+    for a complete pack, the command reads all of it and compares its hashes.
+
+    Args:
+        data: the images.
+        out: folder of the pack; missing or empty.
+        short_side: pixels that the shorter side of an image has at most.
+        quality: of the JPEGs, 1 to 100.
+        workers: threads; default: the cores at hand.
+    """
+    from tessella.data.pack import pack as write_pack
+    from tessella.data.sources.objects import images_of
+    from tessella.engine.launch import cores_at_hand
+
+    try:
+        images = images_of(data, labels=True)
+    except UserError:
+        images = images_of(data)
+    return write_pack(images, Path(out), short_side=short_side, quality=quality, workers=workers or cores_at_hand())
+
+
+@_command
+def bench(
+    data: Images,
+    recipe: str | None = None,
+    *,
+    device: Device = "auto",
+    workers: Threads | None = None,
+    batch_size: PositiveInt | None = None,
+    seconds: Positive = 60.0,
+) -> Bench:
+    """Measure what limits training on this machine: reading, decoding, views, or the step.
+
+    Args:
+        data: the images.
+        recipe: of the run that is planned; default: the one that `tessella scan` names.
+        device: where to run.
+        workers: decoding threads; default: the cores at hand.
+        batch_size: images per update; default: the recipe's.
+        seconds: about how long it may take.
+
+    Returns:
+        The rates; `lines()` is what the command prints.
+    """
+    import dataclasses
+
+    from tessella.data.sources.objects import images_of
+    from tessella.engine.bench import bench as measure
+    from tessella.recipes import recipe as named
+    from tessella.recipes.suggest import short_side, suggested_recipes
+    from tessella.report.bench import Bench
+
+    images = images_of(data)
+    config = named(recipe or suggested_recipes(short_side(images))[0][0])
+    config = dataclasses.replace(
+        config, data=images.name, device=device, workers=workers, batch_size=batch_size or config.batch_size
+    )
+    return Bench(config, measure(config, images, seconds=seconds))
+
+
+@_command
+def pretrain(data: Images, recipe: Recipe, out: FilePath, **settings: Any) -> Path:
     """Train a backbone on unlabelled images.
 
     Args:
         data: the images; see the module. Labels are never read.
-        recipe: a name in `tessella.recipes.RECIPES`.
+        recipe: a name in `tessella.recipes.RECIPES`, or a whole configuration.
         out: the run folder; missing or empty.
         **settings: any field of `RunConfig` in place of the recipe's value: `epochs=10`; parts as
             dictionaries (`optimizer={"lr": 0.1}`) or dotted names (`**{"method.views.groups.0.size": 160}`).
@@ -80,13 +219,18 @@ def pretrain(data: Images, recipe: str, out: str | Path, **settings: Any) -> Pat
         UserError: the input cannot be used; the text says what to change.
         tessella.engine.interrupt.Interrupted: Ctrl-C or SIGTERM; the run is saved and `resume` goes on.
     """
-    images = _opened(data)
-    config = with_settings(_recipe(recipe), settings | {"data": images.name})
-    return _pretrain.pretrain(config, Path(out), images)
+    from tessella.data.sources.objects import images_of
+    from tessella.engine.pretrain import pretrain as train
+    from tessella.recipes import recipe as named
+    from tessella.run.config import with_settings
+
+    config = named(recipe) if isinstance(recipe, str) else recipe
+    images = images_of(data)
+    return train(with_settings(config, settings | {"data": images.name}), Path(out), images)
 
 
-@_generators_restored
-def resume(run: str | Path, data: Images | None = None, *, allow: Collection[str] = (), **changes: Any) -> Path:
+@_command
+def resume(run: FilePath, data: Images | None = None, *, allow: Collection[str] = (), **changes: Any) -> Path:
     """Go on exactly where a run stopped.
 
     Args:
@@ -103,15 +247,19 @@ def resume(run: str | Path, data: Images | None = None, *, allow: Collection[str
         UserError: there is no such run, its images have changed, or a change would alter its result.
         tessella.engine.interrupt.Interrupted: as in `pretrain`.
     """
-    images = None if data is None else _opened(data)
+    from tessella.data.sources.objects import images_of
+    from tessella.engine.pretrain import resume as go_on
+    from tessella.run.config import different_fields, load_config, with_settings
+
+    images = None if data is None else images_of(data)
     if images is not None:
         changes["data"] = images.name
     saved = load_config(Path(run) / "config.yaml")
-    return _pretrain.resume(Path(run), different_fields(saved, with_settings(saved, changes)), images, allow=allow)
+    return go_on(Path(run), different_fields(saved, with_settings(saved, changes)), images, allow=allow)
 
 
-@_generators_restored
-def load_backbone(source: str | Path) -> Backbone:
+@_command
+def load_backbone(source: FilePath) -> Backbone:
     """A backbone as a torch module in eval mode, on the CPU.
 
     Args:
@@ -126,51 +274,56 @@ def load_backbone(source: str | Path) -> Backbone:
     Raises:
         UserError: `source` names no backbone.
     """
+    from tessella.weights.resolve import resolve_backbone
+
     backbone: Backbone = resolve_backbone(str(source)).backbone
     return backbone.eval()
 
 
-@_generators_restored
-@checked
+@_command
 def evaluate(
-    backbone: str | Path,
+    backbone: Network,
     train: Images | None = None,
     test: Images | None = None,
     *,
-    data: str | Path | None = None,
-    protocols: Sequence[Any] = (),
-    out: str | Path | None = None,
+    data: FilePath | None = None,
+    protocols: Names = (),
+    out: FilePath | None = None,
     baseline: bool = False,
     supervised: str | None = None,
     seeds: Repeats | None = None,
     again: bool = False,
-    label_map: str | Path | None = None,
-    images: str | Path | None = None,
-    device: str = "auto",
+    label_map: FilePath | None = None,
+    images: str | None = None,
+    device: Device = "auto",
     workers: Threads | None = None,
     seed: Seed = 0,
     image_size: Pixels | None = None,
     interpolation: Literal["bilinear", "bicubic"] | None = None,
     batch_size: ForwardBatch = 256,
-) -> list[dict[str, Any]]:
-    """Score a backbone by some protocols and print the main figures.
+) -> Records:
+    """Judge a backbone on labelled images: by classes, boxes of objects, or masks.
+
+    Each protocol's record is written to OUT/evaluation.json when it is done, and is not computed again. At the end
+    OUT/evaluation.md and OUT/evaluation.html show all of them beside published figures; OUT/predictions holds what
+    was predicted for each test image.
 
     Args:
-        backbone: a run, imported or official weights, `torchvision:NAME`, `timm:NAME`, or `random:NAME`.
-        train: images to learn from, with classes, boxes or masks, as the protocols need.
+        backbone: a run, imported or official weights, torchvision:NAME, timm:NAME, or random:NAME.
+        train: images to learn from, in the format that the protocols need.
         test: images to be judged on.
         data: instead of both, a .yaml file that says which data serve which protocol.
-        protocols: names of `tessella.protocols.named_settings()`, configs of protocols, or "all" for the quick ones
-            that the data allow; by default kNN, linear, few labels and clustering, with `data` all.
-        out: folder of `evaluation.json`, `evaluation.md`, `evaluation.html` and `predictions`; nothing is written
-            without it. What it has already is not computed again.
-        baseline: add the scores of the same network at random init.
-        supervised: a second backbone to stand beside.
-        seeds: trainings of each protocol that trains a network.
-        again: compute anew what `out` has already.
+        protocols: knn, linear, linear-swav, fewlabels, clustering, svm, finetune-swav-1, transfer, detection-small,
+            segmentation-small, ... (a wrong name lists all); or all, for the quick ones that the data allow. Default:
+            knn linear fewlabels clustering; with --data, all.
+        out: folder of the results; in the run's own folder, `tessella report` shows them too.
+        baseline: also score the same network at random init.
+        supervised: a second backbone to stand beside, such as torchvision:resnet50.
+        seeds: trainings of each protocol that trains a network, for a mean and a spread.
+        again: compute what OUT has already once more.
         label_map: a .csv of class,superclass; the superclasses count.
         images: of COCO files that do not lie near them: their folder or archive.
-        device: auto, cpu, cuda or mps.
+        device: where to run.
         workers: decoding threads; default: the cores at hand.
         seed: of every random choice of the protocols.
         image_size: pixels of the evaluated crop; default: the run's.
@@ -183,14 +336,18 @@ def evaluate(
     Raises:
         UserError: the input cannot be used; the text says what to change.
     """
-    records = _evaluate.evaluate(
-        str(backbone),
+    from tessella import dist
+    from tessella.evaluation.evaluate import evaluate as score
+    from tessella.report.evaluation import Records, print_scores, write_pages
+
+    records = score(
+        _network(backbone, image_size),
         _named_or_opened(train),
         _named_or_opened(test),
         data=None if data is None else Path(data),
         label_map=None if label_map is None else Path(label_map),
         images=None if images is None else str(images),
-        protocols=protocols,
+        protocols=[protocols] if isinstance(protocols, str) else protocols,
         out=None if out is None else Path(out),
         baseline=baseline,
         supervised=supervised,
@@ -207,30 +364,29 @@ def evaluate(
         print_scores(records)
         if out is not None:
             write_pages(Path(out))
-    return records
+    return Records(records)
 
 
-@_generators_restored
-@checked
+@_command
 def embed(
-    backbone: str | Path,
+    backbone: Network,
     data: Images,
-    out: str | Path,
+    out: FilePath,
     *,
     labels: bool = False,
-    device: str = "auto",
+    device: Device = "auto",
     workers: Threads | None = None,
     image_size: Pixels | None = None,
     batch_size: ForwardBatch = 256,
 ) -> Features:
-    """Write the features of images to a file, and return them.
+    """Write the features of images to a file.
 
     Args:
-        backbone: a run, imported or official weights, `torchvision:NAME`, `timm:NAME`, or `random:NAME`.
+        backbone: a run, imported or official weights, torchvision:NAME, timm:NAME, or random:NAME.
         data: the images.
-        out: NAME.parquet or NAME.npy; must not exist.
+        out: NAME.parquet, or NAME.npy with the images' names and ids in files beside it.
         labels: write class labels too (parquet only).
-        device: auto, cpu, cuda or mps.
+        device: where to run.
         workers: decoding threads; default: the cores at hand.
         image_size: pixels of the evaluated crop; default: the run's.
         batch_size: images per forward pass; changes the speed, not the result.
@@ -241,9 +397,12 @@ def embed(
     Raises:
         UserError: the input cannot be used, or a file is in the way.
     """
-    return _embed.embed(
-        str(backbone),
-        _opened(data, labels=labels),
+    from tessella.data.sources.objects import images_of
+    from tessella.evaluation.embed import embed as write_features
+
+    return write_features(
+        _network(backbone, image_size),
+        images_of(data, labels),
         Path(out),
         labels=labels,
         device=device,
@@ -253,61 +412,65 @@ def embed(
     )
 
 
-def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
-    """The run with some fields replaced.
+@_command
+def write_report(run: FilePath) -> Path:
+    """Write RUN/report.html: figures, curves, views as the method saw them, settings.
 
     Args:
-        config: where the other values come from.
-        settings: field -> value; parts as dictionaries or under dotted names, members of a list by number.
+        run: a run folder.
 
-    Raises:
-        UserError: there is no such field, or it does not take the value.
+    Returns:
+        The page's path.
     """
-    tree = to_dict(config)
-    for name, value in settings.items():
-        *parents, last = name.split(".")
-        part = tree
-        for parent in parents:
-            part = _member(part, parent, name)
-        _member(part, last, name)
-        _put(part, last, value)
-    return from_dict(RunConfig, tree, "settings")
+    from tessella.report.of_run import report
+
+    return report(Path(run))
 
 
-def _member(part: Any, key: str, name: str) -> Any:
-    try:
-        return part[int(key)] if isinstance(part, list) else part[key]
-    except (KeyError, IndexError, ValueError, TypeError):
-        known = range(len(part)) if isinstance(part, list) else part if isinstance(part, dict) else ()
-        choices = ", ".join(map(str, known)) or "nothing below it"
-        raise UserError(f"a run has no setting {name!r}: in place of {key!r} there is {choices}") from None
+@_command
+def compare(folders: Folders, *, out: FilePath | None = None) -> Comparison:
+    """Put evaluations side by side: the same protocols on the same images, differences to the first.
+
+    Args:
+        folders: of runs or evaluations, each with an evaluation.json.
+        out: NAME.html or NAME.md to write as well.
+    """
+    from tessella.report.compare import compare as side_by_side
+
+    return side_by_side([Path(folder) for folder in folders], None if out is None else Path(out))
 
 
-def _put(part: Any, key: str, value: Any) -> None:
-    """Set one value; a dictionary only replaces what it names."""
-    if isinstance(part, list):
-        part[int(key)] = to_dict(value)
-    elif isinstance(value, dict) and isinstance(part[key], dict):
-        for inner, inner_value in value.items():
-            _member(part[key], inner, f"{key}.{inner}")
-            _put(part[key], inner, inner_value)
-    else:
-        part[key] = to_dict(value)
+@_command
+def import_weights(file: FilePath, *, out: FilePath, from_: str = "auto") -> Official:
+    """Read an official checkpoint, and write it as a folder that other commands take as a backbone.
+
+    What the file is, is seen from its keys and shapes: SwAV (its own files and VISSL's), DeepCluster-v2, JigClu,
+    MEJigClu, CoKe, SMoG, or a ResNet in torchvision's layout. Nothing in the file is executed. A tensor that does not
+    fit is an error; what is left out is listed with its reason.
+
+    Args:
+        file: .pth, .pth.tar, .pt, .torch or .safetensors.
+        out: folder for the weights; missing or empty.
+        from_: accept only this project's layout.
+    """
+    from tessella.weights.imported import import_weights as convert
+
+    return convert(Path(file), Path(out), from_)
+
+
+def _network(backbone: Network, image_size: int | None) -> Any:
+    """A name stays a name; a module gets what an evaluation needs to know of it."""
+    from torch import nn
+
+    from tessella.weights.resolve import loaded_module
+
+    return loaded_module(backbone, image_size) if isinstance(backbone, nn.Module) else str(backbone)
 
 
 def _named_or_opened(data: Images | None) -> Any:
     """Names stay names, because a protocol may open them as images with boxes or masks."""
+    from tessella.data.sources.objects import images_of
+
     if data is None or isinstance(data, str | Path):
         return None if data is None else str(data)
-    return _opened(data, labels=True) if isinstance(data, np.ndarray | tuple) else data
-
-
-def _opened(data: Images, labels: bool = False) -> ImageSet:
-    if isinstance(data, ImageSet):
-        return data
-    if isinstance(data, str | Path):
-        return open_images(str(data), labels=labels)
-    pixels, targets = data if isinstance(data, tuple) else (data, None)
-    if labels and targets is None:
-        raise UserError("labels are needed here: give the images as a pair (array, labels)")
-    return ArrayImages("array", pixels, targets if labels else None)
+    return images_of(data, labels=True)

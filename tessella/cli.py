@@ -22,31 +22,18 @@ import io
 import os
 import shlex
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 from tessella.console import LossyStream
 from tessella.engine.interrupt import EXIT_INTERRUPTED, EXIT_STOPPED, Interrupted, stoppable
 from tessella.engine.ranks import place
 from tessella.errors import EXIT_RANK_LOST, RankLost, UserError
-from tessella.ranges import (
-    ForwardBatch,
-    JpegQuality,
-    PackedSide,
-    Pixels,
-    Positive,
-    PositiveInt,
-    Repeats,
-    Seed,
-    Threads,
-    checked,
-)
+from tessella.ranges import arguments_of
 from tessella.text import printable
 
 if TYPE_CHECKING:
-    from tessella.data.sources import ImageSet
     from tessella.run.config import RunConfig
 
 EXIT_USER_ERROR = 2
@@ -54,8 +41,6 @@ EXIT_USER_ERROR = 2
 _HELP = ("-h", "--help")
 _WORK_GOES_TO_FILES = ("demo", "pack", "pretrain", "resume", "evaluate", "embed", "import", "report")
 _SHOWN_UNREADABLE = 20  # files that `scan` lists with their reason
-
-Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class Command(NamedTuple):
@@ -334,208 +319,10 @@ def _until_done(run: Path, train: Callable[[], object]) -> int:
     return 0
 
 
-def demo(*, out: Path = Path("tessella-demo"), seeds: Repeats = 3, device: Device = "auto") -> int:
-    """Pretrain on embedded digits, evaluate, write a report: minutes on two cores, no network.
-
-    Args:
-        out: folder of the runs and the report; missing or empty.
-        seeds: number of runs; the table shows their mean and spread.
-        device: where to run.
-    """
-    from tessella.recipes.demo import demo as run_demo
-
-    try:
-        run_demo(out, seeds=seeds, device=device)
-    except Interrupted:
-        raise KeyboardInterrupt from None  # one of its runs could go on, but a demo is started anew
-    return 0
+# --- what a command prints ------------------------------------------------------------------------------------
 
 
-# --- use ----------------------------------------------------------------------------------------------------
-
-
-def evaluate(
-    backbone: str,
-    /,
-    *,
-    out: Path,
-    train: str | None = None,
-    test: str | None = None,
-    data: Path | None = None,
-    protocols: tuple[str, ...] = (),
-    baseline: bool = False,
-    supervised: str | None = None,
-    seeds: Repeats | None = None,
-    again: bool = False,
-    label_map: Path | None = None,
-    images: str | None = None,
-    device: Device = "auto",
-    workers: Threads | None = None,
-    seed: Seed = 0,
-    image_size: Pixels | None = None,
-    interpolation: Literal["bilinear", "bicubic"] | None = None,
-    batch_size: ForwardBatch = 256,
-) -> int:
-    """Judge a backbone on labelled images: by classes, boxes of objects, or masks.
-
-    Each protocol's record is written to OUT/evaluation.json when it is done, and is not computed again. At the end
-    OUT/evaluation.md and OUT/evaluation.html show all of them beside published figures; OUT/predictions holds what
-    was predicted for each test image.
-
-    Args:
-        backbone: a run, imported or official weights, torchvision:NAME, timm:NAME, or random:NAME.
-        out: folder of the results; in the run's own folder, `tessella report` shows them too.
-        train: images to learn from, in the format that the protocols need.
-        test: images to be judged on.
-        data: instead of both, a .yaml file that says which data serve which protocol.
-        protocols: knn, linear, linear-swav, fewlabels, clustering, svm, finetune-swav-1, transfer, detection-small,
-            segmentation-small, ... (a wrong name lists all); or all, for the quick ones that the data allow. Default:
-            knn linear fewlabels clustering; with --data, all.
-        baseline: also score the same network at random init.
-        supervised: a second backbone to stand beside, such as torchvision:resnet50.
-        seeds: trainings of each protocol that trains a network, for a mean and a spread.
-        again: compute anew what OUT has already.
-        label_map: a .csv of class,superclass; the superclasses count.
-        images: of COCO files that do not lie near them: their folder or archive.
-        device: where to run.
-        workers: decoding threads; default: the cores at hand.
-        seed: of every random choice of the protocols.
-        image_size: pixels of the evaluated crop; default: the run's.
-        interpolation: bilinear or bicubic, to resize images for every backbone; default: as each was trained.
-        batch_size: images per forward pass; changes the speed, not the result.
-    """
-    from tessella.engine.launch import leave_ranks
-    from tessella.evaluation.evaluate import evaluate as score
-    from tessella.report.evaluation import print_scores, write_pages
-
-    records = score(
-        backbone,
-        train,
-        test,
-        data=data,
-        label_map=label_map,
-        images=images,
-        protocols=protocols,
-        out=out,
-        baseline=baseline,
-        supervised=supervised,
-        device=device,
-        workers=workers,
-        seed=seed,
-        seeds=seeds,
-        image_size=image_size,
-        interpolation=interpolation,
-        batch_size=batch_size,
-        again=again,
-    )
-    leave_ranks()
-    if _rank() == 0:
-        print_scores(records)
-        _, page = write_pages(out)
-        _tell_written(page, ", and evaluation.json, evaluation.md and predictions beside it")
-    return 0
-
-
-def embed(
-    backbone: str,
-    data: str,
-    /,
-    *,
-    out: Path,
-    labels: bool = False,
-    device: Device = "auto",
-    workers: Threads | None = None,
-    image_size: Pixels | None = None,
-    batch_size: ForwardBatch = 256,
-) -> int:
-    """Write the features of images to a file.
-
-    Args:
-        backbone: a run, imported or official weights, torchvision:NAME, timm:NAME, or random:NAME.
-        data: the images.
-        out: NAME.parquet, or NAME.npy with the images' names and ids in files beside it.
-        labels: write class labels too (parquet only).
-        device: where to run.
-        workers: decoding threads; default: the cores at hand.
-        image_size: pixels of the evaluated crop; default: the run's.
-        batch_size: images per forward pass; changes the speed, not the result.
-    """
-    from tessella.evaluation.embed import embed as write_features
-
-    features = write_features(
-        backbone,
-        data,
-        out,
-        labels=labels,
-        device=device,
-        workers=workers,
-        image_size=image_size,
-        batch_size=batch_size,
-    )
-    count, dim = features.x.shape
-    skipped = f"; {len(features.skipped)} could not be read" if features.skipped else ""
-    _tell_written(out, f" ({count} images, {dim} values each{skipped})")
-    return 0
-
-
-def report(run: Path, /, *, data: str | None = None) -> int:
-    """Write RUN/report.html: figures, curves, views as the method saw them, settings.
-
-    Args:
-        run: a run folder.
-        data: the images, if they lie elsewhere now, or must be downloaded.
-    """
-    _require_run(run)
-    from tessella.report.of_run import report as write_report
-
-    _tell_written(write_report(run, data=data))
-    return 0
-
-
-def compare(folders: tuple[Path, ...], /, *, out: Path | None = None) -> int:
-    """Put evaluations side by side: the same protocols on the same images, differences to the first.
-
-    Args:
-        folders: of runs or evaluations, each with an evaluation.json.
-        out: NAME.html or NAME.md to write as well.
-    """
-    from tessella.report.compare import compare as side_by_side
-
-    side_by_side(folders, out)
-    if out is not None:
-        _tell_written(out)
-    return 0
-
-
-def import_weights(file: Path, /, *, out: Path, from_: str = "auto") -> int:
-    """Read an official checkpoint, and write it as a folder that other commands take as a backbone.
-
-    What the file is, is seen from its keys and shapes: SwAV (its own files and VISSL's), DeepCluster-v2, JigClu,
-    MEJigClu, CoKe, SMoG, or a ResNet in torchvision's layout. Nothing in the file is executed. A tensor that does not
-    fit is an error; what is left out is listed with its reason.
-
-    Args:
-        file: .pth, .pth.tar, .pt, .torch or .safetensors.
-        out: folder for the weights; missing or empty.
-        from_: accept only this project's layout.
-    """
-    from tessella.weights.imported import import_weights as convert
-    from tessella.weights.imported import report_lines
-
-    official = convert(file, out, from_)
-    print("\n".join(map(printable, report_lines(official))))
-    print()
-    _tell_written(out)
-    name = shlex.quote(str(out))
-    print(f"Judge it:     tessella evaluate {name} --train LABELLED --test LABELLED --out DIR")
-    print(f"Train on it:  tessella pretrain RECIPE --data DATA --out RUN --start-from {name}")
-    return 0
-
-
-# --- look ---------------------------------------------------------------------------------------------------
-
-
-def recipes(name: str | None = None, /) -> int:
+def recipes(name: str | None = None) -> None:
     """List the recipes, or show one with its source, cost, expected score and settings.
 
     Args:
@@ -545,159 +332,89 @@ def recipes(name: str | None = None, /) -> int:
     from tessella.recipes.describe import listing, page
 
     print("\n".join(listing() if name is None else page(recipe(name))))
-    return 0
 
 
-def scan(data: str, /, *, headers_only: bool = False, workers: Threads | None = None) -> int:
-    """Look at images before training: how many, how large, what cannot be read, which recipe fits.
-
-    Every image is decoded once, in processes of their own: one that crashes or hangs the decoder is listed as well.
-    Into a file or pipe the list is complete.
-
-    Args:
-        data: the images.
-        headers_only: decode nothing; quick, but files that end in the middle are not found.
-        workers: decoding processes; default: the cores at hand.
-    """
-    from tessella.data.isolated import undecodable
-    from tessella.data.sources import open_images
-
-    images = open_images(data)
-    failed = images.unreadable if headers_only else images.unreadable + undecodable(images, workers)
-    print("\n".join(map(printable, _scan_lines(images, sorted(failed)))))
-    return 0
+def _show_scan(found: Any, given: dict[str, Any]) -> None:
+    print("\n".join(map(printable, found.lines(_SHOWN_UNREADABLE if sys.stdout.isatty() else None))))
 
 
-def bench(
-    recipe_: str | None = None,
-    /,
-    *,
-    data: str,
-    device: Device = "auto",
-    workers: Threads | None = None,
-    batch_size: PositiveInt | None = None,
-    seconds: Positive = 60.0,
-) -> int:
-    """Measure what limits training on this machine: reading, decoding, views, or the step.
-
-    Args:
-        recipe_: of the run that is planned; default: the one that `tessella scan` names.
-        data: the images.
-        device: where to run.
-        workers: decoding threads; default: the cores at hand.
-        batch_size: images per update; default: the recipe's.
-        seconds: about how long it may take.
-    """
-    from tessella.data.sources import open_images
-    from tessella.engine.bench import bench as measure
-    from tessella.recipes import recipe
-    from tessella.report.bench import bench_lines
-
-    images = open_images(data)
-    config = recipe(recipe_ or suggested_recipes(_short_side(images))[0][0])
-    config = dataclasses.replace(
-        config, data=data, device=device, workers=workers, batch_size=batch_size or config.batch_size
-    )
-    rates = measure(config, images, seconds=seconds)
-    print("\n".join(bench_lines(rates, config.recipe, config.backbone.name)))
-    return 0
+def _show_bench(measured: Any, given: dict[str, Any]) -> None:
+    print("\n".join(measured.lines()))
 
 
-def pack(
-    data: str, /, *, out: Path, short_side: PackedSide = 320, quality: JpegQuality = 90, workers: Threads | None = None
-) -> int:
-    """Encode images anew, smaller, once: later every epoch reads and decodes fewer bytes.
-
-    A pack is read like any other DATA; names, classes and the randomness of views stay. The pixels change: by the
-    smaller size, and by the JPEG, whose loss is measured and told. A killed pack goes on where it was; given again for
-    a complete pack, the command reads all of it and compares its hashes.
-
-    Args:
-        data: the images.
-        out: folder of the pack; missing or empty.
-        short_side: pixels that the shorter side of an image has at most.
-        quality: of the JPEGs, 1 to 100.
-        workers: threads; default: the cores at hand.
-    """
-    from tessella.data.pack import pack as write_pack
-    from tessella.engine.launch import cores_at_hand
-
-    images = _with_labels_if_any(data)
-    packed = write_pack(images, out, short_side=short_side, quality=quality, workers=workers or cores_at_hand())
-    share = f" ({packed.bytes / packed.source_bytes:.0%} of {packed.source_bytes:,})" if packed.source_bytes else ""
-    loss = "" if packed.psnr is None else f"; encoding costs {packed.psnr:.1f} dB PSNR in the mean of a sample"
-    kept = f", {packed.kept:,} of them as they were" if packed.kept else ""
-    failed = f"; {packed.unreadable:,} could not be read, {out / 'pack.json'} says why" if packed.unreadable else ""
-    print(f"{packed.images:,} images{kept}, {packed.bytes:,} bytes{share}{loss}{failed}; verified")
-    if images.uniform_size and max(images.uniform_size) <= short_side and not packed.source_bytes:
-        print("These images are small and all of one size: a run keeps them in memory, and is as fast without a pack")
-    _tell_written(out, "" if packed.written else " (before, and whole)")
-    return 0
+def _show_pack(packed: Any, given: dict[str, Any]) -> None:
+    print("\n".join(packed.lines(given["out"])))
+    _tell_written(given["out"], "" if packed.written else " (before, and whole)")
 
 
-def _with_labels_if_any(data: str) -> ImageSet:
-    from tessella.data.sources import open_images
+def _show_evaluation(records: Any, given: dict[str, Any]) -> None:
+    from tessella.engine.launch import leave_ranks
 
-    try:
-        return open_images(data, labels=True)
-    except UserError:
-        return open_images(data)
-
-
-def _scan_lines(images: ImageSet, failed: list[tuple[str, str]]) -> list[str]:
-    import numpy as np
-
-    from tessella.data.sources.messages import not_read
-
-    widths, heights = np.asarray(images.sizes).T
-    short = _short_side(images)
-    if images.uniform_size:
-        sizes = f"all {widths[0]} x {heights[0]} pixels"
-    else:
-        sizes = (
-            f"{widths.min()} to {widths.max()} pixels wide, {heights.min()} to {heights.max()} high; "
-            f"the shorter side has {short} in the median"
-        )
-    shown = _SHOWN_UNREADABLE if sys.stdout.isatty() else len(failed)
-    names, reason = suggested_recipes(short)
-    return [
-        f"images      {len(images) - (len(failed) - len(images.unreadable)):,}",
-        f"sizes       {sizes}",
-        *([f"passed over {not_read(images.passed_over)}"] if images.passed_over else []),
-        f"unreadable  {len(failed):,}",
-        *(f"            {key}: {why}" for key, why in failed[:shown]),
-        *([f"            and {len(failed) - shown:,} more: tessella scan DATA > FILE"] if len(failed) > shown else []),
-        f"recipe      {' or '.join(names)}: {reason}",
-    ]
+    leave_ranks()
+    page = given["out"] / "evaluation.html"
+    _tell_written(page, ", and evaluation.json, evaluation.md and predictions beside it")
 
 
-def _short_side(images: ImageSet) -> int:
-    """Of an image in the median, in pixels."""
-    import numpy as np
+def _show_features(features: Any, given: dict[str, Any]) -> None:
+    count, dim = features.x.shape
+    skipped = f"; {len(features.skipped)} could not be read" if features.skipped else ""
+    _tell_written(given["out"], f" ({count} images, {dim} values each{skipped})")
 
-    return int(np.median(np.min(images.sizes, axis=1)))
+
+def _show_import(official: Any, given: dict[str, Any]) -> None:
+    from tessella.weights.imported import report_lines
+
+    print("\n".join(map(printable, report_lines(official))))
+    print()
+    _tell_written(given["out"])
+    name = shlex.quote(str(given["out"]))
+    print(f"Evaluate it:  tessella evaluate {name} --train LABELLED --test LABELLED --out DIR")
+    print(f"Train on it:  tessella pretrain RECIPE --data DATA --out RUN --start-from {name}")
 
 
-def suggested_recipes(short_side: int) -> tuple[tuple[str, ...], str]:
-    """Recipes for images of a size, and why.
+def _show_comparison(found: Any, given: dict[str, Any]) -> None:
+    if given.get("out") is not None:
+        _tell_written(given["out"])
 
-    Args:
-        short_side: pixels, in the median.
-    """
-    if short_side <= 64:
-        return ("swav_cpu", "jigclu_cpu"), "made for images of about 32 pixels, minutes on two cores"
-    return (
-        ("swav_imagenet_200ep_bs256", "jigclu_imagenet_200ep"),
-        "made for photos, on GPUs; on a CPU, try things out with swav_cpu",
-    )
+
+def _show_page(page: Path, given: dict[str, Any]) -> None:
+    _tell_written(page)
 
 
 # --- words --------------------------------------------------------------------------------------------------
 
 
-def _typed(function: Callable[..., int]) -> Callable[[list[str]], int]:
-    """A command whose words are its function's arguments: positional before `/`, options after `*`."""
-    return lambda words: _parse(function.__name__, function, words)()
+def _derived(
+    name: str,
+    words: tuple[str, ...] = (),
+    show: Callable[[Any, dict[str, Any]], None] = lambda result, given: None,
+    required: tuple[str, ...] = (),
+) -> Callable[[list[str]], int]:
+    """A command made from a function of `tessella.api`: its signature gives the options, its docstring the help.
+
+    Args:
+        name: of the function.
+        words: its arguments that are given without a flag.
+        show: prints the result; also gets the arguments.
+        required: options that the command line wants although the function does not.
+    """
+
+    def run(given: list[str]) -> int:
+        from tessella import api
+
+        command = next(word for word, row in COMMANDS.items() if row.run is run)
+        function = recipes if name == "recipes" else getattr(api, name)
+        call = _parse(command, _recording(function, words, required), given)
+        if "run" in call.keywords:
+            _require_run(call.keywords["run"])  # before torch is imported
+        try:
+            result = call()
+        except Interrupted:
+            raise KeyboardInterrupt from None  # a demo's run could go on, but a demo begins again
+        show(result, call.keywords)
+        return 0
+
+    return run
 
 
 def _first_word(command: str, what: str, words: list[str]) -> tuple[str, list[str]]:
@@ -727,7 +444,6 @@ def _parse(command: str, target: Any, words: list[str], *, prog: str | None = No
     import tyro
 
     prog = prog or f"tessella {command}"
-    target = target if isinstance(target, type) else _recording(target)
     boxes = io.StringIO()  # tyro shows an error in a box of many lines; a user error is one line
     try:
         with contextlib.redirect_stderr(boxes):
@@ -745,22 +461,31 @@ def _parse(command: str, target: Any, words: list[str], *, prog: str | None = No
     raise UserError(f"{_in_one_line(boxes.getvalue())}. Usage: {usage}; `{prog} --help` explains all")
 
 
-def _recording(function: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+def _recording(
+    function: Callable[..., Any], words: tuple[str, ...], required: tuple[str, ...]
+) -> Callable[..., functools.partial[Any]]:
     """What tyro may call: it binds the arguments and leaves the command to be run outside of the parser."""
     import tyro
 
-    def record(*args: Any, **kwargs: Any) -> Callable[[], int]:
-        return functools.partial(checked(function), *args, **kwargs)
+    def record(*args: Any, **kwargs: Any) -> functools.partial[Any]:
+        return functools.partial(function, **dict(zip(words, args, strict=False)), **kwargs)
 
-    signature, hints = inspect.signature(function), typing.get_type_hints(function)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            hints[name] = Annotated[hints[name], tyro.conf.arg(metavar=name.upper())]
+    hints = arguments_of(inspect.unwrap(function))
+    parameters = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = parameter.POSITIONAL_ONLY if name in words else parameter.KEYWORD_ONLY
+        hint, default = hints[name], parameter.default
+        if name in words:
+            hint = Annotated[hint, tyro.conf.arg(metavar=name.upper())]
         if name.endswith("_"):  # a word of Python
-            hints[name] = Annotated[hints[name], tyro.conf.arg(name=name.rstrip("_"))]
-    typed = [parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()]
-    record.__doc__, record.__annotations__ = function.__doc__, hints
-    record.__signature__ = signature.replace(parameters=typed)  # type: ignore[attr-defined]
+            hint = Annotated[hint, tyro.conf.arg(name=name.rstrip("_"))]
+        if name in required:
+            default = parameter.empty
+        parameters.append(parameter.replace(kind=kind, annotation=hint, default=default))
+    parameters.sort(key=lambda parameter: words.index(parameter.name) if parameter.name in words else len(words))
+    record.__doc__ = function.__doc__
+    record.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    record.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return record
 
 
@@ -795,27 +520,27 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "[--out DIR] [--seeds N]",
         "embedded digits, no network: pretrain, evaluate, report",
-        _typed(demo),
+        _derived("demo", show=_show_page),
     ),
     "scan": Command(
         "DATA [--headers-only]",
         "what is in a data set, what cannot be read, which recipe fits",
-        _typed(scan),
+        _derived("scan", ("data",), _show_scan),
     ),
     "pack": Command(
         "DATA --out PACK [--short-side 320] [--quality 90]",
         "encode images anew, smaller, once: epochs read and decode less",
-        _typed(pack),
+        _derived("pack", ("data",), _show_pack),
     ),
     "bench": Command(
         "[RECIPE] --data DATA [--seconds 60]",
         "what limits training here: decoding, views or the step; what a pack brings",
-        _typed(bench),
+        _derived("bench", ("recipe",), _show_bench),
     ),
     "recipes": Command(
         "[NAME]",
         "list complete runs, or show one with its source and cost",
-        _typed(recipes),
+        _derived("recipes", ("name",)),
     ),
     "pretrain": Command(
         "RECIPE --data DATA --out RUN [--SETTING VALUE ...]",
@@ -830,26 +555,26 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(
         "BACKBONE (--train DATA --test DATA | --data FILE) --out DIR [--protocols NAME ...] [--baseline]",
         "judge a backbone: probes, few labels, transfer, detection, segmentation",
-        _typed(evaluate),
+        _derived("evaluate", ("backbone",), _show_evaluation, required=("out",)),
     ),
     "compare": Command(
         "FOLDERS [--out FILE]",
         "evaluations side by side",
-        _typed(compare),
+        _derived("compare", ("folders",), _show_comparison),
     ),
     "embed": Command(
         "BACKBONE DATA --out FILE",
         "write features as .parquet or .npy",
-        _typed(embed),
+        _derived("embed", ("backbone", "data"), _show_features),
     ),
     "import": Command(
         "FILE --out DIR [--from PROJECT]",
         "official checkpoints of the five methods, and ResNets, in",
-        lambda words: _parse("import", import_weights, words)(),
+        _derived("import_weights", ("file",), _show_import),
     ),
     "report": Command(
         "RUN",
         "write a page about a run",
-        _typed(report),
+        _derived("write_report", ("run",), _show_page),
     ),
 }

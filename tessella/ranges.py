@@ -92,7 +92,7 @@ def checked(function: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(function)
     def check_and_call(*args: Any, **kwargs: Any) -> T:
         for name, value in signature.bind(*args, **kwargs).arguments.items():
-            _check(_hints(function).get(name), value, name, None)
+            _check(arguments_of(function).get(name), value, name, None)
         return function(*args, **kwargs)
 
     return check_and_call
@@ -104,6 +104,14 @@ def range_of(hint: Any) -> Range | None:
         return hint
     parts = (*typing.get_args(hint), *getattr(hint, "__metadata__", ()))
     return next(filter(None, map(range_of, parts)), None)
+
+
+@functools.cache
+def arguments_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a function's arguments; that of its result may be one that nobody has imported."""
+    given = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
+    owner = type("Arguments", (), {"__annotations__": given})
+    return typing.get_type_hints(owner, inspect.unwrap(function).__globals__, include_extras=True)
 
 
 @functools.cache

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tessella
 from tessella import UserError
-from tessella.api import with_settings
+from tessella.cli import COMMANDS
 from tessella.data.sources import ArrayImages
 from tessella.recipes import recipe
-from tessella.run.config import load_config
+from tessella.run.config import load_config, with_settings
 
 TINY = {
     "backbone": {"name": "resnet10", "width": 4},
@@ -186,3 +187,38 @@ def test_torch_s_generators_are_left_as_they_were(tmp_path: Path):
     labelled = pixels(), np.arange(16) % 2
     tessella.evaluate(run, labelled, labelled, protocols=["knn", "linear"], device="cpu", workers=1)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_whole_configuration_and_a_list_of_pictures_train(tmp_path):
+    config = with_settings(recipe("jigclu_cpu"), TINY | {"max_steps": 1})
+    pictures = [Image.fromarray(picture) for picture in pixels()]
+    run = tessella.pretrain(pictures, config, tmp_path / "run")
+    assert load_config(run / "config.yaml").data == "list"
+
+
+class Mean(torch.nn.Module):
+    """A network of the user's own, without `feature_dim` and `transform`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(dim=(2, 3))
+
+
+def test_a_module_of_one_s_own_is_evaluated_and_embeds(tmp_path):
+    labels = np.arange(40) % 2
+    bright = (labels[:, None, None, None] * 120 + pixels(40) // 3).astype(np.uint8)
+    records = tessella.evaluate(
+        Mean(), (bright[:20], labels[:20]), (bright[20:], labels[20:]), protocols="knn", image_size=32, workers=1
+    )
+    assert records[0]["scores"]["top1"] == 1.0 and records[0]["backbone"] == "Mean"
+    assert "<table>" in records._repr_html_() and "100.0" in records._repr_html_()
+    assert tessella.embed(Mean(), bright, tmp_path / "x.npy", image_size=32, workers=1).x.shape == (40, 3)
+
+
+def test_a_module_that_gives_no_vectors_is_refused():
+    with pytest.raises(UserError, match=r"gives \(2, 3, 32, 32\) for 2 images"):
+        tessella.evaluate(torch.nn.Identity(), "digits::train", "digits::test", image_size=32)
+
+
+def test_every_command_of_the_command_line_is_a_function():
+    others = {"import": "import_weights", "report": "write_report"}  # a word of Python; a package of ours
+    assert all(callable(getattr(tessella, others.get(name, name))) for name in COMMANDS if name != "recipes")

@@ -13,10 +13,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from tessella.cli import COMMANDS, Command, main, suggested_recipes
+from tessella.cli import COMMANDS, Command, main
 from tessella.engine.interrupt import Interrupted
 from tessella.methods import METHODS
 from tessella.recipes import RECIPES, recipe
+from tessella.recipes.suggest import suggested_recipes
 from tessella.run.config import to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,10 +207,10 @@ def test_an_interrupted_run_exits_with_75_and_tells_how_to_go_on(tmp_path, monke
 
 
 def test_ctrl_c_where_nothing_was_to_be_saved_exits_with_130(monkeypatch, capsys):
-    def pressed(data):
+    def pressed(data, labels):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tessella.data.sources.open_images", pressed)
+    monkeypatch.setattr("tessella.data.sources.objects.open_images", pressed)
     assert run("scan digits") == 130
     assert capsys.readouterr().err == "tessella: stopped by Ctrl-C\n"
 

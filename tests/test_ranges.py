@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from tessella import cli
+from tessella import api
 from tessella.engine import memory
 from tessella.engine.pretrain import pretrain
 from tessella.errors import UserError
 from tessella.methods.coke import CokeConfig
 from tessella.protocols import named_settings
-from tessella.ranges import Range, check_ranges, checked, range_of
+from tessella.ranges import Range, arguments_of, check_ranges, checked, range_of
 from tessella.recipes import recipe
 from tessella.run.config import RunConfig, from_dict, to_dict, to_yaml
 from tessella.text import plain_yaml
@@ -27,7 +27,7 @@ from tests.engine.runs import tiny_run
 
 VALUES = (0, -1, math.inf, -math.inf, math.nan, 10**9)
 METHODS = ("swav", "jigclu", "mejigclu", "smog", "coke")
-COMMANDS = (cli.demo, cli.evaluate, cli.embed, cli.scan, cli.bench, cli.pack)
+COMMANDS = (api.demo, api.evaluate, api.embed, api.scan, api.bench, api.pack)
 
 
 def numbers(settings: Any, seen: set[tuple[type, str]], path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any, Any]]:
@@ -127,15 +127,14 @@ def test_a_function_checks_its_arguments_before_it_does_anything():
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
 def test_every_number_of_a_command_has_a_range_that_is_checked(command: Callable[..., int]):
     parameters = inspect.signature(command).parameters.values()
-    hints = typing.get_type_hints(command, include_extras=True)
-    words = ["x" for p in parameters if p.kind is p.POSITIONAL_ONLY]
-    needed = {p.name: "x" for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+    hints = arguments_of(inspect.unwrap(command))
+    needed = {p.name: "x" for p in parameters if p.default is p.empty}
     for name in (p.name for p in parameters if holds_numbers(hints[p.name])):
         accepted = range_of(hints[name])
         assert accepted, f"{name} of {command.__name__} declares no range"
         for value in (value for value in VALUES if value not in accepted):
             with pytest.raises(UserError, match=f"{name}=.* must be"):
-                checked(command)(*words, **needed | {name: value})
+                command(**needed | {name: value})
 
 
 # --- what is accepted starts --------------------------------------------------------------------------------

@@ -59,6 +59,21 @@ class Packed(NamedTuple):
     psnr: float | None  # decibel, mean over a sample of those that were encoded; of the encoding, not of the resize
     written: bool  # False: it was there already, and is whole
 
+    def lines(self, out: Path) -> list[str]:
+        """For people.
+
+        Args:
+            out: the pack.
+        """
+        share = f" ({self.bytes / self.source_bytes:.0%} of {self.source_bytes:,})" if self.source_bytes else ""
+        loss = "" if self.psnr is None else f"; encoding costs {self.psnr:.1f} dB PSNR in the mean of a sample"
+        kept = f", {self.kept:,} of them as they were" if self.kept else ""
+        failed = f"; {self.unreadable:,} could not be read, {out / 'pack.json'} says why" if self.unreadable else ""
+        lines = [f"{self.images:,} images{kept}, {self.bytes:,} bytes{share}{loss}{failed}; verified"]
+        if not self.source_bytes:
+            lines.append("These images lie in memory during a run, which is as fast without a pack")
+        return lines
+
 
 class _One(NamedTuple):
     """One image of a shard."""

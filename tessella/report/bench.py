@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from tessella.engine.bench import PACKED_QUALITY, PACKED_SIDE, Rates
+from tessella.run.config import RunConfig
 
 _CLEAR = 1.2  # a pack that brings less is not worth a pass over the data
+
+
+class Bench(NamedTuple):
+    """What `tessella bench` has measured."""
+
+    config: RunConfig
+    rates: Rates
+
+    def lines(self) -> list[str]:
+        """For people: a table, then what limits and what would help."""
+        return bench_lines(self.rates, self.config.recipe, self.config.backbone.name)
 
 
 def bench_lines(rates: Rates, recipe: str, network: str) -> list[str]:

@@ -6,6 +6,7 @@ were asked for; and what the five methods have published for that protocol, with
 
 from __future__ import annotations
 
+import html
 import json
 import string
 import sys
@@ -66,6 +67,27 @@ class Table(NamedTuple):
     yours: str  # the setting that those are not of
     details: list[tuple[str, str]]  # name, value
     copies: list[tuple[str, str]]  # test and train image of some near-copies
+
+
+class Records(list[Record]):
+    """Records of an evaluation. A notebook shows them as a table."""
+
+    def _repr_html_(self) -> str:
+        return "".join(map(_in_html, tables_of(self)))
+
+
+def _in_html(table: Table) -> str:
+    """A table for a notebook."""
+    heads = ["protocol", "figure", OWN, CHANCE, *table.heads]
+    rows = [
+        [question.protocol if number == 0 else "", row.figure, str(row.value), row.chance, *map(_text, row.others)]
+        for question in table.questions
+        for number, row in enumerate(question.rows)
+    ]
+    head = "".join(f"<th>{html.escape(literal(name))}</th>" for name in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(literal(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    title = html.escape(literal(f"{table.backbone} on {table.test}, per cent"))
+    return f"<table><caption>{title}</caption><tr>{head}</tr>{body}</table>"
 
 
 def tables_of(records: Iterable[Any]) -> list[Table]:

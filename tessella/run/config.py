@@ -285,3 +285,45 @@ def load_config(path: Path) -> RunConfig:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as YAML: {textwrap.shorten(str(error), 300)}") from None
     return from_dict(RunConfig, value, path.name)
+
+
+def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """The run with some fields replaced.
+
+    Args:
+        config: where the other values come from.
+        settings: field -> value; parts as dictionaries or under dotted names, members of a list by number.
+
+    Raises:
+        UserError: there is no such field, or it does not take the value.
+    """
+    tree = to_dict(config)
+    for name, value in settings.items():
+        *parents, last = name.split(".")
+        part = tree
+        for parent in parents:
+            part = _member(part, parent, name)
+        _member(part, last, name)
+        _put(part, last, value)
+    return from_dict(RunConfig, tree, "settings")
+
+
+def _member(part: Any, key: str, name: str) -> Any:
+    try:
+        return part[int(key)] if isinstance(part, list) else part[key]
+    except (KeyError, IndexError, ValueError, TypeError):
+        known = range(len(part)) if isinstance(part, list) else part if isinstance(part, dict) else ()
+        choices = ", ".join(map(str, known)) or "nothing below it"
+        raise UserError(f"a run has no setting {name!r}: in place of {key!r} there is {choices}") from None
+
+
+def _put(part: Any, key: str, value: Any) -> None:
+    """Set one value; a dictionary only replaces what it names."""
+    if isinstance(part, list):
+        part[int(key)] = to_dict(value)
+    elif isinstance(value, dict) and isinstance(part[key], dict):
+        for inner, inner_value in value.items():
+            _member(part[key], inner, f"{key}.{inner}")
+            _put(part[key], inner, inner_value)
+    else:
+        part[key] = to_dict(value)

@@ -79,6 +79,37 @@ def resolve_backbone(spec: str, *, image_size: int | None = None, seed: int = 0)
     return Loaded(backbone, weights.backbone, weights.transform, _method_of(weights), weights.name)
 
 
+def loaded_module(module: nn.Module, image_size: int | None = None) -> Loaded:
+    """A network that the caller has built.
+
+    Args:
+        module: maps (b, 3, h, w) to features (b, d); its `transform` says how images are resized and normalised, as
+            that of `load_backbone` does. Without one: 224 pixels (or `image_size`), ImageNet's mean and std.
+        image_size: pixels of the evaluated crop; default: the transform's.
+
+    Raises:
+        UserError: it does not give one vector per image.
+    """
+    transform = getattr(module, "transform", None)
+    if not isinstance(transform, EvalTransform):
+        transform = EvalTransform.of(image_size or 224)
+    elif image_size is not None:
+        transform = transform.at(image_size)
+    module = module.eval()
+    if not isinstance(getattr(module, "feature_dim", None), int):
+        weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+        with torch.no_grad():
+            y = module(torch.zeros(2, 3, transform.size, transform.size, dtype=weight.dtype, device=weight.device))
+        if not isinstance(y, Tensor) or y.dim() != 2 or len(y) != 2:
+            what = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise UserError(
+                f"{type(module).__name__} gives {what} for 2 images: it must give one vector per image, (2, d); remove "
+                "its classifier, or give it a forward that pools"
+            )
+        setattr(module, "feature_dim", y.shape[1])  # noqa: B010  (a plain attribute, which torch types as a tensor)
+    return Loaded(module, BackboneConfig(type(module).__name__), transform, None, type(module).__name__)
+
+
 def read_weights(spec: str, *, image_size: int | None = None, download: bool = True) -> Weights:
     """The tensors that `spec` names, and what they belong to; arguments and errors as in `resolve_backbone`.
 

@@ -13,12 +13,20 @@ import pytest
 import yaml
 
 import tessella
-from tessella.api import with_settings
 from tessella.cli import main
 from tessella.errors import UserError
 from tessella.methods import METHODS as TABLE
 from tessella.recipes import recipe
-from tessella.run.config import ON_RESUME, RunConfig, differences, load_config, on_resume, refuse_changes, to_dict
+from tessella.run.config import (
+    ON_RESUME,
+    RunConfig,
+    differences,
+    load_config,
+    on_resume,
+    refuse_changes,
+    to_dict,
+    with_settings,
+)
 from tests.engine.runs import assert_same, final_state
 from tests.reliability.program import METHODS, pretrain_words
 
