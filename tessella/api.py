@@ -413,18 +413,19 @@ def embed(
 
 
 @_command
-def write_report(run: FilePath) -> Path:
+def write_report(run: FilePath, *, data: str | None = None) -> Path:
     """Write RUN/report.html: figures, curves, views as the method saw them, settings.
 
     Args:
         run: a run folder.
+        data: the images, if they lie elsewhere now, or must be downloaded.
 
     Returns:
         The page's path.
     """
     from tessella.report.of_run import report
 
-    return report(Path(run))
+    return report(Path(run), data=data)
 
 
 @_command
