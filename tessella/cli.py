@@ -171,10 +171,12 @@ def pretrain(words: list[str]) -> int:
         print(_pretrain_help())
         return 0
     name, rest = _first_word("pretrain", "RECIPE", words)
+    from tessella.recipes import RECIPES, recipe
+
+    RECIPES.require(name)  # before torch is imported
     import tyro
 
     from tessella.engine.pretrain import pretrain as train
-    from tessella.recipes import recipe
 
     start = recipe(name)
     if not start.data:

@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping from names to things. An entry point is imported when its name is looked up, not before."""
+    """A mapping from names to things. What is given by an entry point is imported when its name is looked up."""
 
-    def __init__(self, kind: str, own: Mapping[str, T]) -> None:
+    def __init__(self, kind: str, own: Mapping[str, T | EntryPoint]) -> None:
         """Start with Tessella's own.
 
         Args:
@@ -30,7 +30,12 @@ class Registry(Mapping[str, T], Generic[T]):
             own: Tessella's own things by name.
         """
         self.kind = kind
-        self.loaded = dict(own)
+        self._own = dict(own)
+
+    @cached_property
+    def loaded(self) -> dict[str, T | EntryPoint]:
+        """All things; those that nobody has looked up yet as entry points. A name of ours cannot be taken."""
+        return {entry.name: entry for entry in entry_points(group=f"tessella.{self.kind}")} | self._own
 
     def __getitem__(self, name: str) -> T:
         """The thing of that name.
@@ -39,44 +44,45 @@ class Registry(Mapping[str, T], Generic[T]):
             KeyError: there is none.
             UserError: the package that provides it cannot be imported.
         """
-        if name in self.loaded:
-            return self.loaded[name]
-        entry = self._added[name]
+        thing = self.loaded[name]
+        if not isinstance(thing, EntryPoint):
+            return thing
         try:
-            thing: T = entry.load()
+            found: T = thing.load()
         except Exception as error:
-            package = entry.dist.name if entry.dist else entry.value
+            package = thing.dist.name if thing.dist else thing.value
             raise UserError(
                 f"{name} of tessella.{self.kind} comes from {package}, which cannot be imported: "
                 f"{type(error).__name__}: {error}. Repair or uninstall {package}"
             ) from error
-        self.loaded[name] = thing
-        return thing
+        self.loaded[name] = found
+        return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self.loaded, **self._added})
+        return iter({**self._own, **self.loaded})
 
     def __len__(self) -> int:
-        return len({**self.loaded, **self._added})
+        return len(self.loaded)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.loaded or name in self._added
+        return name in self.loaded
 
-    @cached_property
-    def _added(self) -> dict[str, EntryPoint]:
-        """Entry points of installed packages. A name of ours cannot be taken."""
-        return {
-            entry.name: entry for entry in entry_points(group=f"tessella.{self.kind}") if entry.name not in self.loaded
-        }
+    def require(self, name: str) -> None:
+        """Refuse a name that a user typed and that is none of these; nothing is imported.
+
+        Raises:
+            UserError: the text names similar ones.
+        """
+        if name not in self:
+            near = difflib.get_close_matches(name, self, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(self)}"
+            raise UserError(f"there is no {name!r} among the {self.kind}; {hint}")
 
     def find(self, name: str) -> T:
         """The thing of that name, for a name that a user typed.
 
         Raises:
-            UserError: there is none; the text names similar ones.
+            UserError: there is none, or it cannot be imported.
         """
-        if name not in self:
-            near = difflib.get_close_matches(name, self, 3)
-            hint = f"did you mean {' or '.join(near)}? All" if near else "there"
-            raise UserError(f"there is no {name!r} among the {self.kind}; {hint} are {', '.join(self)}")
+        self.require(name)
         return self[name]

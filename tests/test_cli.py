@@ -54,6 +54,15 @@ def test_the_overview_lists_every_command(capsys):
     assert all(f"\n  {name} " in said and command.summary in said for name, command in COMMANDS.items())
 
 
+def test_a_mistyped_recipe_is_refused_before_torch_is_imported():
+    *_, heavy = in_a_fresh_process(
+        "import sys; from tessella.cli import main\n"
+        "code = main(['pretrain', 'swav_cpuu', '--data', 'x', '--out', 'y'])\n"
+        "print({'torch', 'numpy'} & set(sys.modules) or code)"
+    )
+    assert heavy == "2"
+
+
 def test_no_words_at_all_show_the_overview(capsys):
     assert main([]) == 0
     assert "usage: tessella COMMAND" in capsys.readouterr().out

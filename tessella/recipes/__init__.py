@@ -1,19 +1,77 @@
 """Recipes: complete runs as functions without arguments. Their names are what `tessella pretrain` takes.
 
-A recipe is one function here, or an entry point `tessella.recipes` of a package.
+A recipe is one function in a module here and its name below, or an entry point `tessella.recipes` of a package. Names
+can be looked up before torch is imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING
 
-from tessella.recipes import imagenet, small
 from tessella.registry import Registry
-from tessella.run.config import RunConfig
+
+if TYPE_CHECKING:
+    from tessella.run.config import RunConfig
+
+_MODULES = {
+    "small": (
+        "swav_cpu",
+        "jigclu_cpu",
+        "mejigclu_cpu",
+        "coke_cpu",
+        "smog_cpu",
+        "swav_digits",
+        "swav_cifar10",
+        "swav_cifar100",
+        "swav_64px",
+        "jigclu_cifar10",
+        "jigclu_cifar100",
+        "jigclu_64px",
+        "mejigclu_cifar10",
+        "mejigclu_cifar100",
+        "mejigclu_64px",
+        "smog_cifar10",
+        "smog_cifar100",
+        "smog_64px",
+        "coke_cifar10",
+        "coke_cifar100",
+        "coke_64px",
+        "coke_cifar10_clustering",
+    ),
+    "imagenet": (
+        "swav_imagenet_100ep",
+        "swav_imagenet_200ep",
+        "swav_imagenet_400ep",
+        "swav_imagenet_800ep",
+        "swav_imagenet_400ep_2x224",
+        "swav_imagenet_200ep_bs256",
+        "swav_imagenet_400ep_bs256",
+        "swav_imagenet_w2_400ep",
+        "swav_imagenet_w4_400ep",
+        "swav_imagenet_w5_400ep",
+        "swav_imagenet_deit_b_300ep",
+        "jigclu_imagenet_200ep",
+        "mejigclu_imagenet_200ep",
+        "mejigclu_imagenet_200ep_fixed_overlap",
+        "coke_imagenet_1000ep_1x224",
+        "coke_imagenet_1000ep_2x224",
+        "coke_imagenet_800ep_multicrop",
+        "smog_imagenet_400ep",
+        "smog_imagenet_w2_400ep",
+        "smog_imagenet_swin_tiny_400ep",
+    ),
+}
 
 RECIPES: Registry[Callable[[], RunConfig]] = Registry(
-    "recipes", {function.__name__: function for function in (*small.RECIPES, *imagenet.RECIPES)}
+    "recipes",
+    {
+        name: EntryPoint(name, f"tessella.recipes.{module}:{name}", "tessella.recipes")
+        for module, names in _MODULES.items()
+        for name in names
+    },
 )
 
 

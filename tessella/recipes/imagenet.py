@@ -276,27 +276,3 @@ def smog_imagenet_swin_tiny_400ep() -> RunConfig:
         final_lr=4e-5,
     )
     return RunConfig(method, backbone, optimizer, epochs=400, batch_size=4096)
-
-
-RECIPES = (
-    swav_imagenet_100ep,
-    swav_imagenet_200ep,
-    swav_imagenet_400ep,
-    swav_imagenet_800ep,
-    swav_imagenet_400ep_2x224,
-    swav_imagenet_200ep_bs256,
-    swav_imagenet_400ep_bs256,
-    swav_imagenet_w2_400ep,
-    swav_imagenet_w4_400ep,
-    swav_imagenet_w5_400ep,
-    swav_imagenet_deit_b_300ep,
-    jigclu_imagenet_200ep,
-    mejigclu_imagenet_200ep,
-    mejigclu_imagenet_200ep_fixed_overlap,
-    coke_imagenet_1000ep_1x224,
-    coke_imagenet_1000ep_2x224,
-    coke_imagenet_800ep_multicrop,
-    smog_imagenet_400ep,
-    smog_imagenet_w2_400ep,
-    smog_imagenet_swin_tiny_400ep,
-)

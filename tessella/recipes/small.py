@@ -382,29 +382,3 @@ def coke_cifar10_clustering() -> RunConfig:
     )
     optimizer = OptimizerConfig("sgd", lr=0.2, weight_decay=1e-4, idle_epochs=1, warmup_epochs=10, warmup_end="next")
     return _CIFAR10.run(method, optimizer, epochs=401, batch_size=128)
-
-
-RECIPES = (
-    swav_cpu,
-    jigclu_cpu,
-    mejigclu_cpu,
-    coke_cpu,
-    smog_cpu,
-    swav_digits,
-    swav_cifar10,
-    swav_cifar100,
-    swav_64px,
-    jigclu_cifar10,
-    jigclu_cifar100,
-    jigclu_64px,
-    mejigclu_cifar10,
-    mejigclu_cifar100,
-    mejigclu_64px,
-    smog_cifar10,
-    smog_cifar100,
-    smog_64px,
-    coke_cifar10,
-    coke_cifar100,
-    coke_64px,
-    coke_cifar10_clustering,
-)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
 import yaml
 
 from tessella.methods import METHODS
-from tessella.recipes import RECIPES, recipe
+from tessella.recipes import RECIPES, imagenet, recipe, small
 from tessella.recipes.describe import listing, page
 from tessella.report.published import PUBLISHED
 from tessella.run.config import to_dict
@@ -100,3 +101,10 @@ def test_the_rule_for_other_batch_sizes_has_an_example():
     assert "For example --batch-size 512 --method.dual-lr auto --optimizer.lr 0.8" in told(
         "coke_imagenet_800ep_multicrop"
     )
+
+
+def test_every_function_of_the_recipe_modules_is_listed_under_its_name():
+    for module in (small, imagenet):
+        functions = inspect.getmembers(module, inspect.isfunction)
+        defined = {name for name, f in functions if f.__module__ == module.__name__ and not name.startswith("_")}
+        assert defined == {name for name in RECIPES if RECIPES[name].__module__ == module.__name__}
