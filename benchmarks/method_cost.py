@@ -36,6 +36,7 @@ from torch import Tensor
 from tessella.data.batch import Batch
 from tessella.data.views import CropGroup
 from tessella.engine.launch import pick_device, repeatable
+from tessella.files import write_json
 from tessella.methods import build_method, method_of, views_of
 from tessella.methods.coke import CokeConfig
 from tessella.methods.jigclu import JigcluConfig
@@ -46,7 +47,6 @@ from tessella.optim import build_optimizer
 from tessella.recipes import recipe
 from tessella.recipes.cost import forwards, passes
 from tessella.recipes.describe import views_in_words
-from tessella.run.checkpoints import write_json_atomic
 from tessella.run.config import RunConfig
 from tessella.run.folder import versions
 
@@ -304,7 +304,7 @@ def main() -> None:
     Console(width=None if Console().is_terminal else 120).print(table(result))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(options.out, result)
+        write_json(options.out, result)
 
 
 if __name__ == "__main__":

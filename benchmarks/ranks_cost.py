@@ -26,9 +26,9 @@ import tyro
 from rich.table import Table
 from side_by_side import report
 
+from tessella.files import write_json
 from tessella.modules.backbone import BackboneConfig
 from tessella.modules.norm import synchronise_batch_norm
-from tessella.run.checkpoints import write_json_atomic
 
 _COLLECTIVES = ("all_reduce", "all_gather", "all_to_all_single")
 
@@ -102,7 +102,7 @@ def on_rank(rank: int, ranks: int, label: str, options: Options, folder: str) ->
             "step_ms": 1000 * median(steps),
             "collectives_ms": 1000 * median(inside),
         }
-        write_json_atomic(Path(folder) / "found.json", found)
+        write_json(Path(folder) / "found.json", found)
     torch_dist.barrier()
     torch_dist.destroy_process_group()
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import tyro
 
-from tessella.run.checkpoints import write_json_atomic
+from tessella.files import write_json
 
 _SHOWN = (("knn", "top1", "kNN"), ("linear-fast", "top1", "linear"), ("clustering", "accuracy", "k-means ACC"))
 
@@ -55,7 +55,7 @@ def main(options: Options) -> int:
             records.append(_record(options, recipe, seed, run))
     _print_table(options, records)
     if options.out is not None:
-        write_json_atomic(options.out, {"command": _quoted(sys.argv), "records": records, "incomplete": open_runs})
+        write_json(options.out, {"command": _quoted(sys.argv), "records": records, "incomplete": open_runs})
     for run in open_runs:
         print(f"not complete yet: {run}; the same command goes on with it")
     return 1 if open_runs else 0

@@ -115,6 +115,7 @@ class Method(nn.Module):
     layouts: ClassVar[tuple[Layout, ...]] = ()  # of official checkpoints
     # Patterns of state that is never taken from another run's weights: a new run starts it as the constructor does.
     not_transferred: ClassVar[tuple[str, ...]] = ()
+    pipelines: ClassVar[int] = 1  # sets of equal crop groups that the views consist of, with other colours
     clusters: int | None = None  # how many prototypes, centres or groups `assign` chooses from; None: it cannot
 
     def __init__(self, config: Any, backbone: Backbone, setting: Setting) -> None:

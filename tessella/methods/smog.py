@@ -110,6 +110,7 @@ class Smog(Method):
     """SMoG with multi-crop, several group sets and periodic regrouping."""
 
     title = "SMoG"
+    pipelines = 2
     Config = SmogConfig
     config: SmogConfig
     batch_rule = (

@@ -80,10 +80,9 @@ def views_in_words(config: RunConfig) -> str:
     groups = views_of(config.method).groups
     if groups[0].tiles > 1:
         return f"{groups[0].tiles}x{groups[0].tiles} tiles of {groups[0].size}"
-    halves = [[(g.views, g.size) for g in half] for half in (groups[: len(groups) // 2], groups[len(groups) // 2 :])]
-    if halves[0] == halves[1]:  # two pipelines with the same crops
-        return f"2 x ({_crops([Pass(*crop, True) for crop in halves[0]])})"
-    return _crops([Pass(g.views, g.size, True) for g in groups])
+    pipelines = method_of(config.method).pipelines
+    crops = _crops([Pass(g.views, g.size, True) for g in groups[: len(groups) // pipelines]])
+    return crops if pipelines == 1 else f"{pipelines} x ({crops})"
 
 
 def _crops(seen: list[Pass]) -> str:

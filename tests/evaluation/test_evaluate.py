@@ -364,7 +364,9 @@ def refused_on_two_ranks(folder):
 def test_what_rank_0_cannot_write_is_an_error_of_every_rank(tmp_path):
     ranks = on_ranks(2, refused_on_two_ranks, str(tmp_path))
     assert ranks[0] == ranks[1]
-    assert "cannot write" in ranks[0]["predictions"] and "choose another --out" in ranks[0]["evaluation.json"]
+    assert (
+        "nothing is written there" in ranks[0]["predictions"] and "choose another --out" in ranks[0]["evaluation.json"]
+    )
 
 
 def test_a_second_evaluation_into_the_same_folder_is_refused(tmp_path):

@@ -33,6 +33,7 @@ from tessella.protocols.detection.protocol import (
 )
 from tessella.protocols.detection.scores import average_precision
 from tessella.protocols.features import tensor_digests
+from tessella.ranges import check_ranges
 from tests.ranks import on_ranks
 
 TINY = replace(
@@ -410,8 +411,8 @@ def test_what_cannot_be_trained_or_scored_is_refused():
         detection(tiny_backbone(), data, TINY)
     with pytest.raises(UserError, match="loss became"):
         detection(tiny_backbone(), scenes(6, 2), replace(TINY, lr=1e30, warmup_iterations=0, iterations=6))
-    with pytest.raises(UserError, match="positive"):
-        DetectionConfig(lr=-1.0)
+    with pytest.raises(UserError, match=r"lr=-1\.0 must be"):
+        check_ranges(DetectionConfig(lr=-1.0))
 
 
 def test_damaged_images_and_images_without_objects_are_told_and_do_no_harm():

@@ -226,8 +226,8 @@ def test_an_image_that_spoils_every_epoch_ends_the_run_with_its_name(tmp_path: P
 
 @pytest.mark.parametrize("method", ["swav", *(pytest.param(m, marks=pytest.mark.slow) for m in FIVE[1:])])
 def test_a_run_that_diverges_ends_with_advice_and_has_saved_no_broken_weight(method: str, tmp_path: Path):
-    wild = OptimizerConfig("sgd", lr=1e30, warmup_epochs=0)
-    with pytest.raises(UserError, match=r"lower learning rate .*now 1e\+30") as stop:
+    wild = OptimizerConfig("sgd", lr=1e6, weight_decay=1e6, warmup_epochs=0)
+    with pytest.raises(UserError, match=r"lower learning rate .*now 1e\+06") as stop:
         pretrain(dataclasses.replace(config(method, checkpoint_minutes=1e-9), optimizer=wild), tmp_path / "run")
     assert "by itself" not in str(stop.value) or "none of its" in str(stop.value)
     saved = newest(tmp_path / "run" / "checkpoints")
@@ -282,7 +282,7 @@ def test_a_full_gpu_is_told_with_an_estimate_and_ways_out(tmp_path: Path, monkey
     with pytest.raises(UserError) as stop:
         pretrain(config(precision="32"), tmp_path / "run")
     text = str(stop.value)
-    assert "another 2.00 GiB" in text and re.search(r"needs about \d+ MiB on each", text) and "64 images" in text
+    assert "another 2.00 GiB" in text and re.search(r"needs about \d+ MiB, .* on each", text) and "64 images" in text
     for way in ("1) --accumulate 2", "2) --backbone.recompute", "3) --precision bf16", "4) smaller views"):
         assert way in text, text
 
