@@ -1,10 +1,8 @@
-"""Networks that give every pixel a class: a backbone, dilated where it can be, and one of five heads.
+"""Networks that give every pixel a class: a backbone, dilated where it can be, and one of three heads.
 
-    fcn            3x3 convolutions on the last map                         Long et al. 2015, as MoCo's and OpenMMLab's
-    deeplabv3      the same by several dilations at once                    Chen et al. 2017
-    deeplabv3plus  then joined with the first stage's map                   Chen et al. 2018
-    upernet        pooled context and a pyramid over all four maps          Xiao et al. 2018
-    linear         batch norm and one 1x1 convolution; backbone frozen      the probe of DINOv2 and v3
+    fcn      3x3 convolutions on the last map                         Long et al. 2015, as MoCo's and OpenMMLab's
+    upernet  pooled context and a pyramid over all four maps          Xiao et al. 2018
+    linear   batch norm and one 1x1 convolution; backbone frozen      the probe of DINOv2 and v3
 
 The heads are own ones, because those of torchvision and segmentation-models-pytorch fix their widths or build their
 backbones themselves.
@@ -26,10 +24,9 @@ from tessella.errors import UserError
 from tessella.modules.backbone import Backbone
 from tessella.modules.resnet import ResNet
 
-Head = Literal["fcn", "deeplabv3", "deeplabv3plus", "upernet", "linear"]
+Head = Literal["fcn", "upernet", "linear"]
 
 _POOLS = (1, 2, 3, 6)  # bins per side of UPerNet's pooled context
-_LOW_CHANNELS = 48  # of the first stage's map in DeepLabV3+
 _CLASSES_AT_A_TIME = 16  # that are enlarged to an image's size: all classes of a photo would be gigabytes
 
 
@@ -77,12 +74,8 @@ class Segmenter(nn.Module):
             channels = int(backbone.feature_dim)
         elif head == "fcn":
             self.head = FcnHead(widths[3], channels, convs, concatenate, head_dilation)
-        elif head == "upernet":
-            self.head = UperHead(widths, channels, flat=len(set(strides)) == 1)
         else:
-            dilations = (6, 12, 18) if strides[3] > 8 else (12, 24, 36)
-            low = widths[0] if head == "deeplabv3plus" else 0
-            self.head = DeepLabHead(widths[3], channels, dilations, low)
+            self.head = UperHead(widths, channels, flat=len(set(strides)) == 1)
         self.classifier = _classifier(channels, classes, dropout)
         self.auxiliary: nn.Module | None = None
         if auxiliary_channels and not self.frozen:
@@ -204,33 +197,6 @@ class FcnHead(nn.Module):
         return x if self.join is None else self.join(torch.cat([maps[-1], x], dim=1))
 
 
-class DeepLabHead(nn.Module):
-    """The last map by a 1x1 convolution, by three dilated 3x3 ones and as its mean; then, for V3+, the first map."""
-
-    def __init__(self, channels_in: int, channels: int, dilations: tuple[int, ...], low_channels_in: int) -> None:
-        super().__init__()
-        three = _separable if low_channels_in else _conv
-        branches = [_conv(channels_in, channels, 1), *(three(channels_in, channels, 3, d) for d in dilations)]
-        self.branches = nn.ModuleList(branches)
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), _conv(channels_in, channels, 1))
-        self.join = _conv((len(branches) + 1) * channels, channels, 3)
-        self.low = _conv(low_channels_in, _LOW_CHANNELS, 1) if low_channels_in else None
-        if self.low is not None:
-            self.refine = nn.Sequential(
-                _separable(channels + _LOW_CHANNELS, channels, 3), _separable(channels, channels, 3)
-            )
-
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        """Maps, fine to coarse -> (b, channels, h', w') of the last, or of the first for V3+."""
-        x = maps[-1]
-        mean = self.pool(x).expand(-1, -1, *x.shape[-2:])
-        x = self.join(torch.cat([*(branch(x) for branch in self.branches), mean], dim=1))
-        if self.low is None:
-            return x
-        low = self.low(maps[0])
-        return self.refine(torch.cat([_resized(x, low), low], dim=1))
-
-
 class UperHead(nn.Module):
     """Pooled context on the last map, a pyramid from it down to the first, and all levels joined at the first's size.
 
@@ -266,17 +232,6 @@ def _conv(channels_in: int, channels: int, kernel: int, dilation: int = 1) -> nn
     conv = nn.Conv2d(channels_in, channels, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-
-
-def _separable(channels_in: int, channels: int, kernel: int, dilation: int = 1) -> nn.Sequential:
-    """Each channel by itself, then 1x1 across them."""
-    pad = dilation * (kernel // 2)
-    each = nn.Conv2d(channels_in, channels_in, kernel, padding=pad, dilation=dilation, groups=channels_in, bias=False)
-    # By an output's inputs: fan_out counts all channels, though each sees one, and values would be far too small.
-    nn.init.kaiming_normal_(each.weight, mode="fan_in", nonlinearity="relu")
-    return nn.Sequential(
-        each, nn.BatchNorm2d(channels_in), nn.ReLU(inplace=True), *_conv(channels_in, channels, 1).children()
-    )
 
 
 def _classifier(channels: int, classes: int, dropout: float) -> nn.Sequential:

@@ -124,10 +124,6 @@ RECIPES = {
     "fcn-cityscapes": _CITYSCAPES_769,  # fcn_r50-d8_769x769_40k_cityscapes
     "fcn-moco-voc12": _MOCO,
     "fcn-moco-cityscapes": replace(_MOCO, crops=replace(_MOCO.crops, size=769), lr=0.01, iterations=90_000),
-    "deeplabv3-voc12": SegmentationConfig(head="deeplabv3"),
-    "deeplabv3-cityscapes": replace(_CITYSCAPES_769, head="deeplabv3"),
-    "deeplabv3plus-voc12": SegmentationConfig(head="deeplabv3plus"),
-    "deeplabv3plus-cityscapes": replace(_CITYSCAPES_769, head="deeplabv3plus"),
     "upernet-ade20k": _UPERNET,  # upernet_r50_512x512_160k_ade20k
     "upernet-ade20k-transformer": replace(  # upernet_swin_tiny_..._160k_ade20k
         _UPERNET,
