@@ -7,7 +7,7 @@ trained like everything else; before the test, its statistics are computed anew 
 
 What differs from the published runs, which used detectron2: batches are not grouped by shape, VOC is scored by COCO's
 101-point precision with difficult objects ignored (detectron2: VOC's matching, and 11 points for 2007), and what
-`detectors` names.
+`networks` names.
 """
 
 from __future__ import annotations
