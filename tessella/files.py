@@ -19,6 +19,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import secrets
 import shutil
@@ -42,6 +43,7 @@ _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 _COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # for a pipe's other end; no terminal of ours
 _BUFFER = 1 << 20  # bytes
+_MANY_BYTES = 1 << 30  # from which a file of holes, which costs its sender nothing, takes the reader's memory or time
 
 
 class FileError(UserError, OSError):
@@ -69,7 +71,7 @@ def open_regular(path: Path | str, limit: int | None = None) -> io.BufferedReade
         limit: bytes that it has at most; None for any number.
 
     Raises:
-        FileError: it is missing, no regular file, too large, or cannot be opened.
+        FileError: it is missing, no regular file, too large, nothing but holes, or cannot be opened.
     """
     try:
         _refuse_special(path, os.stat(path))  # merely opening a device can do something
@@ -83,8 +85,12 @@ def open_regular(path: Path | str, limit: int | None = None) -> io.BufferedReade
     try:
         status = os.fstat(descriptor)
         _refuse_special(path, status)
+        reason = ""
         if limit is not None and status.st_size > limit:
             reason = f"the file has {status.st_size:,} bytes, more than the limit of {limit:,}"
+        elif status.st_size > _MANY_BYTES and 0 < 512 * getattr(status, "st_blocks", 0) < status.st_size // 1000:
+            reason = f"the file has {status.st_size:,} bytes, and hardly any of them were ever written"
+        if reason:
             raise FileError(f"{path} cannot be read: {reason}", reason)
         return open(descriptor, "rb")
     except BaseException:
@@ -103,6 +109,9 @@ def read_bytes(path: Path | str, limit: int, size: int | None = None) -> bytes:
             there = os.fstat(file.fileno()).st_size
             # No more than it had when it was opened: another program may write to it without end.
             return file.read(there if size is None else min(size, there))
+        except (MemoryError, OverflowError):
+            reason = f"its {there:,} bytes do not fit into memory"
+            raise FileError(f"{path} cannot be read: {reason}", reason) from None
         except OSError as error:
             raise _unreadable(path, error) from None
 
@@ -123,15 +132,23 @@ def read_json(path: Path | str, limit: int) -> Any:
     """The value in a JSON file of at most `limit` bytes.
 
     Raises:
-        FileError: as `open_regular`, or it is not JSON.
+        FileError: as `open_regular`, or it is not JSON, or a number in it is NaN or infinite.
     """
     try:
-        return json.loads(read_text(path, limit))
+        return json.loads(read_text(path, limit), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         if isinstance(error, FileError):
             raise
         reason = f"not JSON ({' '.join(str(error).split())[:100]})"
         raise FileError(f"{path} cannot be read: {reason}", reason) from None
+
+
+def _finite(text: str) -> float:
+    """JSON's numbers have no NaN or infinity; Python reads both, also as 1e999, and could not write them again."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
 
 
 def sha256(path: Path | str) -> str:

@@ -377,3 +377,21 @@ def test_without_directory_descriptors_links_are_refused_by_name(by_name: None, 
     files.remove(ours / "a")
     assert names(ours) == ["b", "x"] and (ours / "x").read_text() == "new"
     assert names(outside.parent) == ["profile"] and outside.read_bytes() == SECRET
+
+
+@pytest.mark.parametrize("text", ["[NaN]", "[-Infinity]", '{"a": 1e999}', "9" * 5000])
+def test_json_with_a_number_that_could_not_be_written_again_is_refused(text: str, tmp_path: Path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(FileError, match=r"x\.json cannot be read: not JSON"):
+        files.read_json(tmp_path / "x.json", 1 << 20)
+
+
+def test_a_file_of_holes_is_refused_before_it_takes_memory(tmp_path: Path):
+    with (tmp_path / "x").open("wb") as file:
+        file.write(b"something")
+        file.truncate(1 << 42)
+    if not (tmp_path / "x").stat().st_blocks:
+        pytest.skip("this file system does not say what it has stored")
+    for read in (files.sha256, lambda path: files.read_bytes(path, 1 << 50)):
+        with pytest.raises(FileError, match="hardly any of them were ever written"):
+            read(tmp_path / "x")

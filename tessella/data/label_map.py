@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from tessella.files import FileError
 _CIFAR_RECORD = 2 + 3 * 32 * 32  # bytes: coarse label, fine label, pixels
 _CIFAR_FILES = ("train.bin", "test.bin")
 _CIFAR_BYTES = 1 << 30
-_TABLE_BYTES = 64 << 20
+_TABLE_BYTES = 16 << 20
 
 
 def read_label_map(path: Path) -> dict[str, str]:
@@ -45,7 +46,9 @@ def _of_table(path: Path) -> dict[str, str]:
     mapping: dict[str, str] = {}
     for row in rows:
         if len(row) != 2 or not all(row):
-            raise UserError(f"{path}: a line of a label map is class,superclass, and one is {','.join(row)!r}")
+            raise UserError(
+                f"{path}: a line of a label map is class,superclass, and one is {textwrap.shorten(','.join(row), 100)!r}"
+            )
         if mapping.setdefault(row[0], row[1]) != row[1]:
             raise UserError(f"{path} maps the class {row[0]!r} twice: keep one of the lines")
     if not mapping:

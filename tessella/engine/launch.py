@@ -37,7 +37,13 @@ def launch(config: RunConfig) -> Fabric:
     place = adopt()
     launched = "RANK" in os.environ
     devices = place.local_world_size if launched else torch.cuda.device_count() if device == "cuda" else 1
-    if devices * config.nodes > 1 and not launched:
+    if config.nodes > 1 and not launched:
+        raise UserError(
+            f"nodes={config.nodes}, but this process was started alone and would wait for the others without end: start "
+            f"`torchrun --nnodes={config.nodes} --nproc-per-node=GPUS ... -m tessella pretrain ...` on each machine, or "
+            "srun with one task for each GPU"
+        )
+    if devices > 1 and not launched:
         require_program(devices)
     _meet_anew("nccl" if device == "cuda" else "gloo")
     several = DDPStrategy() if device == "cuda" else RepeatableDDP()

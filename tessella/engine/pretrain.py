@@ -90,7 +90,7 @@ def resume(
         require_fit(config, images, fabric)
         state = build_state(config, images, fabric.device)
         run.refuse_other_images(config, images)
-        step = run.restore(state)
+        step = run.restore(state, build_order(config, images, state.method).steps_per_epoch)
         if step == 0:
             start = start_from(config.start_from, state.method, download="start_from" in changes)
             if fabric.is_global_zero:
@@ -105,7 +105,7 @@ def _train(
     require_agreement(config, images, order, step)
     method, (ddp, optimizer) = state.method, fabric.setup(state.method, state.optimizer)
     if fabric.is_global_zero:
-        run.prepare(images, state)
+        run.prepare(config, images, state)
     with Session(fabric, config, run, images, state, order, step, watch) as session:
         for batches, progress in session.steps():
             if progress.step_in_epoch == 0:

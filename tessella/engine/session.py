@@ -181,7 +181,7 @@ class Session:
         state, found = self.state, self.progress
         state.optimizer.zero_grad()
         state.optimizer.state.clear()
-        step = self.run.restore(state)
+        step = self.run.restore(state, found.steps_per_epoch)
         if step == 0:
             fresh = build_state(self.config, self.images, torch.device("cpu"))
             state.method.load_state_dict(fresh.method.state_dict())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tessella.errors import UserError
 from tessella.modules.resnet import LAYERS, ResNet
-from tessella.ranges import Channels, FractionBelowOne
+from tessella.ranges import Channels, FractionBelowOne, check_ranges
 from tessella.registry import Registry
 
 
@@ -151,8 +151,9 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     """The network, freshly initialised from torch's global generator.
 
     Raises:
-        UserError: the name is unknown, or the network has not what the config asks for.
+        UserError: the name is unknown, a number is out of its range, or the network has not what the config asks for.
     """
+    check_ranges(config, "backbone.")
     if config.name.startswith("timm:"):
         return TimmBackbone(config)
     if config.name in BACKBONES:

@@ -284,7 +284,12 @@ def load_config(path: Path) -> RunConfig:
         raise UserError(f"{path.parent} is not a run folder: it has no {path.name}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as YAML: {textwrap.shorten(str(error), 300)}") from None
-    return from_dict(RunConfig, value, path.name)
+    try:
+        return from_dict(RunConfig, value, path.name)
+    except UserError as error:
+        if str(error).startswith(path.name):
+            raise
+        raise UserError(f"{path}: {error}") from None  # of a range, which names the field alone
 
 
 def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:

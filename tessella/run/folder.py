@@ -39,7 +39,7 @@ from tessella.run import checkpoints as checkpoint_files
 from tessella.run import images_seen, lock
 from tessella.run.backbone_file import write_backbone
 from tessella.run.config import RunConfig, from_dict, load_config, refuse_changes, to_dict, to_yaml
-from tessella.run.log import TENSORBOARD
+from tessella.run.log import LOG_BYTES, TENSORBOARD
 from tessella.run.monitor import Monitor
 from tessella.text import printable
 
@@ -160,7 +160,7 @@ class RunFolder:
         """Whether a step stands in the log."""
         if not self.metrics.exists():
             return False
-        with files.open_regular(self.metrics) as log:
+        with files.open_regular(self.metrics, LOG_BYTES) as log:
             return any(b'"kind": "step"' in line for line in log)
 
     def go_on_as(self, saved: RunConfig, config: RunConfig, allowed: Collection[str]) -> None:
@@ -169,28 +169,25 @@ class RunFolder:
         Args:
             saved: from config.yaml.
             config: of the run that goes on.
-            allowed: names of fields that may have other values than before; config.yaml then gets them.
+            allowed: names of fields that may have other values than before; `prepare` then writes config.yaml.
 
         Raises:
             UserError: see `refuse_changes`.
         """
         self._read = self._newest()
         before = saved if self._read is None else from_dict(RunConfig, self._read[1].get("config"), "state.json")
-        if refuse_changes(before, config, allowed):
-            self._config_changed = True
-            if dist.rank() == 0:
-                files.write_text(self.path / "config.yaml", to_yaml(config))
+        self._config_changed = bool(refuse_changes(before, config, allowed))
 
     def save_is_due(self, minutes: float, epoch_is_over: bool) -> bool:
         """Whether enough time has passed since the last save. An epoch's end is a good moment, if that is not fresh."""
         seconds = time.monotonic() - self._saved_at
         return self._config_changed or seconds >= 60 * minutes or (epoch_is_over and seconds >= _FRESH_SECONDS)
 
-    def prepare(self, images: ImageSet, state: State) -> None:
-        """Before training: note the contents of a few images, and see whether the checkpoints will fit. For rank 0.
+    def prepare(self, config: RunConfig, images: ImageSet, state: State) -> None:
+        """Before training: keep what was allowed to change, note the contents of a few images. For rank 0.
 
         Raises:
-            UserError: they will not.
+            UserError: the checkpoints will not fit on the disk.
         """
         self._warn_of_other_views()
         self._contents = images_seen.content_samples(images)
@@ -200,6 +197,8 @@ class RunFolder:
         one = sum(t.nbytes for t in state.method.state_dict().values()) + kept * values
         there = len(list(self.checkpoints.glob("step-*")))
         files.refuse_full_disk(self.path, max(1, _KEPT + 1 - there) * one)
+        if self._config_changed:
+            files.write_text(self.path / "config.yaml", to_yaml(config))
 
     def _warn_of_other_views(self) -> None:
         """Say so if compiled kernels make the views that torch made before, or the other way round."""
@@ -318,22 +317,32 @@ class RunFolder:
             f"{self.path} ...`)"
         )
 
-    def restore(self, state: State) -> int:
+    def restore(self, state: State, steps_per_epoch: int) -> int:
         """Load the newest valid checkpoint into the parts of a run; the number of steps done, 0 without one.
 
         Args:
             state: freshly built; filled.
+            steps_per_epoch: of the run, which the checkpoint must agree with.
+
+        Raises:
+            UserError: the checkpoint is not one of this run.
         """
         found, self._read = self._read or self._newest(), None
         if found is None:
             return 0
         tensors, facts = found
         with _foreign_refused():
-            state.method.load_state_dict(tensors["method"], strict=True)
-            load_optimizer_tensors(state.method, state.optimizer, tensors["optimizer"])
-            state.monitor.load_state_dict(tensors["monitor"])
-            self._saved_step = int(facts["step"])
-        return self._saved_step
+            step = facts["step"]
+            if type(step) is not int or facts["steps_per_epoch"] != steps_per_epoch:
+                raise ValueError(f"step {step}, and {facts['steps_per_epoch']} steps per epoch, not {steps_per_epoch}")
+            if not 0 <= step <= steps_per_epoch * facts["config"]["epochs"]:
+                raise ValueError(f"step {step} of {facts['config']['epochs']} epochs of {steps_per_epoch} steps")
+            for module, saved in ((state.method, tensors["method"]), (state.monitor, tensors["monitor"])):
+                _refuse_other_types(module.state_dict(), saved)
+                module.load_state_dict(saved, strict=True)
+            load_optimizer_tensors(state.method, state.optimizer, tensors["optimizer"], step)
+        self._saved_step = step
+        return step
 
     def _newest(self) -> Checkpoint | None:
         """The newest valid checkpoint, the same one on every rank: rank 0 chooses.
@@ -416,20 +425,45 @@ def _foreign_refused() -> Iterator[None]:
         ) from None
 
 
-def load_optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _refuse_other_types(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Loading would convert them, and lose digits."""
+    for name in ours.keys() & theirs.keys():
+        if ours[name].dtype != theirs[name].dtype:
+            raise ValueError(f"{name} is of {theirs[name].dtype}, not {ours[name].dtype}")
+
+
+def load_optimizer_tensors(
+    method: Method, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], steps: int
+) -> None:
     """The inverse of `optimizer_tensors`.
 
+    Args:
+        method: its parameters are those that the optimiser updates.
+        optimizer: freshly built; filled.
+        tensors: from `optimizer_tensors`.
+        steps: updates that the run has made.
+
     Raises:
-        KeyError, ValueError: a tensor fits no parameter.
+        KeyError, ValueError: a tensor fits no parameter, or one is missing beside another.
     """
     parameters = dict(method.named_parameters())
+    kept = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer"}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
         parameter = parameters[name]
-        if value.dim() and value.shape != parameter.shape:  # copying would stretch it
-            raise ValueError(f"optimizer tensor {full_name} has shape {tuple(value.shape)}")
+        expected = () if key == "step" else parameter.shape  # copying would stretch another one
+        if not all(f"{name}/{other}" in tensors for other in kept) or key not in kept:
+            raise ValueError(f"optimizer tensor {full_name} is not one of {', '.join(sorted(kept))}, which go together")
+        if (
+            value.shape != expected
+            or not value.is_floating_point()
+            or (key != "step" and value.dtype != parameter.dtype)
+        ):
+            raise ValueError(f"optimizer tensor {full_name} has shape {tuple(value.shape)} and type {value.dtype}")
+        if key == "step" and not 0 < float(value) <= steps:
+            raise ValueError(f"optimizer tensor {full_name} is {float(value)} after {steps} steps")
         # AdamW keeps its step count on the CPU; everything else lives beside its parameter, in the same layout.
-        state = value if value.dim() == 0 else torch.empty_like(parameter).copy_(value)
+        state = value if key == "step" else torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][key] = state
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 TENSORBOARD = "tensorboard"  # name of the folder
 
-_LIMIT = 2 << 30  # bytes of metrics.jsonl
+LOG_BYTES = 1 << 30  # of metrics.jsonl, at most
 
 
 class RunLog:
@@ -242,7 +242,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """Drop lines of steps after `step`, and those that a killed process left incomplete."""
     if not path.exists():
         return
-    text = files.read_text(path, _LIMIT, errors="replace")
+    text = files.read_text(path, LOG_BYTES, errors="replace")
     kept = "".join(line + "\n" for line in text.splitlines() if _step_of(line) <= step)
     if kept != text:
         files.write_text(path, kept)

@@ -206,7 +206,7 @@ def _official(official: Official, name: str, image_size: int | None) -> Weights:
 
 def _random(spec: str, image_size: int | None, seed: int) -> Loaded:
     name, _, query = spec.removeprefix("random:").partition("?")
-    options: dict[str, object] = {k: int(v) if v.isdigit() else v for k, v in parse_qsl(query)}
+    options: dict[str, object] = {k: int(v) if v.isdecimal() and len(v) < 10 else v for k, v in parse_qsl(query)}
     size = options.pop("size", None)
     if size is not None and not isinstance(size, int):
         raise UserError(f"size={size} in {spec!r} is not a number of pixels")

@@ -186,10 +186,10 @@ def test_a_run_on_copies_of_one_image_knows_it(tmp_path: Path):
     config = tiny_run(data=str(tmp_path / "photos"))
     images = open_images(config.data)
     state = build_state(config, images, torch.device("cpu"))
-    run.prepare(images, state)
+    run.prepare(config, images, state)
     assert state.monitor.identical_images
     images = open_images("digits::test")
-    run.prepare(images, state)
+    run.prepare(config, images, state)
     assert not state.monitor.identical_images
 
 
@@ -215,7 +215,7 @@ def test_resume_refuses_another_number_of_categories(tmp_path: Path):
     fewer = tiny_run("mejigclu", batch_size=32)
     state = build_state(fewer, open_images(fewer.data), torch.device("cpu"))
     with pytest.raises(UserError, match=r"into 64 parts .* into 32 .*go on with the same images"):
-        RunFolder(run).restore(state)
+        RunFolder(run).restore(state, 5)
 
 
 def test_an_evaluation_reads_a_run_with_a_partition(tmp_path: Path):

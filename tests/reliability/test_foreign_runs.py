@@ -16,6 +16,7 @@ from tessella.cli import main
 from tessella.engine.pretrain import pretrain
 from tessella.errors import UserError
 from tessella.modules.backbone import BackboneConfig
+from tessella.optim import OptimizerConfig
 from tessella.run.backbone_file import read_backbone
 from tessella.run.checkpoints import load, newest, save
 from tessella.run.config import to_yaml
@@ -124,6 +125,17 @@ CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
     "a config that is a list": lambda tensors, state: state.update(config=[1]),
     "a method that is a list": lambda tensors, state: state["config"].update(method={"name": ["swav"]}),
     "fingerprints that are a list": lambda tensors, state: state.update(fingerprints=[1]),
+    "a weight of another type": lambda tensors, state: tensors["method"].update(
+        {"backbone.conv1.weight": tensors["method"]["backbone.conv1.weight"].double()}
+    ),
+    "one number for a momentum": lambda tensors, state: tensors["optimizer"].update(
+        {"backbone.conv1.weight/momentum_buffer": torch.tensor(1.0)}
+    ),
+    "the state of another optimizer": lambda tensors, state: tensors["optimizer"].update(
+        {"backbone.conv1.weight/exp_avg": torch.zeros_like(tensors["method"]["backbone.conv1.weight"])}
+    ),
+    "epochs of no steps": lambda tensors, state: state.update(steps_per_epoch=0),
+    "epochs of many steps": lambda tensors, state: state.update(steps_per_epoch=10**9),
     "hashes of images that are words": lambda tensors, state: state.update(contents={"a": "b"}),
 }
 
@@ -136,6 +148,53 @@ def test_a_checkpoint_that_fits_its_hashes_but_not_the_run_is_one_line(
     (run / "config.yaml").write_text(to_yaml(tiny_run(max_steps=STEPS + 1)))
     said = one_line(f"resume {run}", capsys)
     assert "checkpoint" in said or "state.json" in said
+
+
+@pytest.mark.parametrize("step", [11, 10**9, 10**17])
+def test_a_checkpoint_of_a_step_that_the_run_does_not_have_is_one_line(
+    step: int, run: Path, capsys: pytest.CaptureFixture[str]
+):
+    tensors, state = load(run / "checkpoints" / f"step-{STEPS:08d}")
+    save(run / "checkpoints", step, tensors, state | {"step": step})
+    before = (run / "backbone.safetensors").read_bytes()
+    assert f"step {step} of 2 epochs of 5 steps" in one_line(f"resume {run} --max-steps None", capsys)
+    assert (run / "backbone.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), 3.0])
+def test_an_optimizer_that_has_counted_other_steps_is_one_line(
+    value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pretrain(tiny_run("jigclu", optimizer=OptimizerConfig("adamw", lr=0.001), max_steps=1), tmp_path / "run")
+    path = newest(tmp_path / "run" / "checkpoints")
+    assert path is not None
+    tensors, state = load(path)
+    tensors["optimizer"]["backbone.conv1.weight/step"].fill_(value)
+    save(tmp_path / "run" / "checkpoints", 1, tensors, state)
+    assert "after 1 steps" in one_line(f"resume {tmp_path / 'run'} --max-steps 2", capsys)
+
+
+def test_an_allowed_change_is_written_when_the_run_can_go_on(run: Path, capsys: pytest.CaptureFixture[str]):
+    before = (run / "config.yaml").read_text()
+    one_line(f"resume {run} --epochs 9 --allow epochs --data {run}/nothing", capsys)
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_a_range_that_config_yaml_leaves_is_said_with_the_file(run: Path, capsys: pytest.CaptureFixture[str]):
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("batch_size: 64", "batch_size: 0"))
+    assert f"{run}/config.yaml: batch_size=0 must be at least 1" in one_line(f"resume {run}", capsys)
+
+
+def test_several_machines_without_a_launcher_are_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    said = one_line(f"pretrain swav_cpu --data digits::test --out {tmp_path / 'run'} --nodes 2 --device cpu", capsys)
+    assert "torchrun --nnodes=2" in said and not (tmp_path / "run").exists()
+
+
+def test_a_network_in_words_of_odd_numbers_is_one_line():
+    for options in ("width=²", f"width={'9' * 5000}", "size=²", "width=0", "width=-1"):
+        with pytest.raises(UserError):
+            resolve_backbone(f"random:resnet10?{options}")
 
 
 def test_weights_of_another_shape_in_a_checkpoint_are_no_backbone(run: Path):

@@ -98,20 +98,25 @@ def renames() -> Iterator[list[str]]:
         _renamed = None
 
 
+def make_all(folder: Path) -> None:
+    """What the commands need, below a folder."""
+    assert main([*pretrain_words("swav", folder / "begun"), "--max-steps", "2"]) == 0
+    assert run(f"evaluate {{made}}/begun --out {{made}}/judged {JUDGED}", folder, folder) == 0
+    assert run("pack digits::test --out {made}/half", folder, folder) == 0
+    begun = json.loads((folder / "half" / "pack.json").read_text())
+    (folder / "half" / PACKING).write_text(json.dumps({k: begun[k] for k in ("source", "short_side", "quality")}))
+    for path in (folder / "half" / "pack.json", *(folder / "half").glob("*.tar")):
+        path.unlink()
+    torch.save(nets.training(nets.swav(nets.resnet(4), 512, 128, (30,))), folder / "official.pth")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What the commands need; made once."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TESSELLA_CACHE", str(folder / "cache"))
-        assert main([*pretrain_words("swav", folder / "begun"), "--max-steps", "2"]) == 0
-        assert run(f"evaluate {{made}}/begun --out {{made}}/judged {JUDGED}", folder, folder) == 0
-        assert run("pack digits::test --out {made}/half", folder, folder) == 0
-        begun = json.loads((folder / "half" / "pack.json").read_text())
-        (folder / "half" / PACKING).write_text(json.dumps({k: begun[k] for k in ("source", "short_side", "quality")}))
-        for path in (folder / "half" / "pack.json", *(folder / "half").glob("*.tar")):
-            path.unlink()
-        torch.save(nets.training(nets.swav(nets.resnet(4), 512, 128, (30,))), folder / "official.pth")
+        make_all(folder)
         yield folder
 
 
