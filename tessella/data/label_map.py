@@ -46,9 +46,8 @@ def _of_table(path: Path) -> dict[str, str]:
     mapping: dict[str, str] = {}
     for row in rows:
         if len(row) != 2 or not all(row):
-            raise UserError(
-                f"{path}: a line of a label map is class,superclass, and one is {textwrap.shorten(','.join(row), 100)!r}"
-            )
+            shown = textwrap.shorten(",".join(row), 100)
+            raise UserError(f"{path}: a line of a label map is class,superclass, and one is {shown!r}")
         if mapping.setdefault(row[0], row[1]) != row[1]:
             raise UserError(f"{path} maps the class {row[0]!r} twice: keep one of the lines")
     if not mapping:

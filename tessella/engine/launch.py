@@ -39,9 +39,9 @@ def launch(config: RunConfig) -> Fabric:
     devices = place.local_world_size if launched else torch.cuda.device_count() if device == "cuda" else 1
     if config.nodes > 1 and not launched:
         raise UserError(
-            f"nodes={config.nodes}, but this process was started alone and would wait for the others without end: start "
-            f"`torchrun --nnodes={config.nodes} --nproc-per-node=GPUS ... -m tessella pretrain ...` on each machine, or "
-            "srun with one task for each GPU"
+            f"nodes={config.nodes}, but this process was started alone, and would wait for the others without end: "
+            f"start `torchrun --nnodes={config.nodes} --nproc-per-node=GPUS ... -m tessella pretrain ...` on each "
+            "machine, or srun with one task for each GPU"
         )
     if devices > 1 and not launched:
         require_program(devices)
