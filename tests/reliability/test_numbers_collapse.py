@@ -91,7 +91,7 @@ def test_blank_images_are_noticed(tmp_path: Path):
 
 
 def test_a_sound_run_raises_no_alarm(tmp_path: Path):
-    """One that leaves the value of a collapse early and by far, so that another processor's rounding does not matter."""
+    """It leaves the value of a collapse early and by far, so another processor's rounding does not matter."""
     narrow = dataclasses.replace(recipe("swav_digits").backbone, width=8)
     config = dataclasses.replace(recipe("swav_digits"), backbone=narrow, batch_size=64, seed=1)
     config = dataclasses.replace(config, device="cpu", workers=1, max_steps=STEPS)
