@@ -531,7 +531,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "pack": Command(
         "DATA --out PACK [--short-side 320] [--quality 90]",
-        "encode images anew, smaller, once: epochs read and decode less",
+        "encode images again, smaller, once: every epoch reads and decodes less",
         _derived("pack", ("data",), _show_pack),
     ),
     "bench": Command(

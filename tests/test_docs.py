@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import json
 import re
 import runpy
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tessella
 from tessella import cli
 from tessella.methods import METHODS
 from tessella.recipes import RECIPES, recipe
@@ -106,7 +109,7 @@ def commands(code: str) -> list[list[str]]:
 def all_commands() -> list[tuple[str, str]]:
     """(page, command) of every command line in a block, and of every inline code that is more than a command's name.
 
-    One with three dots is not complete, so it cannot be parsed.
+    One with three dots is not complete, so it cannot be parsed. The debugger's commands are documents too.
     """
     found = {}
     for page, text in PAGES.items():
@@ -115,6 +118,9 @@ def all_commands() -> list[tuple[str, str]]:
         for words in in_blocks + [words for words in in_lines if len(words) > 1]:
             if "..." not in words:
                 found[shlex.join(words)] = page
+    for configuration in json.loads((ROOT / ".vscode" / "launch.json").read_text())["configurations"]:
+        if configuration["module"] == "tessella":
+            found[shlex.join(configuration["args"])] = ".vscode/launch.json"
     return [(page, command) for command, page in found.items()]
 
 
@@ -221,6 +227,21 @@ def test_every_dotted_name_of_the_package_exists(page: str):
                 importlib.import_module(code)
             except ImportError:
                 assert hasattr(importlib.import_module(module), name), code
+
+
+def test_the_readme_names_the_function_of_every_command():
+    assert {f"tessella.{name}" for name in tessella._FUNCTIONS} - {"tessella.load_backbone"} <= set(
+        inline_codes(PAGES["README.md"])
+    )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_the_drawing_of_the_structure_is_the_import_contract(page: str):
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layers = [layer.replace("tessella.", "") for layer in contract["layers"]]
+    (drawn,) = [block for block in blocks(PAGES[page], "") if block.startswith("cli ")]
+    lines = [line for line in drawn.splitlines() if not line.startswith(" ")]
+    assert [line.split("  ")[0] for line in lines] == layers
 
 
 @pytest.mark.parametrize("method", METHODS)
