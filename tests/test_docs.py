@@ -23,6 +23,7 @@ from PIL import Image
 import tessella
 from tessella import cli
 from tessella.methods import METHODS
+from tessella.protocols import default_config, named_settings, protocol_of
 from tessella.recipes import RECIPES, recipe
 from tessella.run.config import RunConfig, to_yaml
 
@@ -242,6 +243,14 @@ def test_the_drawing_of_the_structure_is_the_import_contract(page: str):
     (drawn,) = [block for block in blocks(PAGES[page], "") if block.startswith("cli ")]
     lines = [line for line in drawn.splitlines() if not line.startswith(" ")]
     assert [line.split("  ")[0] for line in lines] == layers
+
+
+@pytest.mark.parametrize("name", named_settings())
+def test_every_protocol_is_on_the_page_of_evaluations(name: str):
+    codes = inline_codes(PAGES["docs/evaluation.md"])
+    starts = [0] + [i for i, letter in enumerate(name) if letter == "-"]  # `finetune-swav-1`, `-10`; `small`
+    plugin = protocol_of(default_config(name)).function.__module__.partition(".")[0] != "tessella"
+    assert plugin or any(name[start:] in codes or name[start:].lstrip("-") in codes for start in starts)
 
 
 @pytest.mark.parametrize("method", METHODS)
