@@ -49,6 +49,8 @@ _MAX_PIECES = 1000  # segments before a JPEG's pixels
 _MAX_EXIF_PIECES = 16  # segments that a JPEG's EXIF is cut into: Pillow joins them, copying all at each
 _MAX_FILL = 2**12  # bytes between two segments of a JPEG
 _MAX_CHUNKS = 2**18  # of a PNG
+_PIECES_OF_TIFF = (273, 279, 324, 325)  # tags: places and sizes of strips, of tiles
+_MAX_STRIPS = 2**17  # of a TIFF, or tiles: one for each row of each colour of the tallest that others write
 _MAX_TEXT_PIXELS = 2**23  # bytes of a PPM in decimal digits
 _MAX_TEXT_COMMENTS = 16  # in them
 _MAX_RUNS = 2**23  # bytes of a BMP in runs of pixels
@@ -290,6 +292,8 @@ def _open(encoded: bytes) -> Image.Image:
         _open(encoded[:_HEAD_BYTES]).close()  # Pillow reads a header byte by byte, however long its comments are
     if encoded.startswith(b"\x89PNG"):
         _check_png_chunks(encoded)
+    if encoded.startswith((b"II", b"MM")):
+        _check_tiff_strips(encoded)
     formats = [name for name in FORMATS if name != "HEIF"]  # Pillow knows it only when the plug-in is imported
     if HEIC and encoded[4:8] == _ISO_MEDIA:
         _register_heic()
@@ -379,6 +383,21 @@ def _check_png_chunks(png: bytes) -> None:
         if chunks > _MAX_CHUNKS:
             raise Unreadable(f"a PNG of more than {_MAX_CHUNKS:,} chunks: save it again")
         position += 12 + int.from_bytes(png[position : position + 4], "big")
+
+
+def _check_tiff_strips(tiff: bytes) -> None:
+    """Refuse a TIFF in so many pieces that listing them takes minutes."""
+    little = tiff.startswith(b"II")
+
+    def number(position: int, size: int) -> int:
+        return int.from_bytes(tiff[position : position + size], "little" if little else "big")
+
+    big = number(2, 2) == 43  # with places of eight bytes
+    start, counted, entry, width = (number(8, 8), 8, 20, 8) if big else (number(4, 4), 2, 12, 4)
+    last = min(start + counted + entry * number(start, counted), len(tiff))
+    for position in range(start + counted, last, entry):
+        if number(position, 2) in _PIECES_OF_TIFF and number(position + 4, width) > _MAX_STRIPS:
+            raise Unreadable(f"a TIFF of more than {_MAX_STRIPS:,} strips or tiles: save it again")
 
 
 def _check_png(image: Image.Image, encoded: bytes) -> None:

@@ -21,6 +21,7 @@ NAME = "evaluation.json"
 LOCK = "evaluation.lock"  # the process that writes here now
 PARTS = ("baseline", "supervised")  # other backbones that answered a record's question
 _LIMIT = 1 << 30  # bytes of the file
+_ABANDONED = 3600.0  # seconds after which an unfinished file is nobody's
 _ASKED = ("protocol", "version", "settings", "network", "weights", "transform", "seed", "label_map")
 
 
@@ -58,6 +59,7 @@ class RecordFile:
                 if out is not None and dist.rank() == 0:
                     _make(out)
                     held.enter_context(only_writer(out, LOCK))
+                    files.remove_unfinished(out, older_than=_ABANDONED)  # a run may be writing there
                 file = cls(out if dist.rank() == 0 else None)
             file.out, file.records = out, dist.broadcast_object(file.records)
             yield file

@@ -363,3 +363,22 @@ def test_large_images_are_decoded_one_after_the_other(monkeypatch):
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(decode, [encode(picture("P"), "GIF")] * 8))
         assert most[0] <= expected and (expected == 1 or most[0] > 1)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("tag", [273, 324])
+def test_a_tiff_in_millions_of_strips_is_refused_from_its_first_directory(order: str, tag: int):
+    """Listing four millions takes Pillow minutes."""
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    big_magic = (b"II+\0" if order == "<" else b"MM\0+") + struct.pack(order + "HHQ", 8, 0, 16)
+    small = magic + struct.pack(order + "IHHHII", 8, 1, tag, 4, 4_000_000, 200)
+    big = big_magic + struct.pack(order + "QHHQQ", 1, tag, 4, 4_000_000, 200)
+    for encoded in (small, big):
+        with pytest.raises(Unreadable, match="more than 131,072 strips or tiles"):
+            decode(encoded + bytes(200))
+
+
+def test_a_tiff_of_one_row_per_strip_is_read():
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((3000, 2), np.uint8)).save(buffer, "TIFF", tiffinfo={278: 1})
+    assert decode(buffer.getvalue()).shape == (3000, 2, 3)

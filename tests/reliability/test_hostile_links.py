@@ -230,9 +230,7 @@ def attack(
 
 @pytest.mark.parametrize(
     ("title", "kind"),
-    some_at_once(
-        COMMANDS, PLANTS, ("resume", "report", "go on packing"), ("link", "dangling link", "hard link", "pipe")
-    ),
+    some_at_once(COMMANDS, PLANTS, ("resume", "go on packing"), ("dangling link", "hard link")),
 )
 def test_no_command_writes_through_what_is_planted_for_its_files(
     title: str,
@@ -245,9 +243,7 @@ def test_no_command_writes_through_what_is_planted_for_its_files(
     attack(title, kind, names_of(title)[0], made, tmp_path, capsys)
 
 
-@pytest.mark.parametrize(
-    ("title", "kind"), some_at_once(COMMANDS, FOR_FOLDERS, ("resume", "report"), ("link to a folder",))
-)
+@pytest.mark.parametrize(("title", "kind"), some_at_once(COMMANDS, FOR_FOLDERS, ("resume",), ("link to a folder",)))
 def test_no_command_writes_through_what_is_planted_for_its_folders(
     title: str,
     kind: str,
@@ -301,9 +297,7 @@ def test_a_folder_of_ours_that_is_a_link_is_refused(
     assert snapshot(outside) == before and "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), some_at_once(BEFORE_STEPS, PLANTS, ("lock", "metrics.jsonl"), ("link", "hard link", "pipe"))
-)
+@pytest.mark.parametrize(("name", "kind"), some_at_once(BEFORE_STEPS, PLANTS, ("lock", "metrics.jsonl"), ("link",)))
 def test_a_run_does_not_begin_through_what_is_planted(
     name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
