@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tessella import dist
 from tessella.data.sources import ImageSet
+from tessella.data.sources.messages import not_read
 from tessella.engine.ranks import adopt
 from tessella.errors import UserError
 from tessella.run.config import RunConfig
@@ -135,6 +136,8 @@ def first_line(fabric: Fabric, config: RunConfig, images: ImageSet) -> str:
     ranks = f"{fabric.world_size} x " if fabric.world_size > 1 else ""
     precision = {"32-true": "float32", "bf16-mixed": "bf16 mixed precision"}[str(fabric.strategy.precision.precision)]
     left_out = f" ({len(images.unreadable):,} more cannot be read and are left out)" if images.unreadable else ""
+    if images.passed_over:
+        left_out += f" (not read: {not_read(images.passed_over)})"
     return (
         f"{config.recipe or config.method.name} on {ranks}{device}, {precision}: {len(images):,} images{left_out}, "
         f"{config.epochs} epochs, batches of {config.batch_size}"

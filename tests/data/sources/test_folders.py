@@ -8,12 +8,15 @@ import socket
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tessella.data.decode import HEIC, Unreadable
 from tessella.data.sources import open_images
 from tessella.data.sources.messages import not_read
+from tessella.engine.pretrain import pretrain
 from tessella.errors import UserError
 from tests.data.pictures import assert_equal_sets, keys, pack, write_image
+from tests.engine.runs import tiny_run
 
 
 def test_a_folder_gives_its_images_sorted_by_path_with_sizes_and_stable_ids(folder):
@@ -166,3 +169,12 @@ def test_a_folder_of_nothing_but_films_says_so(tmp_path):
     (tmp_path / "films/a.mp4").write_bytes(b"x")
     with pytest.raises(UserError, match=r"holds no images: .* It holds 1 \.mp4\.$"):
         open_images(str(tmp_path / "films"))
+
+
+def test_a_run_says_at_its_start_which_files_it_does_not_read(tmp_path, capsys):
+    for number in range(64):
+        Image.new("RGB", (16, 16), (3 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    for name in ("a.mov", "b.mov", "film.mp4"):
+        (tmp_path / name).write_bytes(b"not looked at")
+    pretrain(tiny_run("jigclu", data=str(tmp_path), max_steps=1), tmp_path.parent / f"{tmp_path.name}-run")
+    assert "64 images (not read: 2 .mov, 1 .mp4)" in capsys.readouterr().out
