@@ -87,6 +87,11 @@ def _exit_code(words: list[str]) -> int:
     except OSError as error:  # of the system, about a file that the user has named or that ought to be usable
         _say(_about_file(error))
         return EXIT_USER_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # torch has no type for it
+            raise
+        _say("the machine has less memory than this needs: give a smaller network, or fewer images at a time")
+        return EXIT_USER_ERROR
     except RankLost:  # each rank has said it
         return EXIT_RANK_LOST
     except SystemExit as stop:  # after a command's help

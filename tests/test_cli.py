@@ -377,3 +377,16 @@ def test_a_report_of_images_that_have_gone_is_still_written(tmp_path, capsys):
     assert run(f"report {tmp_path}/run") == 0
     assert "the page shows less" in capsys.readouterr().err
     assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_a_machine_without_the_memory_is_one_line_and_code_2(error, monkeypatch, capsys):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("tessella.cli._dispatch", full)
+    assert run("embed x y --out z.npy") == 2
+    said = capsys.readouterr().err
+    assert "less memory than this needs" in said and said.count("\n") == 1
