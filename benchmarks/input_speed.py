@@ -33,11 +33,11 @@ from tessella.data import loader as loader_module
 from tessella.data.decode import decode
 from tessella.data.loader import Loader
 from tessella.data.pack import pack
-from tessella.data.sampler import EpochOrder
+from tessella.data.sampler import EpochSampler
 from tessella.data.sources import ImageSet, open_images
 from tessella.data.sources.images import ArrayImages
 from tessella.data.threads import run_ahead
-from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Photometry, ViewSpec, draw
+from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, ColorAugmentation, CropGroup, ViewSpec, draw
 from tessella.methods import views_of
 from tessella.ops.compiled import kernels
 from tessella.recipes import recipe
@@ -60,7 +60,7 @@ class Options:
 
 PACKED_SIDES = (320, 256)
 IMAGENET_PIXELS = 468 * 401  # of its mean image
-SMALL = ViewSpec((CropGroup(2, 32, (0.08, 1.0), photometry=Photometry(0.5, 0.8, 0.4, 0.4, 0.4, 0.1, blur=0.0)),))
+SMALL = ViewSpec((CropGroup(2, 32, (0.08, 1.0), colors=ColorAugmentation(0.5, 0.8, 0.4, 0.4, 0.4, 0.1, blur=0.0)),))
 Case = Callable[[], Any]
 
 
@@ -183,7 +183,7 @@ def run_ours(images: ImageSet, spec: ViewSpec, options: Options, compiled: bool 
     """Epochs of our loader with one thread, each with views of its own."""
     before = loader_module.kernels
     loader_module.kernels = before if compiled else lambda: None
-    order = EpochOrder(len(images), options.batch_size, options.seed)
+    order = EpochSampler(len(images), options.batch_size, options.seed)
     loader = Loader(images, spec, order, seed=options.seed, device="cpu", workers=1)
     loader_module.kernels = before
     if crops:

@@ -32,8 +32,8 @@ IMPORTS = {
 }
 _OPEN = "from pathlib import Path; from tessella.data.sources import open_images; print(len(open_images({data!r})))"
 ORDERS = {  # 100 steps of 256 images from a hundred million
-    "order, 100 steps, 100,000,000 images": "EpochOrder(10**8, 256, 0)",
-    "order by categories, 100 steps, 100,000,000 images": "SlotOrder(10**8, 256, 0, parts=256, partition_seed=0)",
+    "order, 100 steps, 100,000,000 images": "EpochSampler(10**8, 256, 0)",
+    "order by categories, 100 steps, 100,000,000 images": "SlotSampler(10**8, 256, 0, parts=256, partition_seed=0)",
 }
 _STEPS = "from tessella.data.sampler import *; order = {order}; [order.batch(3, step) for step in range(100)]"
 _LINKS = 20_000  # of one file, below what file systems allow

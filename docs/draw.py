@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tessella.data.sampler import SlotOrder
+from tessella.data.sampler import SlotSampler
 from tessella.data.views import ViewPlan, ViewSpec, draw
 from tessella.methods.jigclu import Jigclu, JigcluConfig
 from tessella.methods.mejigclu import MejigcluConfig
@@ -350,7 +350,7 @@ def mejigclu(photos: Sequence[Pixels]) -> Drawing:
 def _slots(drawing: Drawing, top: float) -> None:
     images, slots, cell = 14, 4, 34
     part = partition(images, slots, MejigcluConfig().partition_seed)
-    order = SlotOrder(images, slots, seed=0, parts=slots, partition_seed=MejigcluConfig().partition_seed)
+    order = SlotSampler(images, slots, seed=0, parts=slots, partition_seed=MejigcluConfig().partition_seed)
 
     def image(number: int, x: float, y: float, faint: bool = False) -> None:
         colour = COLOURS[part[number]]

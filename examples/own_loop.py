@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tessella.data.loader import Loader
-from tessella.data.sampler import EpochOrder
+from tessella.data.sampler import EpochSampler
 from tessella.data.sources import open_images
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.modules.backbone import BackboneConfig, build_backbone
@@ -54,7 +54,7 @@ def main(words: list[str] | None = None) -> list[float]:
 
     images = open_images(given.data)
     views = ViewSpec((CropGroup(2, given.size, (0.25, 1.0)),))
-    order = EpochOrder(len(images), given.batch_size, seed=0)
+    order = EpochSampler(len(images), given.batch_size, seed=0)
     loader = Loader(images, views, order, seed=0, device="cpu", workers=2)
 
     torch.manual_seed(0)

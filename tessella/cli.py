@@ -255,7 +255,7 @@ def _go_on(run: Path, words: list[str]) -> None:
     given = _parse("resume", type(saved), words, default=saved)
     allow = [name.replace("-", "_") for name in allow]
     changes = different_fields(saved, given)
-    for name in ("data", "start_from"):  # typed, even if as in config.yaml: then it may be downloaded
+    for name in ("data", "init_from"):  # typed, even if as in config.yaml: then it may be downloaded
         if any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in words):
             changes[name] = getattr(given, name)
     go_on(run, changes, allow=allow)
@@ -376,7 +376,7 @@ def _show_import(official: Any, given: dict[str, Any]) -> None:
     _tell_written(given["out"])
     name = shlex.quote(str(given["out"]))
     print(f"Evaluate it:  tessella evaluate {name} --train LABELLED --test LABELLED --out DIR")
-    print(f"Train on it:  tessella pretrain RECIPE --data DATA --out RUN --start-from {name}")
+    print(f"Train on it:  tessella pretrain RECIPE --data DATA --out RUN --init-from {name}")
 
 
 def _show_comparison(found: Any, given: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def exchange(x: Tensor, to: list[int], of: list[int]) -> Tensor:
+def all_to_all(x: Tensor, to: list[int], of: list[int]) -> Tensor:
     """Rows that the other ranks have for this one, no gradient. Each row travels once, to the rank that wants it.
 
     Args:

@@ -27,7 +27,7 @@ class OptimizerConfig:
     # spare: position embeddings, class tokens, tables of relative positions.
     decay_norm_and_bias: bool = True
     trust: Positive = 0.001  # trust coefficient of LARC and LARS
-    idle_epochs: NonNegativeInt = 0  # at learning rate 0 before the warm-up, while CoKe finds its first clusters
+    zero_lr_epochs: NonNegativeInt = 0  # at learning rate 0 before the warm-up, while CoKe finds its first clusters
     warmup_epochs: NonNegativeInt = 0
     warmup_lr: NonNegative = 0.0  # at the first step of the warm-up
     warmup_end: Literal["last", "next"] = "last"  # step that has the full rate: the warm-up's last, or the one after it
@@ -55,8 +55,8 @@ def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, epoc
         epochs: of the run.
     """
     now, unit = (step // steps_per_epoch, 1) if config.per_epoch else (step, steps_per_epoch)
-    warmup, total = config.warmup_epochs * unit, (epochs - config.idle_epochs) * unit
-    now -= config.idle_epochs * unit
+    warmup, total = config.warmup_epochs * unit, (epochs - config.zero_lr_epochs) * unit
+    now -= config.zero_lr_epochs * unit
     if now < 0:
         return 0.0
     if now < warmup:

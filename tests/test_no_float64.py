@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tessella.methods.method import Progress, Step
+from tessella.methods.method import MethodOutput, Progress
 from tessella.ops import layout
 from tessella.ops.assignment import sinkhorn
 from tessella.ops.grouping import group_sums, moved_groups, nearest_group, spherical_kmeans
@@ -39,13 +39,13 @@ def test_the_pretend_device_refuses_float64_and_computes_otherwise():
 
 
 def test_the_monitor_reports_the_same_figures():
-    step = Step(torch.tensor(1.0), {}, ROWS, torch.arange(60) % 5)
+    step = MethodOutput(torch.tensor(1.0), {}, ROWS, torch.arange(60) % 5)
     reports = []
     for device in (torch.device("cpu"), DEVICE):
         monitor = Monitor(math.log(5), 5, 8)
         for name, buffer in list(monitor._buffers.items()):
             monitor._buffers[name] = buffer.to(device)
-        monitor.observe(Step(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in step)))
+        monitor.observe(MethodOutput(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in step)))
         reports.append(monitor.report(Progress(1, 10, 10)))
     assert reports[0] == pytest.approx(reports[1]) and len(reports[0]) >= 4
 

@@ -119,7 +119,7 @@ def test_lars_scales_matrices_by_their_decayed_gradient_and_leaves_vectors_to_pl
 
 
 def test_coke_schedule_is_nothing_then_shares_of_the_warm_up_then_a_cosine():
-    config = OptimizerConfig("lars", lr=1.6, idle_epochs=1, warmup_epochs=10, warmup_end="next")
+    config = OptimizerConfig("lars", lr=1.6, zero_lr_epochs=1, warmup_epochs=10, warmup_end="next")
     s, epochs = 1251, 1001
     assert {learning_rate(config, t, s, epochs) for t in range(s)} == {0.0}
     for t in range(s, 11 * s):

@@ -105,7 +105,7 @@ def test_clusters_may_be_no_more_than_images():
 
 
 def test_numbers_in_config_yaml_are_numbers_and_texts_that_look_like_them_stay_texts():
-    run = dataclasses.replace(recipe("swav_cpu"), data="1e5", start_from="5e-4")
+    run = dataclasses.replace(recipe("swav_cpu"), data="1e5", init_from="5e-4")
     text = to_yaml(run).replace("weight_decay: 0.0001", "weight_decay: 1e-4")
     assert from_dict(RunConfig, plain_yaml(text)) == run
     assert plain_yaml("[5e-4, 1E3, .5e1, -2.e+3]") == [5e-4, 1e3, 5.0, -2e3]

@@ -29,7 +29,7 @@ from torch import Tensor
 from tessella.console import progress_bar
 from tessella.data.batch import Batch
 from tessella.data.decode import Unreadable
-from tessella.data.sampler import Order, check_shares, share
+from tessella.data.sampler import Sampler, check_shares, share
 from tessella.data.sources import ImageSet
 from tessella.data.threads import Task, portions, run_ahead
 from tessella.data.transform import resize_pixels
@@ -72,7 +72,7 @@ class Loader:
         self,
         images: ImageSet,
         spec: ViewSpec,
-        order: Order,
+        order: Sampler,
         *,
         seed: int,
         device: torch.device | str,

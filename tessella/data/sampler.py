@@ -16,7 +16,7 @@ from tessella.ops.partition import rows_of_part
 from tessella.ops.philox import shuffled, stream_key
 
 
-class Order(Protocol):
+class Sampler(Protocol):
     """What the loader and the engine ask of an order."""
 
     batch_size: int
@@ -31,7 +31,7 @@ class Order(Protocol):
         ...
 
 
-class EpochOrder:
+class EpochSampler:
     """Every image once per epoch in a random order; those that do not fill a last batch sit this epoch out."""
 
     def __init__(self, images: int, batch_size: int, seed: int) -> None:
@@ -64,7 +64,7 @@ class EpochOrder:
         return shuffled(self._key, step * self.batch_size + np.arange(self.batch_size), self.images, epoch)
 
 
-class SlotOrder:
+class SlotSampler:
     """Each slot of the batch draws from a part of the images that is its own for the whole run. MEJigClu.
 
     The images are cut once into C parts (`ops.partition`); an epoch changes the order within a part, never the

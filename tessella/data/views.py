@@ -38,7 +38,7 @@ _Ratio: TypeAlias = Annotated[float, Range(0.01, 100)]
 
 
 @dataclass(frozen=True)
-class Photometry:
+class ColorAugmentation:
     """Chances and strengths of what happens to a crop's pixels, in this order; torchvision's conventions."""
 
     flip: Fraction = 0.5  # chance of a horizontal flip
@@ -61,7 +61,7 @@ class CropGroup:
     size: Pixels  # pixels, square
     scale: tuple[PositiveFraction, PositiveFraction]  # share of the area (of the image or the tile)
     ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)  # width / height
-    photometry: Photometry = field(default_factory=Photometry)
+    colors: ColorAugmentation = field(default_factory=ColorAugmentation)
     # Tiles per side; above 1, view q of the group lies in tile q and views = tiles * tiles.
     tiles: Annotated[int, Range(1, 16)] = 1
     overlap: Overlap = 0.0  # of tiles, in shares of the image's side; see ops.montage.tile_boxes
@@ -161,7 +161,7 @@ def _draw_group(
     group: CropGroup, numbers: NDArray[np.float64], sizes: NDArray[np.int64], overlap: NDArray[np.float64]
 ) -> ViewPlan:
     n, views, _ = numbers.shape
-    photo = group.photometry
+    photo = group.colors
     if group.tiles > 1:
         left, top, right, bottom = np.moveaxis(tile_boxes(sizes[:, 0], sizes[:, 1], group.tiles, overlap), -1, 0)
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tessella import dist
-from tessella.data.sampler import Order
+from tessella.data.sampler import Sampler
 from tessella.data.sources import ImageSet
 from tessella.errors import UserError
 from tessella.run.config import FREE_FIELDS, RunConfig, load_config, to_dict
@@ -35,7 +35,7 @@ def goes_on(config: RunConfig, out: Path) -> bool:
     )
 
 
-def require_agreement(config: RunConfig, images: ImageSet, order: Order, step: int) -> None:
+def require_agreement(config: RunConfig, images: ImageSet, order: Sampler, step: int) -> None:
     """Compare what each rank is about to do. On all ranks together; nothing in a run of one.
 
     Args:

@@ -25,7 +25,7 @@ from tessella.data.decode import Unreadable
 from tessella.data.index import Index, columns_of
 from tessella.data.loader import Loader
 from tessella.data.pack import encode_for_pack
-from tessella.data.sampler import EpochOrder
+from tessella.data.sampler import EpochSampler
 from tessella.data.sources import ImageSet
 from tessella.engine.launch import cores_at_hand, pick_device, repeatable
 from tessella.errors import UserError
@@ -210,7 +210,7 @@ def _decoded(sample: _Sample) -> Iterator[int]:
 
 def _loader(config: RunConfig, sample: ImageSet, device: torch.device, workers: int) -> Loader:
     """Small batches, so that many are seen in a short time."""
-    order = EpochOrder(len(sample), min(_LOADED_BATCH, config.batch_size, len(sample)), config.seed)
+    order = EpochSampler(len(sample), min(_LOADED_BATCH, config.batch_size, len(sample)), config.seed)
     views = views_of(config.method)
     return Loader(sample, views, order, seed=config.seed, device=device, workers=workers, max_unreadable=1.0)
 

@@ -7,7 +7,7 @@ from lightning_fabric import Fabric
 
 from tessella import dist
 from tessella.data.loader import Loader
-from tessella.data.sampler import Order, check_shares
+from tessella.data.sampler import Sampler, check_shares
 from tessella.data.sources import ImageSet
 from tessella.engine.launch import cores_at_hand
 from tessella.engine.memory import refuse_too_large
@@ -44,7 +44,7 @@ def require_fit(config: RunConfig, images: ImageSet, fabric: Fabric) -> None:
     check_shares(config.batch_size, fabric.world_size, config.accumulate)
     with torch.device("meta"):  # takes no memory
         method = build_method(config.method, build_backbone(config.backbone), _setting(config, images))
-    build_order(config, images, method)
+    build_sampler(config, images, method)
     refuse_too_large(config, method, fabric.world_size, fabric.device)
 
 
@@ -65,17 +65,17 @@ def build_state(config: RunConfig, images: ImageSet, device: torch.device) -> St
     return State(method, build_optimizer(method, config.optimizer), monitor)
 
 
-def build_order(config: RunConfig, images: ImageSet, method: Method) -> Order:
+def build_sampler(config: RunConfig, images: ImageSet, method: Method) -> Sampler:
     """Which images make up each step."""
-    return method.order(config.method, len(images), config.batch_size, config.seed)
+    return method.sampler(config.method, len(images), config.batch_size, config.seed)
 
 
-def build_loader(config: RunConfig, images: ImageSet, order: Order, fabric: Fabric) -> Loader:
+def build_loader(config: RunConfig, images: ImageSet, sampler: Sampler, fabric: Fabric) -> Loader:
     """Batches of this rank."""
     return Loader(
         images,
         views_of(config.method),
-        order,
+        sampler,
         seed=config.seed,
         device=fabric.device,
         workers=config.workers or cores_at_hand(),

@@ -176,8 +176,10 @@ def _ways_out(config: RunConfig, world_size: int, parts: int) -> str:
         )
     else:
         ways.append(f"--batch-size {max(world_size, config.batch_size // parts)} is a smaller batch")
-    if not config.backbone.recompute:
-        ways.append("--backbone.recompute True keeps less for the backward pass, for about a third more time")
+    if not config.backbone.activation_checkpointing:
+        ways.append(
+            "--backbone.activation_checkpointing True keeps less for the backward pass, for about a third more time"
+        )
     if config.precision == "32" or (config.precision == "auto" and not torch.cuda.is_available()):
         ways.append("--precision bf16 halves what the batch takes")
     ways.append(f"smaller views (now {group.size} pixels) or a smaller network (now {config.backbone.name})")

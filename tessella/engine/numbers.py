@@ -27,7 +27,7 @@ from tessella.data.batch import Batch
 from tessella.data.sources import ImageSet
 from tessella.errors import UserError
 from tessella.methods import views_of
-from tessella.methods.method import Method, Progress, Step
+from tessella.methods.method import Method, MethodOutput, Progress
 from tessella.run.config import RunConfig
 from tessella.run.folder import State
 from tessella.run.log import RunLog
@@ -64,7 +64,7 @@ class Guard:
         """Keep what the step might spoil, while steps are looked at one by one."""
         self._before = _copy(self.state) if progress.step < self._close_until else None
 
-    def leaves_out(self, step: Step, batches: list[Batch], progress: Progress) -> bool:
+    def leaves_out(self, step: MethodOutput, batches: list[Batch], progress: Progress) -> bool:
         """Whether the step just made has spoilt numbers; it is then undone. While steps are not looked at, False.
 
         Args:
@@ -144,7 +144,7 @@ class Guard:
         if guilty:
             return (
                 "Look at these images: repair or remove them and start a new run, from this one's weights if you like "
-                "(--start-from); or let the run leave out more steps (--max-left-out)"
+                "(--init-from); or let the run leave out more steps (--max-left-out)"
             )
         precise = "" if self.config.precision == "32" else ", --precision 32 if it ran in bf16"
         return (

@@ -13,16 +13,16 @@ from lightning_fabric import Fabric
 from tessella.data.batch import Batch
 from tessella.data.sources import ImageSet, open_images
 from tessella.engine.agree import goes_on, require_agreement
-from tessella.engine.build import build_order, build_state, require_fit, try_network
+from tessella.engine.build import build_sampler, build_state, require_fit, try_network
 from tessella.engine.launch import launch
 from tessella.engine.session import Session
 from tessella.engine.watch import Watch
-from tessella.methods.method import Progress, Step
+from tessella.methods.method import MethodOutput, Progress
 from tessella.modules.drop_path import seed_noise
 from tessella.optim import OptimizerConfig, learning_rate
 from tessella.run.config import RunConfig
 from tessella.run.folder import RunFolder, State
-from tessella.weights.start import start_from
+from tessella.weights.start import init_from
 
 
 def pretrain(config: RunConfig, out: Path, images: ImageSet | None = None) -> Path:
@@ -44,13 +44,13 @@ def pretrain(config: RunConfig, out: Path, images: ImageSet | None = None) -> Pa
     try_network(config)
     fabric, run = launch(config), RunFolder(out)
     if goes_on(config, out):
-        return resume(out, {"data": config.data, "start_from": config.start_from}, images)
+        return resume(out, {"data": config.data, "init_from": config.init_from}, images)
     if fabric.is_global_zero:
         run.refuse_taken()
     images = images or open_images(config.data)
     require_fit(config, images, fabric)
     state = build_state(config, images, fabric.device)
-    start = start_from(config.start_from, state.method)
+    start = init_from(config.init_from, state.method)
     with Watch(config.rank_timeout) as watch, run.only_writer(fabric.is_global_zero):
         if fabric.is_global_zero:
             run.begin(config, start)
@@ -69,7 +69,7 @@ def resume(
     Args:
         out: the run folder.
         changes: new values of fields that change how a run is executed but not what it computes; and of those in
-            `allow`. `run.config.ON_RESUME` has them all. What `data` and `start_from` name is downloaded only if it
+            `allow`. `run.config.ON_RESUME` has them all. What `data` and `init_from` name is downloaded only if it
             is given here: a run folder may come from anybody.
         images: as in `pretrain`.
         allow: dotted names of fields that may have another value from now on, in `changes` or in config.yaml.
@@ -90,9 +90,9 @@ def resume(
         require_fit(config, images, fabric)
         state = build_state(config, images, fabric.device)
         run.refuse_other_images(config, images)
-        step = run.restore(state, build_order(config, images, state.method).steps_per_epoch)
+        step = run.restore(state, build_sampler(config, images, state.method).steps_per_epoch)
         if step == 0:
-            start = start_from(config.start_from, state.method, download="start_from" in changes)
+            start = init_from(config.init_from, state.method, download="init_from" in changes)
             if fabric.is_global_zero:
                 start.write(out)
         return _train(fabric, config, run, images, state, step, watch)
@@ -101,12 +101,12 @@ def resume(
 def _train(
     fabric: Fabric, config: RunConfig, run: RunFolder, images: ImageSet, state: State, step: int, watch: Watch
 ) -> Path:
-    order = build_order(config, images, state.method)
-    require_agreement(config, images, order, step)
+    sampler = build_sampler(config, images, state.method)
+    require_agreement(config, images, sampler, step)
     method, (ddp, optimizer) = state.method, fabric.setup(state.method, state.optimizer)
     if fabric.is_global_zero:
         run.prepare(config, images, state)
-    with Session(fabric, config, run, images, state, order, step, watch) as session:
+    with Session(fabric, config, run, images, state, sampler, step, watch) as session:
         for batches, progress in session.steps():
             if progress.step_in_epoch == 0:
                 method.epoch_start(progress)
@@ -129,7 +129,9 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig
         group["lr"] = learning_rate(config, progress.step, progress.steps_per_epoch, progress.epochs)
 
 
-def _forward_backward(fabric: Fabric, ddp: Any, batches: list[Batch], progress: Progress, seed: int) -> list[Step]:
+def _forward_backward(
+    fabric: Fabric, ddp: Any, batches: list[Batch], progress: Progress, seed: int
+) -> list[MethodOutput]:
     """Gradients of one update, averaged over its micro-batches, and the method's output for each of them.
 
     What a network draws in training (drop path, dropout) is a function of (seed, step, micro-batch, rank), so that a
@@ -139,7 +141,7 @@ def _forward_backward(fabric: Fabric, ddp: Any, batches: list[Batch], progress: 
     for number, batch in enumerate(batches, start=1):
         seed_noise(seed, progress.step, number, fabric.global_rank, fabric.device)
         with fabric.no_backward_sync(ddp, enabled=number < len(batches)):
-            output: Step = ddp(batch, progress)
+            output: MethodOutput = ddp(batch, progress)
             fabric.backward(output.loss / len(batches))
         outputs.append(output)
     return outputs

@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 
 from tessella import dist
 from tessella.data.batch import Batch
-from tessella.data.sampler import Order
+from tessella.data.sampler import Sampler
 from tessella.data.sources import ImageSet
 from tessella.engine.build import build_loader, build_state
 from tessella.engine.interrupt import Interrupted, StopRequest
@@ -27,11 +27,11 @@ from tessella.engine.launch import first_line, repeatable
 from tessella.engine.memory import explain_out_of_memory
 from tessella.engine.numbers import LOOK_EVERY, Guard
 from tessella.engine.watch import Watch
-from tessella.methods.method import Progress, Step, joined
+from tessella.methods.method import MethodOutput, Progress, joined
 from tessella.run.config import RunConfig
 from tessella.run.folder import RunFolder, State
 from tessella.run.log import RunLog
-from tessella.weights.start import start_from
+from tessella.weights.start import init_from
 
 
 class Session:
@@ -44,7 +44,7 @@ class Session:
         run: RunFolder,
         images: ImageSet,
         state: State,
-        order: Order,
+        sampler: Sampler,
         step: int,
         watch: Watch,
     ) -> None:
@@ -56,20 +56,20 @@ class Session:
             run: its folder.
             images: to train on.
             state: as restored, or freshly built.
-            order: which images make up each step.
+            sampler: which images make up each step.
             step: updates that are complete.
             watch: over the other ranks.
         """
         self.fabric, self.config, self.run, self.images, self.state = fabric, config, run, images, state
         self.watch = watch
-        self.progress = Progress(step, order.steps_per_epoch, config.epochs)
+        self.progress = Progress(step, sampler.steps_per_epoch, config.epochs)
         self.last_step = min(self.progress.total_steps, config.max_steps or self.progress.total_steps)
-        self.loader = build_loader(config, images, order, fabric)
+        self.loader = build_loader(config, images, sampler, fabric)
         self.log = RunLog(run.path, self.last_step, config.batch_size, step, enabled=fabric.is_global_zero)
         self.log.say(first_line(fabric, config, images))
         self.guard = Guard(config, state, images, self.log)
         self.stop = StopRequest()
-        self._output: Step | None = None
+        self._output: MethodOutput | None = None
         self._around = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -127,7 +127,7 @@ class Session:
                 if step == self.last_step:
                     return
 
-    def observe(self, outputs: list[Step], batches: list[Batch]) -> None:
+    def observe(self, outputs: list[MethodOutput], batches: list[Batch]) -> None:
         """Take note of a step just made. A step that made NaN is undone, while steps are checked one by one.
 
         Args:
@@ -186,6 +186,6 @@ class Session:
             fresh = build_state(self.config, self.images, torch.device("cpu"))
             state.method.load_state_dict(fresh.method.state_dict())
             state.monitor.load_state_dict(fresh.monitor.state_dict())
-            start_from(self.config.start_from, state.method)
+            init_from(self.config.init_from, state.method)
         self.progress = found._replace(step=step)
         self.guard.go_back(found, self.progress)

@@ -32,7 +32,7 @@ from tessella.data.batch import Batch
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.errors import UserError
 from tessella.methods.layout import OTHER_IMAGES, Layout, OfficialFile
-from tessella.methods.method import BatchChange, Method, MethodConfig, Progress, Setting, Step
+from tessella.methods.method import BatchChange, Method, MethodConfig, MethodOutput, Progress, Setting
 from tessella.modules.backbone import Backbone
 from tessella.modules.centres import OnlineCentres
 from tessella.modules.heads import mlp
@@ -159,7 +159,7 @@ class Coke(Method):
         """Mean of ln K: equal embeddings have equal centres."""
         return sum(map(math.log, self.config.centres)) / len(self.config.centres)
 
-    def forward(self, batch: Batch, progress: Progress) -> Step:
+    def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
         """Loss of this rank's images; in training the clusterings move on by the batch of all ranks."""
         embeddings = self._embed(batch.views)  # (2, V, B, D): from the projector and from the predictor
         with torch.autocast(embeddings.device.type, enabled=False):  # in 16 bits scores tie, and duals are lost in them
@@ -174,7 +174,7 @@ class Coke(Method):
                 self._loss(embeddings, clustering.previous, labels[:, h], weights[:, h])
                 for h, clustering in enumerate(self.clusterings)
             ]
-        return Step(
+        return MethodOutput(
             loss=torch.stack(losses).mean(),
             metrics=self._figures(fresh, labels, weights),
             embeddings=embeddings[0, 0].detach(),

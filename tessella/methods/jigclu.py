@@ -22,9 +22,9 @@ from torch import nn
 
 from tessella import dist
 from tessella.data.batch import Batch
-from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Overlap, Photometry, Tiles, ViewSpec
+from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, ColorAugmentation, CropGroup, Overlap, Tiles, ViewSpec
 from tessella.methods.layout import Layout, OfficialFile
-from tessella.methods.method import Method, MethodConfig, Progress, Setting, Step
+from tessella.methods.method import Method, MethodConfig, MethodOutput, Progress, Setting
 from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector
 from tessella.ops.losses import OFFICIAL_BASE_TEMPERATURE, supervised_contrastive
@@ -41,7 +41,7 @@ class JigcluConfig(MethodConfig):
     overlap: Overlap = 0.3  # a tile covers 1/tiles + overlap of the image's side
     tile_size: Pixels = 112  # pixels; the montage is tiles times as wide
     crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.2, 1.0)  # share of the tile's area
-    photometry: Photometry = Photometry(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    colors: ColorAugmentation = ColorAugmentation(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     mean: tuple[PixelMean, PixelMean, PixelMean] = IMAGENET_MEAN
     std: tuple[PixelStd, PixelStd, PixelStd] = IMAGENET_STD
     embedding_dim: Width = 128
@@ -92,7 +92,7 @@ class Jigclu(Method):
             views=config.tiles**2,
             size=config.tile_size,
             scale=config.crop_scale,
-            photometry=config.photometry,
+            colors=config.colors,
             tiles=config.tiles,
             overlap=config.overlap,
         )
@@ -104,7 +104,7 @@ class Jigclu(Method):
         at_chance = self.cluster_weight * math.log(self.setting.batch_size * tiles - 1)
         return at_chance + self.config.location_weight * math.log(tiles)
 
-    def forward(self, batch: Batch, progress: Progress) -> Step:
+    def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
         """Loss of this rank: tiles of all ranks are contrasted, those in its own montages are asked for their place.
 
         The heads see this rank's cells alone, so that narrow embeddings travel and no head works for other ranks.
@@ -125,7 +125,7 @@ class Jigclu(Method):
         with torch.autocast(cells.device.type, enabled=False):  # bf16 similarities would blur the contrast
             cluster_loss = supervised_contrastive(embeddings, image, self.config.temperature)
         location_loss = F.cross_entropy(logits, place)
-        return Step(
+        return MethodOutput(
             loss=self.cluster_weight * cluster_loss + self.config.location_weight * location_loss,
             metrics={
                 "cluster_loss": cluster_loss.detach(),

@@ -4,7 +4,7 @@
     tiles of all ranks -> one permutation -> n montages -> backbone, once -> feature map -> m x m cells, pooled
     cell vectors -> clustering head -> supervised contrastive loss: the tiles of one image attract
                  -> category head   -> cross-entropy over C categories, a fixed random split of the images
-    Order: slot k of each batch draws only from category k, so that a batch asks for every category once.
+    Sampler: slot k of each batch draws only from category k, so that a batch asks for every category once.
     State: parameters, and the four numbers that the split is a function of.
 
 Source: Zhang, Liu, Zhao, Liang, "More effective jigsaw clustering" (MEJigClu). No official code was found; what the
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from tessella import dist
 from tessella.data.batch import Batch
-from tessella.data.sampler import EpochOrder, Order, SlotOrder
-from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, CropGroup, Overlap, Photometry, Tiles, ViewSpec
+from tessella.data.sampler import EpochSampler, Sampler, SlotSampler
+from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, ColorAugmentation, CropGroup, Overlap, Tiles, ViewSpec
 from tessella.errors import UserError
 from tessella.methods.layout import OTHER_IMAGES, Layout, OfficialFile
-from tessella.methods.method import BatchChange, Method, MethodConfig, Progress, Setting, Step
+from tessella.methods.method import BatchChange, Method, MethodConfig, MethodOutput, Progress, Setting
 from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector
 from tessella.modules.partition import Partition
@@ -53,7 +53,7 @@ class MejigcluConfig(MethodConfig):
     overlap_mode: Literal["per_image", "per_batch", "per_axis", "fixed"] = "per_image"
     tile_size: Pixels = 112  # pixels; the montage is tiles times as wide
     crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.2, 1.0)  # share of the tile's area
-    photometry: Photometry = Photometry(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    colors: ColorAugmentation = ColorAugmentation(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     mean: tuple[PixelMean, PixelMean, PixelMean] = IMAGENET_MEAN
     std: tuple[PixelStd, PixelStd, PixelStd] = IMAGENET_STD
     embedding_dim: Width = 128
@@ -147,7 +147,7 @@ class Mejigclu(Method):
             views=config.tiles**2,
             size=config.tile_size,
             scale=config.crop_scale,
-            photometry=config.photometry,
+            colors=config.colors,
             tiles=config.tiles,
             overlap=low if random else (low + high) / 2,
             overlap_max=high if random else None,
@@ -156,12 +156,12 @@ class Mejigclu(Method):
         return ViewSpec((crops,), config.mean, config.std)
 
     @classmethod
-    def order(cls, config: MejigcluConfig, images: int, batch_size: int, seed: int) -> Order:
+    def sampler(cls, config: MejigcluConfig, images: int, batch_size: int, seed: int) -> Sampler:
         """Slot k draws from category k. Any other order would ask for an answer that nothing in the image tells."""
         if config.slots == "random":
-            return EpochOrder(images, batch_size, seed)
+            return EpochSampler(images, batch_size, seed)
         categories = config.categories or batch_size
-        return SlotOrder(
+        return SlotSampler(
             images, batch_size, seed, parts=categories, partition_seed=config.partition_seed, uneven=config.uneven
         )
 
@@ -170,7 +170,7 @@ class Mejigclu(Method):
         tiles = self.config.tiles**2 * self.setting.batch_size
         return self.cluster_weight * math.log(tiles - 1) + self.config.category_weight * math.log(self.categories)
 
-    def forward(self, batch: Batch, progress: Progress) -> Step:
+    def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
         """Loss of this rank: tiles of all ranks are contrasted, those in its own montages are given a category."""
         m, tiles = self.config.tiles, batch.views[0]  # (m * m, B, 3, s, s)
         n = tiles.shape[1] * dist.world_size()
@@ -188,7 +188,7 @@ class Mejigclu(Method):
         with torch.autocast(cells.device.type, enabled=False):  # bf16 similarities would blur the contrast
             cluster_loss = supervised_contrastive(embeddings, slot, self.config.temperature)
         category_loss = F.cross_entropy(logits, category)
-        return Step(
+        return MethodOutput(
             loss=self.cluster_weight * cluster_loss + self.config.category_weight * category_loss,
             metrics={
                 "cluster_loss": cluster_loss.detach(),

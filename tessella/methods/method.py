@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tessella.data.batch import Batch
-from tessella.data.sampler import EpochOrder, Order
+from tessella.data.sampler import EpochSampler, Sampler
 from tessella.data.views import ViewSpec
 from tessella.methods.layout import Layout
 from tessella.modules.backbone import Backbone, BackboneConfig
@@ -61,7 +61,7 @@ class Setting(NamedTuple):
     accumulate: int = 1  # micro-batches per update
 
 
-class Step(NamedTuple):
+class MethodOutput(NamedTuple):
     """What `forward` returns. A named tuple, because Lightning Fabric refuses frozen dataclasses as outputs."""
 
     loss: Tensor  # scalar, float32; the mean over ranks is the objective
@@ -70,12 +70,12 @@ class Step(NamedTuple):
     assignments: Tensor | None = None  # (n,) int64 index of the nearest prototype, centre or group
 
 
-def joined(outputs: Sequence[Step]) -> Step:
+def joined(outputs: Sequence[MethodOutput]) -> MethodOutput:
     """The outputs of an update's micro-batches as one: means of loss and metrics, all embeddings and assignments."""
     if len(outputs) == 1:
         return outputs[0]
     assignments = [output.assignments for output in outputs if output.assignments is not None]
-    return Step(
+    return MethodOutput(
         torch.stack([output.loss.detach() for output in outputs]).mean(),
         {name: torch.stack([output.metrics[name] for output in outputs]).mean() for name in outputs[0].metrics},
         torch.cat([output.embeddings for output in outputs]),
@@ -126,7 +126,7 @@ class Method(nn.Module):
 
     @property
     def embedding_dim(self) -> int:
-        """Columns of `Step.embeddings`."""
+        """Columns of `MethodOutput.embeddings`."""
         return int(self.config.embedding_dim)
 
     @classmethod
@@ -149,7 +149,7 @@ class Method(nn.Module):
         return config, scaled(rates, change.new / change.old)
 
     @classmethod
-    def order(cls, config: Any, images: int, batch_size: int, seed: int) -> Order:
+    def sampler(cls, config: Any, images: int, batch_size: int, seed: int) -> Sampler:
         """Which images make up each step: every image once per epoch, unless a method needs otherwise.
 
         Args:
@@ -158,13 +158,13 @@ class Method(nn.Module):
             batch_size: images per update, over all ranks and micro-batches.
             seed: of the run.
         """
-        return EpochOrder(images, batch_size, seed)
+        return EpochSampler(images, batch_size, seed)
 
     def collapse_loss(self) -> float | None:
         """The value at which the loss rests when all embeddings are equal; None if it is not known."""
         return None
 
-    def forward(self, batch: Batch, progress: Progress) -> Step:
+    def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
         """Loss of one (micro-)batch of this rank."""
         raise NotImplementedError
 

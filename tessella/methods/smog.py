@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from tessella import dist
 from tessella.data.batch import Batch
-from tessella.data.views import IMAGENET_MEAN, CropGroup, Photometry, ViewSpec
+from tessella.data.views import IMAGENET_MEAN, ColorAugmentation, CropGroup, ViewSpec
 from tessella.errors import UserError
 from tessella.methods.layout import Layout, OfficialFile
-from tessella.methods.method import BatchChange, Method, MethodConfig, Pass, Progress, Setting, Step
+from tessella.methods.method import BatchChange, Method, MethodConfig, MethodOutput, Pass, Progress, Setting
 from tessella.modules.backbone import Backbone, BackboneConfig
 from tessella.modules.drop_path import drop_paths, without_drop_path
 from tessella.modules.heads import Projector
@@ -43,19 +43,19 @@ from tessella.optim import OptimizerConfig
 from tessella.ranges import Clusters, Fraction, Positive, PositiveInt, Range, Repeats, Width
 
 OFFICIAL_STD = (0.228, 0.224, 0.225)  # red is 0.228, not 0.229, in the official pre-training and evaluation
-_PIPELINE_A = Photometry(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0)
+_PIPELINE_A = ColorAugmentation(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0)
 _PIPELINE_B = dataclasses.replace(_PIPELINE_A, blur=0.1, solarize=0.2)
 
 
 def two_pipelines(
     crops: Sequence[CropGroup],
-    a: Photometry = _PIPELINE_A,
-    b: Photometry = _PIPELINE_B,
+    a: ColorAugmentation = _PIPELINE_A,
+    b: ColorAugmentation = _PIPELINE_B,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = OFFICIAL_STD,
 ) -> ViewSpec:
     """Views for SMoG: the crop groups with pipeline A's colours, then the same with pipeline B's."""
-    groups = (dataclasses.replace(group, photometry=colours) for colours in (a, b) for group in crops)
+    groups = (dataclasses.replace(group, colors=colours) for colours in (a, b) for group in crops)
     return ViewSpec(tuple(groups), mean, std)
 
 
@@ -209,10 +209,10 @@ class Smog(Method):
         if self.config.regroup_every is None or progress.step == 0:
             self._regroup(progress.step)
 
-    def forward(self, batch: Batch, progress: Progress) -> Step:
+    def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
         """Loss of this rank's images; labels from the old groups, scores against those that this batch has moved."""
         if not self._micro_batch:  # before the forward, once per update
-            self.momentum_encoder.follow(self._online, self.config.momentum)
+            self.momentum_encoder.ema_update(self._online, self.config.momentum)
         online, other = self._streams(batch.views, progress.step)
         z, p = self._embed(online)  # (large, B, D), (V, B, D)
         zk = self._embed_by_momentum_encoder(other)  # (A, B, D)
@@ -225,7 +225,7 @@ class Smog(Method):
         if groups is not self.groups:  # a write would void the gradient of an earlier micro-batch, which they score
             self.groups.copy_(groups.detach())
         self.bank.write(batch.instances, z.detach())
-        return Step(
+        return MethodOutput(
             loss=loss,
             metrics={
                 "label_agreement": (own == labels[:, 0]).float().mean(),

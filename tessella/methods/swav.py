@@ -28,7 +28,7 @@ from tessella.data.batch import Batch
 from tessella.data.views import IMAGENET_MEAN, CropGroup, ViewSpec
 from tessella.errors import UserError
 from tessella.methods.layout import Layout, OfficialFile
-from tessella.methods.method import BatchChange, Method, MethodConfig, Progress, Setting, Step
+from tessella.methods.method import BatchChange, Method, MethodConfig, MethodOutput, Progress, Setting
 from tessella.modules.backbone import Backbone
 from tessella.modules.heads import Projector, Prototypes
 from tessella.modules.memory import FeatureQueue
@@ -182,7 +182,7 @@ class Swav(Method):
         """
         return None if self.config.codes == "hard" else fmean(map(math.log, self.config.heads))
 
-    def forward(self, batch: Batch, progress: Progress) -> Step:
+    def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
         """Loss of this rank's images; codes balance the batch of all ranks."""
         for head in self.heads:
             head.normalize_()
@@ -194,7 +194,7 @@ class Swav(Method):
             per_head = zip(scores, codes, strict=True)
             losses = [swapped_prediction(s, q, self.code_views, self.config.temperature) for s, q in per_head]
         self._remember(embeddings, progress)  # after reading: the batch is never counted twice
-        return Step(
+        return MethodOutput(
             loss=torch.stack(losses).mean(),
             metrics={"code_confidence": codes[0].amax(dim=-1).mean()},
             embeddings=embeddings[0].detach(),

@@ -25,7 +25,7 @@ class BackboneConfig:
     width: Channels = 64  # channels of our ResNets' stem; 64 is standard, 128 is SwAV's w2
     # small: 3x3 stride 1, no max-pool, for images of about 32 pixels; small-pool: then a 2x2 max-pool, for about 64
     stem: Literal["imagenet", "small", "small-pool"] = "imagenet"
-    recompute: bool = False  # activation checkpointing: less memory, about a third more time
+    activation_checkpointing: bool = False  # less memory, about a third more time
     # Chance that a block of a timm network drops out in training (stochastic depth), at its end.
     drop_path: FractionBelowOne = 0.0
     # How a timm network makes one vector of its positions: its own rule (for many ViTs a class token), or their mean.
@@ -44,7 +44,7 @@ class TimmBackbone(nn.Module):
         self.net = _timm_network(config.name.removeprefix("timm:"), config)
         if config.stem != "imagenet":
             _small_stem(self.net, config)
-        if config.recompute:
+        if config.activation_checkpointing:
             self.net.set_grad_checkpointing(True)
         self.feature_dim: int = self.net.num_features
 
@@ -168,7 +168,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
         raise UserError(
             f"drop_path={config.drop_path} is for networks of timm: leave it out, or use timm:{config.name}"
         )
-    return ResNet(config.name, config.width, config.stem, config.recompute)
+    return ResNet(config.name, config.width, config.stem, config.activation_checkpointing)
 
 
 def _hint(name: str) -> str:
@@ -194,7 +194,7 @@ def try_backbone(config: BackboneConfig, images: Iterable[int], montages: Iterab
             the vector that it is evaluated by, without training.
     """
     with torch.device("meta"):
-        net = build_backbone(replace(config, recompute=False)).train()
+        net = build_backbone(replace(config, activation_checkpointing=False)).train()
     if isinstance(net, ResNet):
         return  # takes any size
     montages = list(montages)

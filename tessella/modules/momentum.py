@@ -26,7 +26,7 @@ class MomentumEncoder(nn.ModuleDict):
             module.drop_prob = 0.0
 
     @torch.no_grad()
-    def follow(self, online: Mapping[str, nn.Module], momentum: float) -> None:
+    def ema_update(self, online: Mapping[str, nn.Module], momentum: float) -> None:
         """Move every parameter, in place: momentum * own + (1 - momentum) * online.
 
         Args:

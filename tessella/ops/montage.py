@@ -126,7 +126,7 @@ def shuffled_montages(tiles: Tensor, order: Tensor, m: int) -> Tensor:
 
     sent = tiles[on_device(place[mine]), on_device(image[mine] - rank * b)]
     counts = (np.bincount(who, minlength=ranks).tolist() for who in (shows[mine], has[wanted]))
-    received = dist.exchange(sent, *counts)
+    received = dist.all_to_all(sent, *counts)
     return stitch(received[on_device(arrival)].unflatten(0, (m * m, b)), m)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tessella import dist, files
 from tessella.data.loader import Loader
-from tessella.data.views import CropGroup, Photometry, ViewSpec
+from tessella.data.views import ColorAugmentation, CropGroup, ViewSpec
 from tessella.errors import UserError
 from tessella.ops.philox import permutation, stream_key
 from tessella.protocols.features import EvalData
@@ -106,8 +106,8 @@ class TrainImages:
     """
 
     def __init__(self, data: EvalData, order: SubsetOrder, seed: int) -> None:
-        flips = Photometry(flip=0.5, jitter=0, gray=0, blur=0, solarize=0)
-        crops = CropGroup(views=1, size=data.transform.size, scale=(0.08, 1.0), photometry=flips)
+        flips = ColorAugmentation(flip=0.5, jitter=0, gray=0, blur=0, solarize=0)
+        crops = CropGroup(views=1, size=data.transform.size, scale=(0.08, 1.0), colors=flips)
         self.order = order
         self._labels = data.labels("train").to(data.device)
         self._loader = Loader(

@@ -47,7 +47,7 @@ def training_flops(config: RunConfig) -> int:
 
     The backward pass counts as two forwards, recomputation as one more. Heads, losses and augmentation are left out.
     """
-    trained = 4 if config.backbone.recompute else 3
+    trained = 4 if config.backbone.activation_checkpointing else 3
     return sum(
         p.images * forward_flops(config.backbone, p.size) * (trained if p.trained else 1) for p in passes(config)
     )

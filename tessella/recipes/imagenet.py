@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tessella.data.views import IMAGENET_MEAN, CropGroup, Photometry, ViewSpec
+from tessella.data.views import IMAGENET_MEAN, ColorAugmentation, CropGroup, ViewSpec
 from tessella.methods.coke import CokeConfig
 from tessella.methods.jigclu import JigcluConfig
 from tessella.methods.mejigclu import MejigcluConfig
@@ -16,7 +16,7 @@ from tessella.run.config import RunConfig
 
 _SMALL_BATCH_METHOD = SwavConfig(queue_length=3840, queue_from_epoch=15, freeze_prototypes_steps=OFFICIAL_FREEZE[256])
 _COKE_OPTIMIZER = OptimizerConfig(
-    name="lars", lr=1.6, weight_decay=1e-6, idle_epochs=1, warmup_epochs=10, warmup_end="next"
+    name="lars", lr=1.6, weight_decay=1e-6, zero_lr_epochs=1, warmup_epochs=10, warmup_end="next"
 )
 _JIGCLU_OPTIMIZER = OptimizerConfig(lr=0.03, weight_decay=1e-4, per_epoch=True)
 
@@ -142,8 +142,8 @@ def swav_imagenet_deit_b_300ep() -> RunConfig:
     there: 12 attention heads, not 16, and no weight decay on norms and biases, either.
     Published: no accuracy. Source: VISSL's configuration vision_transformer/swav/deit_b_2nodes, 16 GPUs.
     """
-    colours = Photometry(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, gray=0.0, blur=0.0)
-    method = SwavConfig(views=ViewSpec((CropGroup(2, 224, (0.14, 1.0), photometry=colours),)))
+    colours = ColorAugmentation(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, gray=0.0, blur=0.0)
+    method = SwavConfig(views=ViewSpec((CropGroup(2, 224, (0.14, 1.0), colors=colours),)))
     optimizer = OptimizerConfig(
         name="adamw",
         lr=2.5e-4,
@@ -196,9 +196,9 @@ def _coke(epochs: int, method: CokeConfig) -> RunConfig:
 
 def _coke_pair() -> tuple[CropGroup, CropGroup]:
     """The two large crops, whose colours differ."""
-    first = Photometry(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0)
+    first = ColorAugmentation(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0)
     second = dataclasses.replace(first, blur=0.1, solarize=0.2)
-    return CropGroup(1, 224, (0.08, 1.0), photometry=first), CropGroup(1, 224, (0.08, 1.0), photometry=second)
+    return CropGroup(1, 224, (0.08, 1.0), colors=first), CropGroup(1, 224, (0.08, 1.0), colors=second)
 
 
 def coke_imagenet_1000ep_1x224() -> RunConfig:

@@ -10,8 +10,8 @@ from tessella.data.views import (
     CIFAR10_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    ColorAugmentation,
     CropGroup,
-    Photometry,
     ViewSpec,
 )
 from tessella.methods import MethodConfig
@@ -25,7 +25,7 @@ from tessella.optim import OptimizerConfig
 from tessella.run.config import RunConfig
 
 # Milder colours than on ImageNet, and no blur on so few pixels: what users of SwAV on CIFAR found decisive.
-_MILD = Photometry(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=0.0)
+_MILD = ColorAugmentation(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=0.0)
 
 _NARROW = BackboneConfig("resnet10", 16, "small")
 _QUICK = OptimizerConfig("adamw", lr=3e-3, weight_decay=1e-4, warmup_epochs=2, warmup_lr=3e-4, final_lr=3e-6)
@@ -42,7 +42,7 @@ def swav_cpu() -> RunConfig:
         hidden_dim=512,
         epsilon=0.03,
         freeze_prototypes_steps=40,
-        views=ViewSpec((CropGroup(2, 32, (0.25, 1.0), photometry=_MILD),), CIFAR10_MEAN, CIFAR10_STD),
+        views=ViewSpec((CropGroup(2, 32, (0.25, 1.0), colors=_MILD),), CIFAR10_MEAN, CIFAR10_STD),
     )
     optimizer = dataclasses.replace(_QUICK, weight_decay=0.1)
     return RunConfig(method, _NARROW, optimizer, epochs=60, batch_size=128, image_size=32)
@@ -53,7 +53,7 @@ def jigclu_cpu() -> RunConfig:
 
     Ours, for trying things out; nothing published compares.
     """
-    method = JigcluConfig(tile_size=16, photometry=_MILD, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+    method = JigcluConfig(tile_size=16, colors=_MILD, mean=CIFAR10_MEAN, std=CIFAR10_STD)
     return RunConfig(method, _NARROW, _QUICK_SGD, epochs=60, batch_size=128, image_size=32)
 
 
@@ -62,7 +62,7 @@ def mejigclu_cpu() -> RunConfig:
 
     Ours, for trying things out; nothing published compares.
     """
-    method = MejigcluConfig(tile_size=16, photometry=_MILD, mean=CIFAR10_MEAN, std=CIFAR10_STD, category_hidden=512)
+    method = MejigcluConfig(tile_size=16, colors=_MILD, mean=CIFAR10_MEAN, std=CIFAR10_STD, category_hidden=512)
     return RunConfig(method, _NARROW, _QUICK_SGD, epochs=40, batch_size=128, image_size=32)
 
 
@@ -75,9 +75,9 @@ def coke_cpu() -> RunConfig:
     method = CokeConfig(
         centres=(20, 30, 40),
         dual_lr="auto",
-        views=ViewSpec((CropGroup(1, 32, (0.2, 1.0), photometry=_MILD),), CIFAR10_MEAN, CIFAR10_STD),
+        views=ViewSpec((CropGroup(1, 32, (0.2, 1.0), colors=_MILD),), CIFAR10_MEAN, CIFAR10_STD),
     )
-    optimizer = dataclasses.replace(_QUICK, weight_decay=0.1, idle_epochs=1)
+    optimizer = dataclasses.replace(_QUICK, weight_decay=0.1, zero_lr_epochs=1)
     return RunConfig(method, _NARROW, optimizer, epochs=41, batch_size=128, image_size=32)
 
 
@@ -107,12 +107,12 @@ def swav_digits() -> RunConfig:
 
     Ours. Crops stay large and digits are not mirrored, because a mirrored or halved digit is another digit.
     """
-    photometry = Photometry(flip=0.0, brightness=0.4, contrast=0.4, saturation=0.0, hue=0.0, gray=0.0, blur=0.0)
+    colors = ColorAugmentation(flip=0.0, brightness=0.4, contrast=0.4, saturation=0.0, hue=0.0, gray=0.0, blur=0.0)
     method = SwavConfig(
         prototypes=15,
         hidden_dim=512,
         freeze_prototypes_steps=20,
-        views=ViewSpec((CropGroup(2, 16, (0.4, 1.0), photometry=photometry),), (0.3,) * 3, (0.35,) * 3),
+        views=ViewSpec((CropGroup(2, 16, (0.4, 1.0), colors=colors),), (0.3,) * 3, (0.35,) * 3),
     )
     return RunConfig(method, _NARROW, _QUICK, data="digits::train", epochs=50, batch_size=128, image_size=16)
 
@@ -146,9 +146,9 @@ class _Images(NamedTuple):
     def views(self, *groups: CropGroup) -> ViewSpec:
         return ViewSpec(groups, self.mean, self.std)
 
-    def colours(self, saturation: float = 0.4, solarize: float = 0.0) -> Photometry:
+    def colours(self, saturation: float = 0.4, solarize: float = 0.0) -> ColorAugmentation:
         """Half of SwAV's strength: what its users found decisive on CIFAR."""
-        return Photometry(
+        return ColorAugmentation(
             brightness=0.4,
             contrast=0.4,
             saturation=saturation,
@@ -167,7 +167,7 @@ _FOLDER = _Images("", 64, IMAGENET_MEAN, IMAGENET_STD, "small-pool", blur=0.5)
 
 
 def _swav(images: _Images, prototypes: int, freeze: int) -> RunConfig:
-    crops = images.views(CropGroup(2, images.size, (0.14, 1.0), photometry=images.colours()))
+    crops = images.views(CropGroup(2, images.size, (0.14, 1.0), colors=images.colours()))
     method = SwavConfig(prototypes=prototypes, hidden_dim=512, freeze_prototypes_steps=freeze, views=crops)
     # 0.001 at batch 128, in proportion. The decay is published for Adam, where it is an L2 term; it is tiny either way.
     optimizer = OptimizerConfig("adamw", lr=4e-3, weight_decay=1e-6)
@@ -211,7 +211,7 @@ _MONTAGE = OptimizerConfig("sgd", lr=0.06, weight_decay=5e-4, warmup_epochs=10)
 
 
 def _montage(kind: type[JigcluConfig] | type[MejigcluConfig], images: _Images) -> RunConfig:
-    method = kind(tile_size=images.size // 2, photometry=images.colours(), mean=images.mean, std=images.std)
+    method = kind(tile_size=images.size // 2, colors=images.colours(), mean=images.mean, std=images.std)
     return images.run(method, _MONTAGE, epochs=400, batch_size=256)
 
 
@@ -315,9 +315,11 @@ def smog_64px() -> RunConfig:
     return _smog(_FOLDER, groups=500)
 
 
-def _coke_pair(images: _Images, scale: tuple[float, float], first: Photometry, second: Photometry) -> ViewSpec:
+def _coke_pair(
+    images: _Images, scale: tuple[float, float], first: ColorAugmentation, second: ColorAugmentation
+) -> ViewSpec:
     """Two crops whose colours differ."""
-    return images.views(*(CropGroup(1, images.size, scale, photometry=colours) for colours in (first, second)))
+    return images.views(*(CropGroup(1, images.size, scale, colors=colours) for colours in (first, second)))
 
 
 def _coke(images: _Images, centres: tuple[int, ...], least_area: float) -> RunConfig:
@@ -327,7 +329,7 @@ def _coke(images: _Images, centres: tuple[int, ...], least_area: float) -> RunCo
         first, second = dataclasses.replace(first, blur=1.0), dataclasses.replace(second, blur=0.1)
     views = _coke_pair(images, (least_area, 1.0), first, second)
     method = CokeConfig(centres=centres, temperature=0.05, dual_lr="auto", views=views)
-    optimizer = OptimizerConfig("sgd", lr=0.2, weight_decay=1e-4, idle_epochs=1, warmup_epochs=10, warmup_end="next")
+    optimizer = OptimizerConfig("sgd", lr=0.2, weight_decay=1e-4, zero_lr_epochs=1, warmup_epochs=10, warmup_end="next")
     return images.run(method, optimizer, epochs=401, batch_size=256)
 
 
@@ -371,7 +373,7 @@ def coke_cifar10_clustering() -> RunConfig:
     Source: these are the settings of the authors' later clustering code; its heads (one hidden layer, no predictor) we
     do not have, so a figure of this recipe is our protocol's. Not run to its end by us.
     """
-    first = Photometry(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0)
+    first = ColorAugmentation(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0)
     second = dataclasses.replace(first, blur=0.1, solarize=0.2)
     method = CokeConfig(
         centres=tuple(range(10, 101, 10)),
@@ -380,5 +382,5 @@ def coke_cifar10_clustering() -> RunConfig:
         dual_lr=0.1,
         views=_coke_pair(_CIFAR10, (0.3, 1.0), first, second),
     )
-    optimizer = OptimizerConfig("sgd", lr=0.2, weight_decay=1e-4, idle_epochs=1, warmup_epochs=10, warmup_end="next")
+    optimizer = OptimizerConfig("sgd", lr=0.2, weight_decay=1e-4, zero_lr_epochs=1, warmup_epochs=10, warmup_end="next")
     return _CIFAR10.run(method, optimizer, epochs=401, batch_size=128)

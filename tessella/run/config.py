@@ -47,7 +47,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     recipe: str = ""  # the name it started from
     data: str = ""  # images to train on; labels are never read
-    start_from: str = ""  # weights to start from instead of random ones: a run, imported weights, timm:NAME, ...
+    init_from: str = ""  # weights to start from instead of random ones: a run, imported weights, timm:NAME, ...
     freeze_backbone_steps: NonNegativeInt = 0  # in which only the heads learn; batch norm goes on as in training
     epochs: PositiveInt = 200
     batch_size: PositiveInt = 256  # images per update, over all ranks and micro-batches
@@ -70,8 +70,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.optimizer.idle_epochs + self.optimizer.warmup_epochs > self.epochs:
-            idle = f"optimizer.idle_epochs={self.optimizer.idle_epochs} with " if self.optimizer.idle_epochs else ""
+        if self.optimizer.zero_lr_epochs + self.optimizer.warmup_epochs > self.epochs:
+            first = self.optimizer.zero_lr_epochs
+            idle = f"optimizer.zero_lr_epochs={first} with " if first else ""
             raise UserError(
                 f"{idle}optimizer.warmup_epochs={self.optimizer.warmup_epochs} is longer than the run of {self.epochs} "
                 "epochs: shorten the warm-up or lengthen the run"
@@ -91,7 +92,7 @@ ON_RESUME: dict[str, OnResume] = {
     "backbone.name": "fixed",
     "backbone.width": "fixed",
     "backbone.stem": "fixed",
-    "backbone.recompute": "flag",
+    "backbone.activation_checkpointing": "flag",
     "backbone.drop_path": "flag",
     "backbone.pool": "fixed",
     "optimizer.name": "fixed",
@@ -100,7 +101,7 @@ ON_RESUME: dict[str, OnResume] = {
     "optimizer.weight_decay": "flag",
     "optimizer.decay_norm_and_bias": "flag",
     "optimizer.trust": "flag",
-    "optimizer.idle_epochs": "flag",
+    "optimizer.zero_lr_epochs": "flag",
     "optimizer.warmup_epochs": "flag",
     "optimizer.warmup_lr": "flag",
     "optimizer.warmup_end": "flag",
@@ -108,7 +109,7 @@ ON_RESUME: dict[str, OnResume] = {
     "optimizer.per_epoch": "flag",
     "recipe": "fixed",
     "data": "free",
-    "start_from": "fixed",
+    "init_from": "fixed",
     "freeze_backbone_steps": "flag",
     "epochs": "flag",
     "batch_size": "fixed",
@@ -187,7 +188,7 @@ def refuse_changes(before: RunConfig, after: RunConfig, allowed: Collection[str]
     if asked:
         remedy += ", or accept what may change with " + " ".join(f"--allow {name}" for name in asked)
     if fixed:
-        remedy += f", or start a new run ({', '.join(fixed)} cannot change within one; --start-from takes over weights)"
+        remedy += f", or start a new run ({', '.join(fixed)} cannot change within one; --init-from takes over weights)"
     raise UserError(f"the run cannot go on as another one: {'; '.join(problems)}. Either {remedy}")
 
 
@@ -279,7 +280,7 @@ def load_config(path: Path) -> RunConfig:
         if (path.parent / "import.json").exists():
             raise UserError(
                 f"{path.parent} holds imported weights, not a run: there is nothing to go on with. A new run starts "
-                f"from them with `tessella pretrain RECIPE --data DATA --out RUN --start-from {path.parent}`"
+                f"from them with `tessella pretrain RECIPE --data DATA --out RUN --init-from {path.parent}`"
             ) from None
         raise UserError(f"{path.parent} is not a run folder: it has no {path.name}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -313,7 +313,7 @@ class RunFolder:
         found = images_seen.difference(self.path, images, before) if before != images.fingerprint else None
         raise UserError(
             f"the images of {config.data} have changed since the run was saved: {images_seen.in_words(found, contents)}"
-            ". Put the images back, or start a new run from this one's weights (`tessella pretrain RECIPE --start-from "
+            ". Put the images back, or start a new run from this one's weights (`tessella pretrain RECIPE --init-from "
             f"{self.path} ...`)"
         )
 

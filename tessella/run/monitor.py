@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tessella import dist
-from tessella.methods.method import Progress, Step
+from tessella.methods.method import MethodOutput, Progress
 from tessella.ops.metrics import effective_rank
 
 # A run starts where a collapsed one ends: loss near ln K, embeddings in a narrow cone, few clusters in use.
@@ -139,7 +139,7 @@ class Monitor(nn.Module):
         self.nonfinite_here.zero_()
 
     @torch.no_grad()
-    def observe(self, step: Step, views: Tensor | None = None, left_out: bool = False) -> None:
+    def observe(self, step: MethodOutput, views: Tensor | None = None, left_out: bool = False) -> None:
         """Take note of one forward pass of this rank. Nothing waits for the device.
 
         Args:

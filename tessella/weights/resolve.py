@@ -118,7 +118,7 @@ def read_weights(spec: str, *, image_size: int | None = None, download: bool = T
     path = Path(spec)
     library, _, network = spec.partition(":")
     if not download and (library == "torchvision" or (library == "timm" and not is_local(network))):
-        raise UserError(f"{spec} may be downloaded, and only the run names it: give --start-from {spec} to allow it")
+        raise UserError(f"{spec} may be downloaded, and only the run names it: give --init-from {spec} to allow it")
     if library == "torchvision":
         return _described(torchvision_network(network), spec, image_size)
     if library == "timm":

@@ -15,7 +15,7 @@ from tessella.text import printable
 from tessella.weights.resolve import Weights, read_weights, weights_sha256
 
 
-def start_from(spec: str, method: Method, download: bool = True) -> Start:
+def init_from(spec: str, method: Method, download: bool = True) -> Start:
     """Load the backbone, and every other part of the method that the weights hold in the same shapes.
 
     A part is a head, one set of prototypes or centres, and is taken whole or not at all. What every run makes anew
@@ -33,7 +33,7 @@ def start_from(spec: str, method: Method, download: bool = True) -> Start:
     if not spec:
         return Start(spec, [], {})
     if spec.startswith("random:"):
-        raise UserError(f"start_from={spec}: a run starts from random weights anyway; leave start_from out")
+        raise UserError(f"init_from={spec}: a run starts from random weights anyway; leave init_from out")
     start = _take(read_weights(spec, download=download), method, spec)
     if dist.rank() == 0:
         anew = "; ".join(f"{part} ({why})" for part, why in start.anew.items())

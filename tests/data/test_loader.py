@@ -16,17 +16,17 @@ from tessella.data import transform as transform_module
 from tessella.data.decode import Unreadable
 from tessella.data.evaluation import evaluation_batches
 from tessella.data.loader import Loader
-from tessella.data.sampler import EpochOrder
+from tessella.data.sampler import EpochSampler
 from tessella.data.sources import open_images
 from tessella.data.transform import EvalTransform
-from tessella.data.views import CropGroup, Photometry, ViewSpec
+from tessella.data.views import ColorAugmentation, CropGroup, ViewSpec
 from tessella.errors import UserError
 from tessella.ops.layout import image_layout
 
-PLAIN = Photometry(flip=0, jitter=0, gray=0, blur=0)
+PLAIN = ColorAugmentation(flip=0, jitter=0, gray=0, blur=0)
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-SPEC = ViewSpec((CropGroup(2, 16, (0.2, 1.0)), CropGroup(3, 8, (0.05, 0.2), photometry=Photometry(solarize=0.2))))
-PLAIN_GROUPS = CropGroup(2, 24, (0.2, 1.0), photometry=PLAIN), CropGroup(1, 8, (0.05, 0.2), photometry=PLAIN)
+SPEC = ViewSpec((CropGroup(2, 16, (0.2, 1.0)), CropGroup(3, 8, (0.05, 0.2), colors=ColorAugmentation(solarize=0.2))))
+PLAIN_GROUPS = CropGroup(2, 24, (0.2, 1.0), colors=PLAIN), CropGroup(1, 8, (0.05, 0.2), colors=PLAIN)
 PLAIN_SPEC = ViewSpec(PLAIN_GROUPS, **RAW)
 
 
@@ -78,7 +78,7 @@ def load(images, spec=SPEC, *, epoch=1, first_step=0, batch_size=8, workers=2, *
     loader = Loader(
         images,
         spec,
-        EpochOrder(len(images), batch_size, seed=3),
+        EpochSampler(len(images), batch_size, seed=3),
         seed=3,
         device="cpu",
         workers=workers,
@@ -113,7 +113,7 @@ def test_a_batch_holds_each_group_view_after_view_in_a_networks_layout():
         flat = views.flatten(0, 1)
         assert flat.data_ptr() == views.data_ptr()
         assert flat.is_contiguous(memory_format=image_layout(flat.device))
-    assert torch.equal(batch.instances, torch.from_numpy(EpochOrder(len(mixed()), 8, seed=3).batch(1, 0)))
+    assert torch.equal(batch.instances, torch.from_numpy(EpochSampler(len(mixed()), 8, seed=3).batch(1, 0)))
 
 
 def test_a_plain_view_is_pillows_crop_and_resize_of_the_planned_box_within_one_level():
@@ -130,7 +130,7 @@ def test_a_plain_view_is_pillows_crop_and_resize_of_the_planned_box_within_one_l
                 assert_levels_agree(view.permute(1, 2, 0).numpy() * 255, expected)
 
 
-def test_resident_and_decoded_batches_agree_within_one_level_before_photometry(monkeypatch):
+def test_resident_and_decoded_batches_agree_within_one_level_before_colors(monkeypatch):
     resident, on_device = load(uniform(bad=[5]), PLAIN_SPEC)
     monkeypatch.setattr(loader_module, "_fits_device", lambda images, device: False)
     decoding, from_threads = load(uniform(bad=[5]), PLAIN_SPEC)
@@ -247,7 +247,7 @@ def no_threads_left():
 
 def test_threads_end_with_the_epoch_and_with_an_iterator_that_is_closed_early():
     images = mixed()
-    loader = Loader(images, SPEC, EpochOrder(len(images), 8, 3), seed=3, device="cpu", workers=3)
+    loader = Loader(images, SPEC, EpochSampler(len(images), 8, 3), seed=3, device="cpu", workers=3)
     steps = loader.epoch(0)
     next(steps)
     assert not no_threads_left()
@@ -269,7 +269,7 @@ def test_runs_only_a_few_batches_ahead():
     images, read = mixed(200), []
     image = images.image
     images.image = lambda row: read.append(row) or image(row)
-    loader = Loader(images, SPEC, EpochOrder(len(images), 8, 3), seed=3, device="cpu", workers=2)
+    loader = Loader(images, SPEC, EpochSampler(len(images), 8, 3), seed=3, device="cpu", workers=2)
     steps = loader.epoch(0)
     next(steps)
     time.sleep(0.3)
@@ -281,7 +281,7 @@ def test_closing_drops_the_images_that_are_not_begun():
     images, read = mixed(200), []
     image = images.image
     images.image = lambda row: read.append(row) or time.sleep(0.01) or image(row)
-    loader = Loader(images, SPEC, EpochOrder(len(images), 40, 3), seed=3, device="cpu", workers=2)
+    loader = Loader(images, SPEC, EpochSampler(len(images), 40, 3), seed=3, device="cpu", workers=2)
     steps = loader.epoch(0)
     next(steps)
     steps.close()
@@ -370,8 +370,8 @@ ARCHIVES = Path(__file__).resolve().parents[3] / "shared" / "data"
 @pytest.mark.skipif(not ARCHIVES.exists(), reason="real images are not here")
 def test_photos_of_every_size_arrive_as_planned_from_an_archive(tmp_path):
     images = open_images(str(ARCHIVES / "imagenet-sample.tar"), cache=tmp_path)
-    spec = ViewSpec((CropGroup(1, 64, (0.14, 1.0), photometry=PLAIN),), **RAW)
-    loader = Loader(images, spec, EpochOrder(len(images), 16, 0), seed=0, device="cpu", workers=2)
+    spec = ViewSpec((CropGroup(1, 64, (0.14, 1.0), colors=PLAIN),), **RAW)
+    loader = Loader(images, spec, EpochSampler(len(images), 16, 0), seed=0, device="cpu", workers=2)
     steps = loader.epoch(0)
     (batch,) = next(steps)
     steps.close()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tessella.data import loader as loader_module
 from tessella.data.decode import decode
-from tessella.data.views import CropGroup, Photometry, ViewSpec
+from tessella.data.views import ColorAugmentation, CropGroup, ViewSpec
 from tests.data.test_loader import RAW, SPEC, Pictures, load, mixed, uniform
 
 pytestmark = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
@@ -30,8 +30,8 @@ def by_torch(monkeypatch):
 
 @pytest.mark.parametrize("images", [mixed, uniform])
 def test_compiled_kernels_and_torch_make_the_same_batches(images, by_torch):
-    plain = Photometry(jitter=0.8, gray=0.2, blur=0.5)
-    spec = ViewSpec((CropGroup(2, 24, (0.2, 1.0), photometry=plain), CropGroup(3, 8, (0.05, 0.2))), **RAW)
+    plain = ColorAugmentation(jitter=0.8, gray=0.2, blur=0.5)
+    spec = ViewSpec((CropGroup(2, 24, (0.2, 1.0), colors=plain), CropGroup(3, 8, (0.05, 0.2))), **RAW)
     _, ours = load(images(bad=[7, 8]), spec, max_unreadable=0.1)
     _, theirs = by_torch(images(bad=[7, 8]), spec, max_unreadable=0.1)
     for (batch,), (other,) in zip(ours, theirs, strict=True):
@@ -81,7 +81,7 @@ def _jpeg(pixels, orientation=1):
     return file.getvalue()
 
 
-LARGE = ViewSpec((CropGroup(2, 64, (0.14, 1.0), photometry=Photometry(0, 0, gray=0, blur=0)),), **RAW)
+LARGE = ViewSpec((CropGroup(2, 64, (0.14, 1.0), colors=ColorAugmentation(0, 0, gray=0, blur=0)),), **RAW)
 
 
 def test_a_large_jpeg_is_decoded_at_the_fraction_that_its_crops_allow_and_its_views_stay(monkeypatch):

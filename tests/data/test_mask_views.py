@@ -18,7 +18,7 @@ from tessella.data.masks.views import (
     training_batches,
     whole_images,
 )
-from tessella.data.sampler import EpochOrder
+from tessella.data.sampler import EpochSampler
 from tessella.errors import UserError
 
 PLAIN = CropSpec(size=16, resize=None, scale=(1.0, 1.0), flip=0.0, most=1.0, distort=False)
@@ -73,7 +73,7 @@ def test_image_and_mask_move_together_whatever_the_scale_and_flip(scale, flip):
 def test_a_small_image_fills_a_part_of_the_crop_and_the_rest_does_not_count():
     image, mask = picture(10, 12)
     images = ArrayMasks("x", image[None], mask[None], [str(i) for i in range(7)])
-    order = EpochOrder(len(images), 1, 0)
+    order = EpochSampler(len(images), 1, 0)
     [batch] = training_batches(
         images, PLAIN, order, 1, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3, device=torch.device("cpu"), workers=1
     )
@@ -139,7 +139,7 @@ def test_two_ranks_see_the_halves_of_what_one_sees():
     spec = CropSpec(size=16, resize=None)
 
     def batches(rank, world_size, workers):
-        order = EpochOrder(len(images), 4, 3)
+        order = EpochSampler(len(images), 4, 3)
         found = training_batches(
             images, spec, order, 3, seed=3, mean=(0, 0, 0), std=(1, 1, 1), device=torch.device("cpu"),
             workers=workers, rank=rank, world_size=world_size,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tessella.data.sampler import EpochOrder, SlotOrder, check_shares, share
+from tessella.data.sampler import EpochSampler, SlotSampler, check_shares, share
 from tessella.errors import UserError
 from tessella.ops.partition import partition
 
@@ -19,17 +19,17 @@ def epoch_of(order, epoch):
 
 
 def test_an_epoch_shows_each_image_at_most_once_and_drops_less_than_a_batch():
-    order = EpochOrder(IMAGES, 10, seed=1)
+    order = EpochSampler(IMAGES, 10, seed=1)
     rows = np.concatenate([order.batch(2, step) for step in range(order.steps_per_epoch)])
     assert order.steps_per_epoch == 10
     assert len(np.unique(rows)) == len(rows) == 100
 
 
 def test_epochs_differ_and_so_do_seeds_but_the_same_question_has_the_same_answer():
-    first = epoch_of(EpochOrder(IMAGES, 10, seed=1), 0)
-    assert not np.array_equal(epoch_of(EpochOrder(IMAGES, 10, seed=1), 1), first)
-    assert not np.array_equal(epoch_of(EpochOrder(IMAGES, 10, seed=2), 0), first)
-    np.testing.assert_array_equal(epoch_of(EpochOrder(IMAGES, 10, seed=1), 0), first)
+    first = epoch_of(EpochSampler(IMAGES, 10, seed=1), 0)
+    assert not np.array_equal(epoch_of(EpochSampler(IMAGES, 10, seed=1), 1), first)
+    assert not np.array_equal(epoch_of(EpochSampler(IMAGES, 10, seed=2), 0), first)
+    np.testing.assert_array_equal(epoch_of(EpochSampler(IMAGES, 10, seed=1), 0), first)
 
 
 def test_a_step_of_a_hundred_million_images_costs_what_its_batch_costs():
@@ -37,8 +37,8 @@ def test_a_step_of_a_hundred_million_images_costs_what_its_batch_costs():
     tracemalloc.start()
     begin = time.process_time()
     for order in (
-        EpochOrder(10**8, 4096, seed=1),
-        SlotOrder(10**8, 4096, 1, parts=4096, partition_seed=0),
+        EpochSampler(10**8, 4096, seed=1),
+        SlotSampler(10**8, 4096, 1, parts=4096, partition_seed=0),
     ):
         rows = np.concatenate([order.batch(3, step) for step in (0, 1, order.steps_per_epoch - 1)])
         assert len(np.unique(rows)) == len(rows) and rows.min() >= 0 and 9.9e7 < rows.max() < 10**8
@@ -48,12 +48,12 @@ def test_a_step_of_a_hundred_million_images_costs_what_its_batch_costs():
 
 
 def test_the_order_does_not_depend_on_the_batch_size():
-    small, large = EpochOrder(IMAGES, 10, seed=1), EpochOrder(IMAGES, 20, seed=1)
+    small, large = EpochSampler(IMAGES, 10, seed=1), EpochSampler(IMAGES, 20, seed=1)
     np.testing.assert_array_equal(np.concatenate([small.batch(0, 2), small.batch(0, 3)]), large.batch(0, 1))
 
 
 def test_images_left_out_of_one_epoch_are_seen_in_another():
-    order = EpochOrder(IMAGES, 10, seed=1)
+    order = EpochSampler(IMAGES, 10, seed=1)
     seen = {row for epoch in range(5) for step in range(10) for row in order.batch(epoch, step).tolist()}
     assert seen == set(range(103))
 
@@ -72,7 +72,7 @@ def test_ranks_together_see_each_micro_batch_of_one_rank(world_size, accumulate)
 @pytest.mark.parametrize("batch_size", [0, 104])
 def test_refuses_a_batch_that_the_data_set_cannot_fill(batch_size):
     with pytest.raises(UserError, match=rf"batch_size={batch_size} .* 103 images.*between 1 and 103"):
-        EpochOrder(IMAGES, batch_size, seed=0)
+        EpochSampler(IMAGES, batch_size, seed=0)
 
 
 def test_refuses_unequal_shares_and_names_the_nearest_sizes():
@@ -87,7 +87,7 @@ def test_refuses_unequal_shares_and_names_the_nearest_sizes():
 
 
 def slot_order(batch_size=8, parts=8, seed=1, **options):
-    return SlotOrder(IMAGES, batch_size, seed, parts=parts, partition_seed=0, **options)
+    return SlotSampler(IMAGES, batch_size, seed, parts=parts, partition_seed=0, **options)
 
 
 def test_slot_k_draws_from_part_k_in_every_step_of_every_epoch():

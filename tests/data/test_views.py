@@ -6,12 +6,12 @@ import torch
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from tessella.data.views import CropGroup, Photometry, ViewSpec, draw
+from tessella.data.views import ColorAugmentation, CropGroup, ViewSpec, draw
 from tessella.errors import UserError
 from tessella.ops.montage import tile_boxes
 
 N = 4000
-PHOTOMETRY = Photometry(
+PHOTOMETRY = ColorAugmentation(
     flip=0.5,
     jitter=0.8,
     brightness=0.4,
@@ -22,7 +22,7 @@ PHOTOMETRY = Photometry(
     blur=0.5,
     solarize=0.1,
 )
-SPEC = ViewSpec((CropGroup(2, 64, (0.14, 1.0), photometry=PHOTOMETRY), CropGroup(3, 32, (0.05, 0.14))))
+SPEC = ViewSpec((CropGroup(2, 64, (0.14, 1.0), colors=PHOTOMETRY), CropGroup(3, 32, (0.05, 0.14))))
 LEVEL = 1e-3  # of each statistical test: the draws are fixed, so a test that passes goes on passing
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tessella.data.views import CropGroup, Photometry, ViewSpec
+from tessella.data.views import ColorAugmentation, CropGroup, ViewSpec
 from tessella.methods.jigclu import JigcluConfig
 from tessella.methods.mejigclu import MejigcluConfig
 from tessella.methods.smog import SmogConfig, two_pipelines
@@ -20,8 +20,8 @@ from tessella.optim import OptimizerConfig
 from tessella.run.checkpoints import load, newest
 from tessella.run.config import RunConfig
 
-_PHOTOMETRY = Photometry(blur=0.3)
-_CROPS = ViewSpec((CropGroup(2, 16, (0.3, 1.0), photometry=_PHOTOMETRY), CropGroup(1, 8, (0.1, 0.3))))
+_COLORS = ColorAugmentation(blur=0.3)
+_CROPS = ViewSpec((CropGroup(2, 16, (0.3, 1.0), colors=_COLORS), CropGroup(1, 8, (0.1, 0.3))))
 
 
 def tiny_run(method: str = "swav", data: str = "digits::test", **changes: Any) -> RunConfig:
@@ -40,7 +40,7 @@ def tiny_run(method: str = "swav", data: str = "digits::test", **changes: Any) -
         optimizer = OptimizerConfig("larc", lr=0.6, weight_decay=1e-6, warmup_epochs=1, warmup_lr=0.1)
     else:
         kind = {"jigclu": JigcluConfig, "mejigclu": MejigcluConfig}[method]
-        settings = kind(tile_size=8, embedding_dim=16, photometry=_PHOTOMETRY)
+        settings = kind(tile_size=8, embedding_dim=16, colors=_COLORS)
         optimizer = OptimizerConfig("sgd", lr=0.03, per_epoch=True)
     config = RunConfig(
         settings, BackboneConfig("resnet10", 4, "small"), optimizer, data=data, epochs=2, batch_size=64,

@@ -33,7 +33,7 @@ def tiny(views: ViewSpec, **changes: object) -> RunConfig:
     )
     config = tiny_run("jigclu", epochs=3, **changes)
     optimizer = dataclasses.replace(
-        config.optimizer, name="lars", lr=0.5, idle_epochs=1, warmup_epochs=1, warmup_end="next", per_epoch=False
+        config.optimizer, name="lars", lr=0.5, zero_lr_epochs=1, warmup_epochs=1, warmup_end="next", per_epoch=False
     )
     return dataclasses.replace(config, method=method, optimizer=optimizer)
 
@@ -78,7 +78,7 @@ def test_every_recipe_survives_its_file_and_a_dual_learning_rate_is_a_number_or_
             from_dict(CokeConfig, {"dual_lr": wrong})
 
 
-def test_idle_epochs_and_warm_up_must_fit_into_the_run():
-    with pytest.raises(UserError, match=r"optimizer\.idle_epochs=1 with optimizer\.warmup_epochs=10 is longer"):
+def test_zero_lr_epochs_and_warm_up_must_fit_into_the_run():
+    with pytest.raises(UserError, match=r"optimizer\.zero_lr_epochs=1 with optimizer\.warmup_epochs=10 is longer"):
         dataclasses.replace(recipe("coke_imagenet_1000ep_1x224"), epochs=10)
     dataclasses.replace(recipe("coke_imagenet_1000ep_1x224"), epochs=11)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from tessella.data.batch import Batch
 from tessella.data.loader import Loader
-from tessella.data.sampler import EpochOrder
+from tessella.data.sampler import EpochSampler
 from tessella.data.sources import open_images
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.engine import memory
@@ -29,7 +29,7 @@ from tessella.engine.build import build_state
 from tessella.engine.interrupt import EXIT_INTERRUPTED, Interrupted, StopRequest
 from tessella.engine.pretrain import pretrain, resume
 from tessella.errors import UserError
-from tessella.methods.method import Progress, Step
+from tessella.methods.method import MethodOutput, Progress
 from tessella.methods.swav import Swav, SwavConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
@@ -94,7 +94,7 @@ def test_an_update_is_the_mean_gradient_of_its_micro_batches(tmp_path: Path):
     state = build_state(config, images, torch.device("cpu"))
     start = state.method.location_head.weight.detach().clone()
     loader = Loader(
-        images, state.method.view_spec(config.method), EpochOrder(len(images), 64, seed=0),
+        images, state.method.view_spec(config.method), EpochSampler(len(images), 64, seed=0),
         seed=0, device="cpu", workers=1, accumulate=2,
     )  # fmt: skip
     gradients = []
@@ -314,7 +314,7 @@ def test_the_log_of_an_accumulated_update_covers_all_of_its_micro_batches(tmp_pa
     losses: list[float] = []
     forward = Swav.forward
 
-    def noted(method: Swav, batch: Batch, progress: Progress) -> Step:
+    def noted(method: Swav, batch: Batch, progress: Progress) -> MethodOutput:
         output = forward(method, batch, progress)
         losses.append(output.loss.item())
         return output

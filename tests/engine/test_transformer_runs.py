@@ -31,7 +31,7 @@ def transformer_run(method: str, drop_path: float = 0.5, pool: str = "average", 
             {"views": two_pipelines(crops)} if method == "smog" else {"views": ViewSpec(crops), "prototypes": (20, 30)}
         )
         settings = dataclasses.replace(config.method, **special)
-    backbone = BackboneConfig("timm:test_vit", drop_path=drop_path, recompute=True, pool=pool)
+    backbone = BackboneConfig("timm:test_vit", drop_path=drop_path, activation_checkpointing=True, pool=pool)
     return dataclasses.replace(config, method=settings, backbone=backbone)
 
 

@@ -31,7 +31,7 @@ def tiny(views: ViewSpec, epochs: int, **changes: object) -> RunConfig:
     )  # fmt: skip
     config = tiny_run("jigclu", epochs=epochs, batch_size=120)
     optimizer = dataclasses.replace(
-        config.optimizer, name="lars", lr=0.5, idle_epochs=1, warmup_epochs=1, warmup_end="next", per_epoch=False
+        config.optimizer, name="lars", lr=0.5, zero_lr_epochs=1, warmup_epochs=1, warmup_end="next", per_epoch=False
     )
     return dataclasses.replace(config, method=method, optimizer=optimizer)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tessella import dist
 from tessella.data.batch import Batch
-from tessella.data.sampler import EpochOrder, SlotOrder, share
+from tessella.data.sampler import EpochSampler, SlotSampler, share
 from tessella.data.views import draw
 from tessella.errors import UserError
 from tessella.methods.jigclu import Jigclu, JigcluConfig
@@ -40,7 +40,7 @@ IDS = np.arange(100) * 7919 + 3  # of the images that `mejigclu()` is told of
 
 def slotted_batch(method: Method, step: int = 0) -> Batch:
     """Random tiles of the images that the method's own order shows at a step."""
-    order = method.order(method.config, len(IDS), BATCH, seed=0)
+    order = method.sampler(method.config, len(IDS), BATCH, seed=0)
     return random_batch(method, seed=step)._replace(instances=torch.from_numpy(order.batch(0, step)))
 
 
@@ -62,17 +62,17 @@ def test_the_overlap_is_drawn_from_the_papers_range(mode: str, per: str):
 
 
 def test_the_order_is_slot_by_slot_unless_slots_are_random():
-    order = Mejigclu.order(MejigcluConfig(), len(IDS), 8, seed=1)
-    assert isinstance(order, SlotOrder)
+    order = Mejigclu.sampler(MejigcluConfig(), len(IDS), 8, seed=1)
+    assert isinstance(order, SlotSampler)
     assert (partition(100, 8, 0)[order.batch(2, 5)] == np.arange(8)).all()
-    assert isinstance(Mejigclu.order(MejigcluConfig(slots="random"), len(IDS), 8, seed=1), EpochOrder)
-    many = Mejigclu.order(MejigcluConfig(categories=20, partition_seed=3, uneven="wrap"), len(IDS), 8, seed=1)
+    assert isinstance(Mejigclu.sampler(MejigcluConfig(slots="random"), len(IDS), 8, seed=1), EpochSampler)
+    many = Mejigclu.sampler(MejigcluConfig(categories=20, partition_seed=3, uneven="wrap"), len(IDS), 8, seed=1)
     assert many.parts == 20 and many.steps_per_epoch == 100 // 8
     assert len(set(partition(100, 20, 3)[many.batch(0, 0)])) == 8
 
 
 def test_random_slots_give_an_image_every_label_equally_often():
-    order = Mejigclu.order(MejigcluConfig(slots="random"), 40, 8, seed=1)
+    order = Mejigclu.sampler(MejigcluConfig(slots="random"), 40, 8, seed=1)
     epochs = (np.concatenate([order.batch(epoch, step) for step in range(5)]) for epoch in range(800))
     slots = [(epoch == 7).nonzero()[0][0] % 8 for epoch in epochs]
     assert stats.chisquare(np.bincount(slots, minlength=8)).pvalue > 1e-3
@@ -93,7 +93,7 @@ def test_the_category_of_an_image_is_its_slot_in_every_batch_and_each_is_asked_f
 
 def test_micro_batches_ask_for_categories_of_the_whole_batch():
     method = mejigclu(batch=BATCH // 2, accumulate=2)
-    first, second = share(method.order(method.config, len(IDS), BATCH, seed=0).batch(0, 0), 0, 1, 2)
+    first, second = share(method.sampler(method.config, len(IDS), BATCH, seed=0).batch(0, 0), 0, 1, 2)
     assert method.category_head[-1].out_features == BATCH
     assert method._categories(torch.from_numpy(first)).tolist() == [0, 1, 2, 3]
     assert method._categories(torch.from_numpy(second)).tolist() == [4, 5, 6, 7]
@@ -282,7 +282,7 @@ def mean_category_loss(slots: str) -> float:
     config = MejigcluConfig(tile_size=4, embedding_dim=8, cluster_weight=0.0, slots=slots)  # type: ignore[arg-type]
     method = Mejigclu(config, Patches(), Setting(256, n, 0))  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(method.parameters(), lr=3e-3)
-    order = Mejigclu.order(config, 256, n, seed=0)
+    order = Mejigclu.sampler(config, 256, n, seed=0)
     losses = []
     for step in range(epochs * order.steps_per_epoch):
         rows = torch.from_numpy(order.batch(*divmod(step, order.steps_per_epoch)))

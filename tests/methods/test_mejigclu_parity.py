@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessella.data.sampler import SlotOrder, share
+from tessella.data.sampler import SlotSampler, share
 from tessella.data.views import draw
 from tessella.methods.mejigclu import Mejigclu, MejigcluConfig
 from tessella.ops.montage import tile_order
@@ -31,7 +31,7 @@ IDS = np.arange(IMAGES) * 7919 + 3
 
 def slotted(step: int) -> Tensor:
     """Rows of the images in the order of the method."""
-    order = Mejigclu.order(MejigcluConfig(), len(IDS), BATCH, seed=0)
+    order = Mejigclu.sampler(MejigcluConfig(), len(IDS), BATCH, seed=0)
     return torch.from_numpy(order.batch(*divmod(step, STEPS_PER_EPOCH)))
 
 
@@ -88,7 +88,7 @@ def by_loops(images: int, slots: int, epoch: int, wrap: bool) -> list[list[int]]
     part = partition(images, slots, 0)
     split = [np.flatnonzero(part == k).tolist() for k in range(slots)]
     sizes = [len(subset) for subset in split]
-    shuffled = SlotOrder(images, slots, 1, parts=slots, partition_seed=0, uneven="wrap")
+    shuffled = SlotSampler(images, slots, 1, parts=slots, partition_seed=0, uneven="wrap")
     shuffles = []
     for k, subset in enumerate(split):
         drawn = [int(shuffled.batch(epoch, t)[k]) for t in range(len(subset))]
@@ -100,7 +100,7 @@ def by_loops(images: int, slots: int, epoch: int, wrap: bool) -> list[list[int]]
 @pytest.mark.parametrize(("images", "slots"), [(103, 8), (64, 8), (9, 8)])
 @pytest.mark.parametrize("uneven", ["drop", "wrap"])
 def test_the_order_is_the_specifications_slot_by_slot(images: int, slots: int, uneven: str):
-    order = SlotOrder(images, slots, 1, parts=slots, partition_seed=0, uneven=uneven)  # type: ignore[arg-type]
+    order = SlotSampler(images, slots, 1, parts=slots, partition_seed=0, uneven=uneven)  # type: ignore[arg-type]
     for epoch in (0, 3):
         ours = [order.batch(epoch, t).tolist() for t in range(order.steps_per_epoch)]
         assert ours == by_loops(images, slots, epoch, uneven == "wrap")
@@ -108,14 +108,14 @@ def test_the_order_is_the_specifications_slot_by_slot(images: int, slots: int, u
 
 def test_imagenet_has_5004_steps_dropping_and_5005_wrapping():
     steps = [
-        SlotOrder(1_281_167, 256, 0, parts=256, partition_seed=0, uneven=uneven).steps_per_epoch  # type: ignore[arg-type]
+        SlotSampler(1_281_167, 256, 0, parts=256, partition_seed=0, uneven=uneven).steps_per_epoch  # type: ignore[arg-type]
         for uneven in ("drop", "wrap")
     ]
     assert steps == [5004, 5005]
 
 
 def test_the_image_that_a_larger_subset_leaves_out_is_another_one_each_epoch():
-    order = SlotOrder(103, 8, 1, parts=8, partition_seed=0)
+    order = SlotSampler(103, 8, 1, parts=8, partition_seed=0)
     left_out = [
         set(range(103)) - {row for step in range(12) for row in order.batch(epoch, step).tolist()} for epoch in range(4)
     ]
@@ -126,7 +126,7 @@ def test_the_image_that_a_larger_subset_leaves_out_is_another_one_each_epoch():
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_micro_batches_of_any_number_of_ranks_are_runs_of_the_global_slots(accumulate: int):
-    order = Mejigclu.order(MejigcluConfig(), len(IDS), 16, seed=0)
+    order = Mejigclu.sampler(MejigcluConfig(), len(IDS), 16, seed=0)
     rows = order.batch(1, 2)
     for world_size in (1, 2, 4):
         shares = [share(rows, rank, world_size, accumulate) for rank in range(world_size)]
@@ -143,7 +143,7 @@ def test_categories_beside_the_batch_size_keep_their_images_when_the_batch_chang
     category: dict[int, int] = {}
     for batch_size in (4, 10, 20):
         method = mejigclu(batch=batch_size, categories=20)
-        order = Mejigclu.order(config, len(IDS), batch_size, seed=batch_size)
+        order = Mejigclu.sampler(config, len(IDS), batch_size, seed=batch_size)
         for step in range(order.steps_per_epoch):
             rows = order.batch(0, step)
             labels = method._categories(torch.from_numpy(rows)).tolist()

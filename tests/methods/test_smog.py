@@ -14,7 +14,7 @@ from tessella import dist
 from tessella.data.batch import Batch
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.errors import UserError
-from tessella.methods.method import Progress, Setting, Step
+from tessella.methods.method import MethodOutput, Progress, Setting
 from tessella.methods.smog import Smog, SmogConfig, linear_momentum, two_pipelines
 from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.modules.multicrop import joint_features
@@ -32,7 +32,7 @@ def batch_of(method: Smog, step: int) -> Batch:
     return random_batch(method, seed=step)._replace(instances=(torch.arange(BATCH) + BATCH * step) % (4 * BATCH))
 
 
-def train(method: Smog, steps: range, lr: float = 0.1) -> list[Step]:
+def train(method: Smog, steps: range, lr: float = 0.1) -> list[MethodOutput]:
     """The engine's order of calls."""
     optimizer = torch.optim.SGD(method.parameters(), lr=lr)
     results = []
@@ -150,7 +150,7 @@ def test_two_crop_groups_of_one_size_are_one_pass(backbone: str):
 class Planted(Smog):
     """SMoG whose embeddings are given."""
 
-    def plant(self, z: Tensor, zk: Tensor, p: Tensor) -> Step:
+    def plant(self, z: Tensor, zk: Tensor, p: Tensor) -> MethodOutput:
         self._embed = lambda *_: (z, p)  # type: ignore[method-assign]
         self._embed_by_momentum_encoder = lambda *_: zk  # type: ignore[method-assign]
         return self(random_batch(self, len(z[0])), START)
@@ -230,8 +230,8 @@ def test_a_crop_that_gives_no_label_is_not_seen_by_the_momentum_encoder_but_smal
 
 def test_pipelines_differ_in_blur_and_solarisation_alone():
     a, _, b, _ = SmogConfig().views.groups
-    assert (a.photometry.blur, a.photometry.solarize, b.photometry.blur, b.photometry.solarize) == (1.0, 0.0, 0.1, 0.2)
-    assert (a.photometry.saturation, a.photometry.jitter, a.size, a.scale) == (0.2, 0.8, 224, (0.2, 1.0))
+    assert (a.colors.blur, a.colors.solarize, b.colors.blur, b.colors.solarize) == (1.0, 0.0, 0.1, 0.2)
+    assert (a.colors.saturation, a.colors.jitter, a.size, a.scale) == (0.2, 0.8, 224, (0.2, 1.0))
     assert b.views == 2 and SmogConfig().views.views == 12
 
 

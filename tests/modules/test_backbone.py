@@ -113,7 +113,7 @@ def test_a_timm_resnet_equals_ours_with_every_stem(stem: str):
 
 def gradients(recompute: bool) -> list[Tensor]:
     torch.manual_seed(0)
-    net = build_backbone(BackboneConfig(VIT, drop_path=0.5, recompute=recompute)).train()
+    net = build_backbone(BackboneConfig(VIT, drop_path=0.5, activation_checkpointing=recompute)).train()
     torch.manual_seed(1)
     net(torch.randn(8, 3, 32, 32)).square().sum().backward()
     return [p.grad for p in net.parameters() if p.grad is not None]

@@ -34,7 +34,7 @@ def test_follows_by_the_moving_average_of_each_parameter():
     encoder = MomentumEncoder(modules)
     before = {name: p.clone() for name, p in encoder.named_parameters()}
     spoil(modules)
-    encoder.follow(modules, 0.9)
+    encoder.ema_update(modules, 0.9)
     for name, p in encoder.named_parameters():
         part, _, key = name.partition(".")
         torch.testing.assert_close(p, 0.9 * before[name] + 0.1 * modules[part].get_parameter(key))

@@ -54,7 +54,7 @@ def test_recomputation_changes_neither_gradients_nor_running_statistics():
     results = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        net = build_backbone(BackboneConfig("resnet10", 8, "small", recompute=recompute)).train()
+        net = build_backbone(BackboneConfig("resnet10", 8, "small", activation_checkpointing=recompute)).train()
         net(x).square().mean().backward()
         results.append(([p.grad for p in net.parameters()], list(net.buffers())))
     for plain, again in zip(results[0], results[1], strict=True):

@@ -106,7 +106,7 @@ def test_a_backward_pass_is_two_forwards_and_recomputation_one_more():
     large, small = (forward_flops(swav.backbone, size) for size in (224, 96))
     assert training_flops(swav) == 3 * (2 * large + 6 * small)
     assert training_flops(smog) == (3 + 1) * (2 * large + 4 * small)
-    recomputed = dataclasses.replace(swav, backbone=BackboneConfig("resnet50", recompute=True))
+    recomputed = dataclasses.replace(swav, backbone=BackboneConfig("resnet50", activation_checkpointing=True))
     assert training_flops(recomputed) == 4 * (2 * large + 6 * small)
 
 

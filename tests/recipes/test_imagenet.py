@@ -143,7 +143,7 @@ def test_network_length_batch_and_schedule_are_the_published_ones(expected: dict
         "rule": rates.name,
         "lr": f"{rates.warmup_lr:g}>{rates.lr:g}>{rates.final_lr:g}",
         "warm-up": f"{rates.warmup_epochs}",
-        "idle": f"{rates.idle_epochs}",
+        "idle": f"{rates.zero_lr_epochs}",
         "decay": f"{rates.weight_decay:g}",
     }
     assert rates.momentum == 0.9 and run.image_size == 224 and run.backbone.stem == "imagenet"
@@ -242,21 +242,21 @@ def test_views(name: str):
             "crops": f"{group.views}x{group.size}",
             "area": "-".join(f"{x:g}" for x in group.scale),
             "colours": "/".join(f"{x:g}" for x in _colours(group)),
-            "blur": f"{group.photometry.blur:g}",
-            "solarize": f"{group.photometry.solarize:g}",
+            "blur": f"{group.colors.blur:g}",
+            "solarize": f"{group.colors.solarize:g}",
             "std-red": f"{spec.std[0]:g}",
         }
         for group in spec.groups
     ]
     assert spec.mean == (0.485, 0.456, 0.406) and spec.std[1:] == (0.224, 0.225)
     for group in spec.groups:
-        photo = group.photometry
+        photo = group.colors
         assert (photo.flip, photo.jitter, photo.gray, photo.blur_sigma) == (0.5, 0.8, 0.2, (0.1, 2.0))
         assert group.ratio == (3 / 4, 4 / 3)
 
 
 def _colours(group: CropGroup) -> tuple[float, ...]:
-    photo = group.photometry
+    photo = group.colors
     return photo.brightness, photo.contrast, photo.saturation, photo.hue
 
 

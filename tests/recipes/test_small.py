@@ -49,7 +49,7 @@ def test_network_schedule_and_crops(expected: dict[str, str]):
         "rule": rates.name,
         "lr": f"{rates.warmup_lr:g}>{rates.lr:g}>{rates.final_lr:g}",
         "warm-up": f"{rates.warmup_epochs}",
-        "idle": f"{rates.idle_epochs}",
+        "idle": f"{rates.zero_lr_epochs}",
         "decay": f"{rates.weight_decay:g}",
         "views": f"{sum(group.views for group in groups)}x{','.join(map(str, sizes))}",
         "area": ",".join(areas),
@@ -79,14 +79,14 @@ def test_pixels_are_normalised_by_the_statistics_of_their_own_data_set(images, m
 @pytest.mark.parametrize("method", ["swav", "jigclu", "mejigclu", "smog", "coke"])
 def test_32_pixels_are_not_blurred_and_64_only_a_little(method: str):
     for images in ("cifar10", "cifar100"):
-        assert all(group.photometry.blur == 0 for group in views_of(recipe(f"{method}_{images}").method).groups)
+        assert all(group.colors.blur == 0 for group in views_of(recipe(f"{method}_{images}").method).groups)
     for group in views_of(recipe(f"{method}_64px").method).groups:
-        assert group.photometry.blur > 0 and group.photometry.blur_sigma[1] <= 1
+        assert group.colors.blur > 0 and group.colors.blur_sigma[1] <= 1
 
 
 def test_swav_has_lightly_s_settings_on_cifar10_and_ten_prototypes_per_class_on_cifar100():
     method = recipe("swav_cifar10").method
-    photo = method.views.groups[0].photometry
+    photo = method.views.groups[0].colors
     assert (method.prototypes, method.hidden_dim, method.embedding_dim, method.queue_length) == (512, 512, 128, 0)
     assert (photo.brightness, photo.contrast, photo.saturation, photo.hue, photo.jitter) == (0.4, 0.4, 0.4, 0.1, 0.8)
     assert method.freeze_prototypes_steps == 50_000 // 512  # one epoch
@@ -95,7 +95,7 @@ def test_swav_has_lightly_s_settings_on_cifar10_and_ten_prototypes_per_class_on_
 
 def test_smog_differs_between_its_pipelines_by_solarisation_alone_on_cifar():
     method = recipe("smog_cifar10").method
-    a, b = (group.photometry for group in method.views.groups)
+    a, b = (group.colors for group in method.views.groups)
     assert (a.solarize, b.solarize, a.blur, b.blur) == (0, 0.2, 0, 0)
     assert (method.groups, method.group_sets, method.embedding_dim) == (300, 3, 128)
     assert method.group_momentum == (1.0, 0.99) and method.regroup_every is None and method.momentum == 0.99
@@ -108,7 +108,7 @@ def test_coke_has_a_dual_rate_for_its_few_clusters_and_its_clustering_run_the_su
     assert all(250 <= 100_000 / k <= 450 for k in recipe("coke_64px").method.centres)
 
     clustering = recipe("coke_cifar10_clustering").method
-    first, second = (group.photometry for group in clustering.views.groups)
+    first, second = (group.colors for group in clustering.views.groups)
     assert clustering.centres == (10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
     assert clustering.centres[clustering.assign_clustering] == 10  # the classes
     assert (clustering.ratio, clustering.dual_lr, clustering.temperature, clustering.label_weight) == (

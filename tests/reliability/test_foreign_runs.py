@@ -51,7 +51,7 @@ def one_line(words: str, capsys: pytest.CaptureFixture[str]) -> str:
 # --- what it names is not fetched ---------------------------------------------------------------------------
 
 NAMED = [("data", "hf:someone/photos"), ("data", "cifar10"), ("data", "mnist::train")]
-NAMED += [("start_from", "timm:resnet18"), ("start_from", "torchvision:resnet50")]
+NAMED += [("init_from", "timm:resnet18"), ("init_from", "torchvision:resnet50")]
 
 
 @pytest.mark.usefixtures("no_network")
@@ -67,7 +67,7 @@ def test_resume_does_not_fetch_what_only_the_run_names(
 @pytest.mark.usefixtures("no_network")
 def test_report_and_evaluate_do_not_fetch_what_only_the_run_names(run: Path, capsys: pytest.CaptureFixture[str]):
     for name in ("hf:someone/photos", "cifar10"):
-        (run / "config.yaml").write_text(to_yaml(tiny_run(data=name, start_from="timm:resnet50", max_steps=STEPS)))
+        (run / "config.yaml").write_text(to_yaml(tiny_run(data=name, init_from="timm:resnet50", max_steps=STEPS)))
         assert main(["report", str(run)]) == 0
         assert f"the page shows less: {name}" in capsys.readouterr().err
     judged = f"evaluate {run} --train digits::train --test digits::test --protocols knn --device cpu"

@@ -88,7 +88,7 @@ def test_a_change_is_noticed_and_the_image_named(
     change(copy / "data")
     assert main(["resume", str(copy / "run"), "--data", str(copy / "data"), "--max-steps", "None"]) == 2
     said = capsys.readouterr().err
-    assert told in said and "--start-from" in said
+    assert told in said and "--init-from" in said
 
 
 def test_at_most_ten_images_are_named(copy: Path, capsys: pytest.CaptureFixture[str]):

@@ -69,7 +69,7 @@ FORCED: dict[str, Callable[[], RunConfig]] = {
     "jigclu, rate x 10,000": lambda: with_rate("jigclu", 1e4),
     "mejigclu, rate x 100": lambda: with_rate("mejigclu", 100),
     "smog, rate x 100": lambda: with_rate("smog", 100),
-    "coke, rate x 100": lambda: with_rate("coke", 100, idle_epochs=0),
+    "coke, rate x 100": lambda: with_rate("coke", 100, zero_lr_epochs=0),
 }
 
 

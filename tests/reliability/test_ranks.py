@@ -21,7 +21,7 @@ import torch
 
 from tessella.data.sources import ArrayImages, open_images
 from tessella.engine import agree
-from tessella.engine.build import build_order, build_state
+from tessella.engine.build import build_sampler, build_state
 from tessella.engine.pretrain import pretrain
 from tessella.engine.watch import Watch
 from tessella.errors import EXIT_RANK_LOST, UserError
@@ -174,7 +174,7 @@ def disagreements() -> list[str]:
     def ask(config: RunConfig = config, images: Any = digits, step: int = 0) -> None:
         method = build_state(tiny_run(), digits, torch.device("cpu")).method
         try:
-            agree.require_agreement(config, images, build_order(config, images, method), step)
+            agree.require_agreement(config, images, build_sampler(config, images, method), step)
             told.append("")
         except UserError as error:
             told.append(str(error))

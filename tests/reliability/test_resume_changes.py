@@ -67,10 +67,11 @@ EDITS = {
     "max_unreadable": 0.5, "nodes": 2,
     "epochs": 3, "precision": "bf16", "compile": True, "freeze_backbone_steps": 2, "optimizer.lr": 0.7,
     "optimizer.momentum": 0.8, "optimizer.weight_decay": 0.5, "optimizer.warmup_epochs": 1, "optimizer.final_lr": 0.1,
-    "optimizer.per_epoch": True, "optimizer.trust": 0.1, "backbone.recompute": True, "backbone.drop_path": 0.1,
+    "optimizer.per_epoch": True, "optimizer.trust": 0.1, "backbone.drop_path": 0.1,
+    "backbone.activation_checkpointing": True,
     "seed": 5, "batch_size": 32, "accumulate": 2, "image_size": 8, "backbone.width": 8, "backbone.name": "resnet18",
     "backbone.stem": "imagenet", "optimizer.name": "sgd", "method.temperature": 0.3, "method.prototypes": 31,
-    "start_from": "x", "recipe": "other",
+    "init_from": "x", "recipe": "other",
 }  # fmt: skip
 
 
@@ -177,7 +178,7 @@ def test_a_change_that_was_allowed_and_then_killed_is_asked_for_again_or_kept(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tessella.engine.pretrain._train", killed)
+        patch.setattr("tessella.engine.session.Session.steps", killed)
         assert main(words) == 75
     assert main(["resume", str(run), "--max-steps", "None"]) == 2
     assert "epochs would change from 2 to 3" in capsys.readouterr().err
@@ -186,6 +187,6 @@ def test_a_change_that_was_allowed_and_then_killed_is_asked_for_again_or_kept(
 
 def test_a_name_that_cannot_be_allowed_is_told(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]):
     assert main(["resume", str(runs["coke"]), "--allow", "seed"]) == 2
-    assert "--allow seed: what can be allowed is backbone.recompute" in capsys.readouterr().err
+    assert "--allow seed: what can be allowed is backbone.activation_checkpointing" in capsys.readouterr().err
     assert main(["resume", str(runs["coke"]), "--seed", "4"]) == 2
     assert "seed would change from 0 to 4" in capsys.readouterr().err

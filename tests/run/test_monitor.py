@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessella.methods.method import Progress, Step
+from tessella.methods.method import MethodOutput, Progress
 from tessella.run.monitor import LASTING_STEPS, WARMUP_STEPS, Alarm, Monitor
 from tests.ranks import on_ranks
 
@@ -28,17 +28,17 @@ def unit_rows(n: int = 256, dim: int = D, cone: float = 0.0) -> Tensor:
     return torch.nn.functional.normalize(rows)
 
 
-def a_step(loss: float = 1.0, embeddings: Tensor | None = None, assignments: Any = None) -> Step:
+def a_step(loss: float = 1.0, embeddings: Tensor | None = None, assignments: Any = None) -> MethodOutput:
     embeddings = unit_rows() if embeddings is None else embeddings
     assignments = None if assignments is None else torch.as_tensor(assignments)
-    return Step(torch.tensor(loss), {}, embeddings, assignments)
+    return MethodOutput(torch.tensor(loss), {}, embeddings, assignments)
 
 
 def a_monitor(collapse_loss: float | None = math.log(K), clusters: int | None = K, dim: int = D) -> Monitor:
     return Monitor(collapse_loss, clusters, dim)
 
 
-def report_of(*steps: Step, monitor: Monitor | None = None) -> dict[str, float]:
+def report_of(*steps: MethodOutput, monitor: Monitor | None = None) -> dict[str, float]:
     monitor = monitor or a_monitor()
     for step in steps:
         monitor.observe(step)
@@ -135,7 +135,7 @@ def test_blank_images_are_counted_whatever_their_colour():
 def test_observing_never_waits_for_the_device():
     # A tensor on the meta device has no values: whatever would read one fails.
     monitor = a_monitor().to("meta")
-    step = Step(
+    step = MethodOutput(
         *(torch.zeros(shape, device="meta") for shape in ((), (), (8, D))),
         torch.zeros(8, dtype=torch.long, device="meta"),
     )
@@ -147,14 +147,14 @@ def test_observing_never_waits_for_the_device():
 def test_observing_keeps_no_graph_alive():
     weight = torch.ones(D, requires_grad=True)
     monitor = a_monitor()
-    monitor.observe(Step(weight.sum(), {}, unit_rows(8) * weight, None))
+    monitor.observe(MethodOutput(weight.sum(), {}, unit_rows(8) * weight, None))
     assert not any(t.requires_grad for t in (monitor._loss, monitor._embeddings, *monitor.buffers()))
 
 
 # --- ranks and resume ---------------------------------------------------------------------------------------
 
 
-def a_run() -> list[Step]:
+def a_run() -> list[MethodOutput]:
     generator = torch.Generator().manual_seed(3)
     assignments = torch.randint(K, (6, 40), generator=generator)
     losses = [2.0, math.nan, 2.1, 2.2, 2.3, 2.4]
@@ -172,7 +172,7 @@ def figures_of_a_rank(rank_count: int) -> list[dict[str, float]]:
     for i, step in enumerate(a_run()):
         mine = slice(rank * 40 // rank_count, (rank + 1) * 40 // rank_count)
         assert step.assignments is not None
-        monitor.observe(Step(step.loss, {}, step.embeddings[mine], step.assignments[mine]))
+        monitor.observe(MethodOutput(step.loss, {}, step.embeddings[mine], step.assignments[mine]))
         if i % 2:
             reports.append(monitor.report(clock(i + 1)))
     monitor.merge()
@@ -191,7 +191,7 @@ def test_two_ranks_report_and_save_what_one_process_does():
 
 @pytest.mark.parametrize("stop", range(1, 6))
 def test_a_resumed_monitor_reports_what_a_straight_one_does(stop: int):
-    def reports(steps: list[Step], monitor: Monitor, first: int) -> list[dict[str, float]]:
+    def reports(steps: list[MethodOutput], monitor: Monitor, first: int) -> list[dict[str, float]]:
         out = []
         for i, step in enumerate(steps, start=first):
             monitor.observe(step)

@@ -25,7 +25,7 @@ def test_from_an_official_file_to_its_figures_and_onwards(tmp_path: Path, capsys
     assert said.startswith("SwAV, training checkpoint: resnet10, width 4, imagenet stem\n")
     assert ["projection_head.*", "projector.*", "9", "tensors,"] in [line.split()[:4] for line in said.splitlines()]
     assert "left out: belongs to the run that made the file" in said
-    assert f"--start-from {folder}" in said
+    assert f"--init-from {folder}" in said
     facts = json.loads((tmp_path / "my weights" / "import.json").read_text())
     assert facts["file"] == "official.pth.tar" and len(facts["sha256"]) == 64 and facts["origin"] == "swav"
 
@@ -41,7 +41,7 @@ def test_from_an_official_file_to_its_figures_and_onwards(tmp_path: Path, capsys
     )
     words += " --method.prototypes 30 --max-steps 2 --freeze-backbone-steps 1"
     capsys.readouterr()
-    assert run(f"pretrain swav_cpu --data digits::test --out {tmp_path}/run --start-from {folder} {words}") == 0
+    assert run(f"pretrain swav_cpu --data digits::test --out {tmp_path}/run --init-from {folder} {words}") == 0
     said = capsys.readouterr().out
     assert "backbone" in said and f"Start from {tmp_path}/my weights: backbone" in said
     assert json.loads((tmp_path / "run" / "start.json").read_text())["taken"][0] == "backbone"

@@ -25,7 +25,7 @@ from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.run.config import RunConfig, to_yaml
 from tessella.weights.imported import import_weights
 from tessella.weights.resolve import resolve_backbone, weights_sha256
-from tessella.weights.start import start_from
+from tessella.weights.start import init_from
 from tests.engine.runs import assert_same, final_state, tiny_run
 from tests.weights import official_nets as nets
 
@@ -59,7 +59,7 @@ def test_all_that_fits_is_taken_and_queues_start_anew(tmp_path: Path, capsys: py
     assert theirs["queues.0.pushed"] > 0
     method = build(tiny_run(seed=5))
     capsys.readouterr()
-    start = start_from(str(run), method)
+    start = init_from(str(run), method)
     assert start.taken == ["backbone", "projector", "prototypes"] and start.anew == {}
     for name, tensor in method.state_dict().items():
         expected = torch.zeros_like(tensor) if name.startswith("queues") else theirs[name]
@@ -75,25 +75,25 @@ def test_a_head_is_taken_whole_or_not_at_all(tmp_path: Path):
     file = official_swav(tmp_path, prototypes=(9,))
     method = build(config)
     before = state_of(method)
-    start = start_from(str(file), method)
+    start = init_from(str(file), method)
     assert start.taken == ["backbone", "projector"]
     assert start.anew == {"prototypes": "prototypes.weight is (9, 16) there and (20, 16) here"}
     assert torch.equal(method.state_dict()["prototypes.weight"], before["prototypes.weight"])
     assert not torch.equal(method.state_dict()["projector.0.weight"], before["projector.0.weight"])
 
-    start = start_from(str(official_swav(tmp_path, bn=False)), method)  # the same middle layer, but no norm
+    start = init_from(str(official_swav(tmp_path, bn=False)), method)  # the same middle layer, but no norm
     assert "projector" not in start.taken and "only" in start.anew["projector"]
 
 
 def test_mejigclu_takes_jigclu_s_clustering_head_but_no_categories(tmp_path: Path):
     torch.save(nets.training(nets.jigclu(nets.resnet(4))), tmp_path / "jigclu.pth")
-    start = start_from(str(tmp_path / "jigclu.pth"), build(tiny_run("mejigclu", backbone=PHOTO_STEM)))
+    start = init_from(str(tmp_path / "jigclu.pth"), build(tiny_run("mejigclu", backbone=PHOTO_STEM)))
     assert start.taken == ["backbone", "cluster_head"] and start.anew == {}
 
     run = pretrain(tiny_run("mejigclu", max_steps=1), tmp_path / "run")
     method = build(tiny_run("mejigclu", seed=3))
     before = state_of(method)
-    start_from(str(run), method)
+    init_from(str(run), method)
     assert torch.equal(method.state_dict()["category_head.0.weight"], before["category_head.0.weight"])
 
 
@@ -101,7 +101,7 @@ def test_coke_keeps_centres_and_forgets_labels_and_duals(tmp_path: Path):
     torch.save(nets.training(nets.coke(nets.resnet(4), True, counts=(6, 8))), tmp_path / "coke.pth")
     setting, config = Setting(30, 8, 0), CokeConfig(centres=(6, 7), embedding_dim=16)
     method: Any = build_method(config, build_backbone(PHOTO_STEM), setting)
-    start = start_from(str(tmp_path / "coke.pth"), method)
+    start = init_from(str(tmp_path / "coke.pth"), method)
     assert start.taken == ["backbone", "projector", "predictor", "clusterings.0"]
     assert list(start.anew) == ["clusterings.1"]
     centres = torch.load(tmp_path / "coke.pth", weights_only=True)["state_dict"]["module.pre_center_0"]
@@ -111,7 +111,7 @@ def test_coke_keeps_centres_and_forgets_labels_and_duals(tmp_path: Path):
 
 def test_a_network_alone_starts_the_backbone_and_nothing_else(tmp_path: Path):
     torch.save(nets.resnet(4), tmp_path / "resnet.pth")
-    start = start_from(str(tmp_path / "resnet.pth"), build(tiny_run(backbone=PHOTO_STEM)))
+    start = init_from(str(tmp_path / "resnet.pth"), build(tiny_run(backbone=PHOTO_STEM)))
     assert start.taken == ["backbone"]
     assert start.anew == {"projector": "not there", "prototypes": "not there"}
 
@@ -120,12 +120,12 @@ def test_another_network_is_refused_with_the_settings_that_would_fit(tmp_path: P
     file, out = official_swav(tmp_path), tmp_path / "run"
     with pytest.raises(UserError, match=r"conv1\.weight is \(4, 3, 7, 7\) there .* --backbone\.name resnet10 "
                        r"--backbone\.width 4 --backbone\.stem imagenet"):  # fmt: skip
-        pretrain(tiny_run(start_from=str(file)), out)
+        pretrain(tiny_run(init_from=str(file)), out)
     assert not out.exists()  # nothing to clear away before the next try
     with pytest.raises(UserError, match="starts from random weights anyway"):
-        pretrain(tiny_run(start_from="random:resnet10"), tmp_path / "random")
+        pretrain(tiny_run(init_from="random:resnet10"), tmp_path / "random")
     with pytest.raises(UserError, match="names no backbone"):
-        pretrain(tiny_run(start_from=str(tmp_path / "nothing")), tmp_path / "nowhere")
+        pretrain(tiny_run(init_from=str(tmp_path / "nothing")), tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -154,7 +154,7 @@ def start_names(method: Method) -> set[str]:
 
 def test_a_frozen_backbone_keeps_its_weights_while_the_heads_learn(tmp_path: Path):
     file = official_swav(tmp_path)
-    config = tiny_run(backbone=PHOTO_STEM, start_from=str(file), freeze_backbone_steps=3, max_steps=3)
+    config = tiny_run(backbone=PHOTO_STEM, init_from=str(file), freeze_backbone_steps=3, max_steps=3)
     start = resolve_backbone(str(file)).backbone.state_dict()
     run = pretrain(config, tmp_path / "run")
     frozen, head = final_state(run), "method.projector.0.weight"
@@ -170,15 +170,15 @@ def test_a_frozen_backbone_keeps_its_weights_while_the_heads_learn(tmp_path: Pat
 
 def test_a_resumed_run_takes_nothing_from_its_start_again(tmp_path: Path):
     source = pretrain(tiny_run(seed=9, max_steps=2), tmp_path / "source")
-    straight = pretrain(tiny_run(start_from=str(source), freeze_backbone_steps=4), tmp_path / "straight")
-    sliced = pretrain(tiny_run(start_from=str(source), freeze_backbone_steps=4, max_steps=3), tmp_path / "sliced")
+    straight = pretrain(tiny_run(init_from=str(source), freeze_backbone_steps=4), tmp_path / "straight")
+    sliced = pretrain(tiny_run(init_from=str(source), freeze_backbone_steps=4, max_steps=3), tmp_path / "sliced")
     source.rename(tmp_path / "elsewhere")
     resume(sliced, {"max_steps": 6})
     assert_same(final_state(straight), final_state(resume(sliced, {"max_steps": None})))
 
 
 def test_a_run_that_saved_nothing_yet_starts_from_its_weights_again(tmp_path: Path):
-    config = tiny_run(backbone=PHOTO_STEM, start_from=str(official_swav(tmp_path)), max_steps=1)
+    config = tiny_run(backbone=PHOTO_STEM, init_from=str(official_swav(tmp_path)), max_steps=1)
     straight = pretrain(config, tmp_path / "straight")
     (tmp_path / "lost").mkdir()
     (tmp_path / "lost" / "config.yaml").write_text(to_yaml(config))
@@ -187,9 +187,7 @@ def test_a_run_that_saved_nothing_yet_starts_from_its_weights_again(tmp_path: Pa
 
 @pytest.mark.slow  # the start of three processes
 def test_two_ranks_start_and_freeze_as_one(tmp_path: Path):
-    config = tiny_run(
-        backbone=PHOTO_STEM, start_from=str(official_swav(tmp_path)), freeze_backbone_steps=1, max_steps=2
-    )
+    config = tiny_run(backbone=PHOTO_STEM, init_from=str(official_swav(tmp_path)), freeze_backbone_steps=1, max_steps=2)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     script = "import sys; from pathlib import Path; from tessella.run.config import load_config as load\n"
     script += "from tessella.engine.pretrain import pretrain; pretrain(load(Path(sys.argv[1])), Path(sys.argv[2]))"
@@ -207,5 +205,5 @@ def test_two_ranks_start_and_freeze_as_one(tmp_path: Path):
 
 def test_an_imported_folder_is_no_run_and_says_what_to_do(tmp_path: Path):
     import_weights(official_swav(tmp_path), tmp_path / "imported")
-    with pytest.raises(UserError, match=r"nothing to go on with.* --start-from .*imported"):
+    with pytest.raises(UserError, match=r"nothing to go on with.* --init-from .*imported"):
         resume(tmp_path / "imported")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tessella.data.batch import Batch
 from tessella.data.views import CropGroup, ViewSpec
 from tessella.methods import Method, MethodConfig, Setting
-from tessella.methods.method import Progress, Step
+from tessella.methods.method import MethodOutput, Progress
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class SimSiam(Method):
         """Equal embeddings predict each other perfectly: a cosine of 1."""
         return -1.0
 
-    def forward(self, batch: Batch, progress: Progress) -> Step:
+    def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
         """Loss of this rank's images."""
         first, second = (self.projector(self.backbone(crop)) for crop in batch.views[0])
         loss = (self._distance(first, second) + self._distance(second, first)) / 2
-        return Step(loss, metrics={}, embeddings=F.normalize(first.detach().float(), dim=1))
+        return MethodOutput(loss, metrics={}, embeddings=F.normalize(first.detach().float(), dim=1))
 
     def _distance(self, source: Tensor, target: Tensor) -> Tensor:
         return -F.cosine_similarity(self.predictor(source).float(), target.detach().float(), dim=1).mean()

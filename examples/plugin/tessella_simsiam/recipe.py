@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tessella.data.views import CropGroup, Photometry, ViewSpec
+from tessella.data.views import ColorAugmentation, CropGroup, ViewSpec
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
 from tessella.run.config import RunConfig
@@ -14,8 +14,8 @@ def simsiam_cpu() -> RunConfig:
 
     Nothing published compares.
     """
-    colours = Photometry(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-    crops = ViewSpec((CropGroup(2, 32, (0.25, 1.0), photometry=colours),))
+    colours = ColorAugmentation(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    crops = ViewSpec((CropGroup(2, 32, (0.25, 1.0), colors=colours),))
     return RunConfig(
         SimSiamConfig(embedding_dim=256, predictor_dim=64, views=crops),
         BackboneConfig("resnet10", width=16, stem="small"),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tessella.data.decode import Unreadable
 from tessella.data.masks.layouts import IGNORE, MaskedImages
-from tessella.data.sampler import Order, check_shares, share
+from tessella.data.sampler import Sampler, check_shares, share
 from tessella.data.threads import portions, run_ahead
 from tessella.data.transform import resize_pixels
 from tessella.errors import UserError
@@ -159,7 +159,7 @@ def distort(pixels: Tensor, numbers: NDArray[np.float64]) -> Tensor:
 def training_batches(
     images: MaskedImages,
     spec: CropSpec,
-    order: Order,
+    order: Sampler,
     steps: int,
     *,
     seed: int,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tessella import dist
 from tessella.data.masks.layouts import IGNORE
 from tessella.data.masks.views import CropSpec, MaskBatch, training_batches
-from tessella.data.sampler import EpochOrder
+from tessella.data.sampler import EpochSampler
 from tessella.errors import UserError
 from tessella.modules.drop_path import seed_noise
 from tessella.modules.norm import synchronise_batch_norm
@@ -320,7 +320,7 @@ def _batches(data: SegmentationData, config: SegmentationConfig, first: int) -> 
     return training_batches(
         data.train,
         config.crops,
-        EpochOrder(len(data.train), config.batch_size, config.seed),
+        EpochSampler(len(data.train), config.batch_size, config.seed),
         config.iterations,
         seed=config.seed,
         mean=data.mean,
