@@ -41,7 +41,7 @@ def tensors_of(value: int) -> Tensors:
 
 
 def state_of(value: int) -> dict[str, Any]:
-    return {"step": value, "note": "é\n", "fingerprints": {"data": f"f{value}"}}
+    return {"value": value, "note": "é\n", "fingerprints": {"data": f"f{value}"}}
 
 
 def assert_holds(path: Path, value: int) -> None:
@@ -194,7 +194,7 @@ def test_a_save_killed_anywhere_leaves_the_previous_or_the_complete_new_checkpoi
         if found is None:
             assert before is fresh
         else:
-            value = load(found)[1]["step"]
+            value = load(found)[1]["value"]
             assert value == 2 or before is not fresh
             assert_holds(found, value)
         # and the next save cleans up
@@ -215,7 +215,7 @@ def test_a_full_disk_is_explained_and_costs_nothing(code: int, tmp_path: Path):
         explained += 1
         found = newest(folder, pytest.fail)
         assert found is not None
-        assert_holds(found, load(found)[1]["step"])
+        assert_holds(found, load(found)[1]["value"])
         if found.name == "step-00000001":
             assert names(folder) == ["step-00000001"]
         # 16 float32, 12 int64, 16 float32
