@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tessella.data.sources.objects import images_of
@@ -29,8 +30,6 @@ class Mine:
 
 
 def of_torch() -> Any:
-    torch = pytest.importorskip("torch")
-
     class Pairs(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return len(PIXELS)
