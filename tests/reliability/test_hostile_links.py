@@ -208,6 +208,7 @@ def attack(
     command, folder, outside = COMMANDS[title], tmp_path / "hostile", outside_of(tmp_path)
     command.prepare(made, folder)
     original = Path(shutil.copytree(folder, tmp_path / "original"))
+    planted = [name for name in planted if not {str(parent) for parent in Path(name).parents} & set(planted)]
     for name in planted:
         plant(folder / name, kind, outside)
     before = snapshot(outside)
