@@ -257,6 +257,7 @@ def test_no_command_writes_through_what_is_planted_for_its_folders(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # a command for each name
 @pytest.mark.parametrize("kind", PLANTS)
 @pytest.mark.parametrize("title", COMMANDS)
 def test_no_command_writes_through_any_one_name(
