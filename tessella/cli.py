@@ -321,8 +321,8 @@ def _until_done(run: Path, train: Callable[[], object]) -> int:
         return EXIT_INTERRUPTED
     if _rank() == 0:
         print(printable(f"Written:    {run}, with backbone.safetensors and the figures of its steps in metrics.jsonl"))
-        print(f"Judge it:   tessella evaluate {name} --train LABELLED --test LABELLED --baseline --out {name}")
-        print(f"Look at it: tessella report {name}")
+        print(f"Evaluate it: tessella evaluate {name} --train LABELLED --test LABELLED --baseline --out {name}")
+        print(f"Look at it:  tessella report {name}")
     return 0
 
 
