@@ -1,0 +1,1 @@
+"""Explore images by what a backbone sees in them: clusters, copies, odd ones; name clusters, get labels."""
