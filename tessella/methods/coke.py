@@ -1,4 +1,4 @@
-"""CoKe: predict each image's cluster of the last epoch, while this epoch's clusters are found one batch at a time.
+"""CoKe: predict each image's cluster of the last epoch, while this epoch's clusters are found batch by batch.
 
     V crops of B images -> backbone -> projector ---------> p, unit rows --> scores against last epoch's centres -+
        (a pass per crop)               +---> predictor ---> q, unit rows --> scores against last epoch's centres -+
@@ -150,7 +150,7 @@ class Coke(Method):
     def at_batch_size(
         cls, config: CokeConfig, rates: OptimizerConfig, change: BatchChange
     ) -> tuple[CokeConfig, OptimizerConfig]:
-        """The duals' rate follows the images of one forward."""
+        """The rate of the duals depends on the number of images in one forward."""
         if change.together != change.old:
             config = dataclasses.replace(config, dual_lr="auto")
         return super().at_batch_size(config, rates, change)
@@ -160,15 +160,15 @@ class Coke(Method):
         return sum(map(math.log, self.config.centres)) / len(self.config.centres)
 
     def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
-        """Loss of this rank's images; in training the clusterings move on by the batch of all ranks."""
+        """Loss of this rank's images; in training the batch of all ranks then updates the clusterings."""
         embeddings = self._embed(batch.views)  # (2, V, B, D): from the projector and from the predictor
-        with torch.autocast(embeddings.device.type, enabled=False):  # in 16 bits scores tie, and duals are lost in them
+        with torch.autocast(embeddings.device.type, enabled=False):  # 16 bits: equal scores, duals rounded away
             # Official: the mean of two unit vectors stays shorter than they are.
             features = embeddings[0, :2].detach().mean(dim=0)  # (B, D)
             fresh = self._assign_all(features, progress.epoch)  # (B, H)
             labels, weights = self._targets(batch.instances, fresh, progress.epoch)  # before this step writes
             if self.training:
-                self._move_on(features, fresh, progress.epoch)
+                self._update_clusterings(features, fresh, progress.epoch)
                 self._remember(batch.instances, fresh, progress.epoch)
             losses = [
                 self._loss(embeddings, clustering.previous, labels[:, h], weights[:, h])
@@ -219,8 +219,8 @@ class Coke(Method):
         averaged = self._epochs_averaged(epoch) > 0
         return torch.stack([clustering.assign(features, averaged) for clustering in self.clusterings], dim=1)
 
-    def _move_on(self, features: Tensor, fresh: Tensor, epoch: int) -> None:
-        """Duals and centres after the batch of all ranks; each rank's labels are taken as it found them."""
+    def _update_clusterings(self, features: Tensor, fresh: Tensor, epoch: int) -> None:
+        """Update duals and centres by the features and labels of all ranks."""
         features, fresh = dist.gather(features), dist.gather(fresh)
         to_unit = not self._epochs_averaged(epoch)
         for clustering, labels, dual_lr in zip(self.clusterings, fresh.unbind(dim=1), self.dual_lrs, strict=True):
@@ -236,8 +236,8 @@ class Coke(Method):
             clustering.seen.zero_()
 
     def epoch_end(self, progress: Progress) -> None:
-        """The centres of the epoch that is over become those that the loss uses."""
-        averaged = self._epochs_averaged((progress.step - 1) // progress.steps_per_epoch)  # the clock is one step ahead
+        """From the next step on the loss uses the centres of this epoch."""
+        averaged = self._epochs_averaged((progress.step - 1) // progress.steps_per_epoch)  # progress is one step ahead
         for clustering in self.clusterings:
             clustering.close_epoch(1 / averaged if averaged else None)
 
@@ -245,13 +245,13 @@ class Coke(Method):
 
     @torch.no_grad()
     def _targets(self, instances: Tensor, fresh: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """What the loss predicts: clusters (B, H, S) and their weights. In the first epoch the labels just found."""
+        """What the loss predicts: clusters (B, H, S) and their weights; in the first epoch the new labels."""
         labels = self.labels.read(instances).long()
-        unknown = (labels[..., 0] < 0) | (epoch == 0)  # an image may have sat out the first epoch
+        unknown = (labels[..., 0] < 0) | (epoch == 0)  # an image may have been left out of the first epoch
         labels[..., 0] = torch.where(unknown, fresh, labels[..., 0])
         averages = torch.zeros_like(labels, dtype=torch.float32)
         if self.label_weights is not None:
-            averages = self.label_weights.read(instances)  # all 0 as long as nothing was averaged: slot 0 is the target
+            averages = self.label_weights.read(instances)  # all 0 until averaging begins: then slot 0 is the target
         return labels.clamp_min(0), averaged_targets(averages, self.config.label_temperature)
 
     def _remember(self, instances: Tensor, fresh: Tensor, epoch: int) -> None:
@@ -266,6 +266,6 @@ class Coke(Method):
 
     @torch.no_grad()
     def assign(self, features: Tensor) -> Tensor:
-        """Nearest centre of each image, without duals: they serve the batch, not the image."""
+        """Nearest centre of each image, without duals, which are about batches."""
         embeddings = F.normalize(self.projector(features).float(), dim=1)
         return (embeddings @ self.clusterings[self.config.assign_clustering].previous.T).argmax(dim=1)

@@ -1,6 +1,6 @@
-"""How a project names the tensors of its checkpoints, and what their shapes tell about the settings.
+"""Names of tensors in official checkpoints, and the settings that follow from their shapes.
 
-Stars in a name stand for any part of it, the same in our name and in theirs.
+A star in a name stands for any part of it, the same part in our name and in the official one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tessella.errors import UserError
 
-OTHER_IMAGES = "about the images of the run that made the file, in its order"  # a reason to leave a tensor out
+OTHER_IMAGES = "about the images of the run that made the file, in its order"  # why a tensor is left out
 
 
 class OfficialFile(NamedTuple):
@@ -22,10 +22,10 @@ class OfficialFile(NamedTuple):
     name: str
     wrapping: str
     tensors: dict[str, Tensor]
-    others: dict[str, str]  # what lies around them -> why it is left out
+    others: dict[str, str]  # what else the file holds -> why it is left out
 
     def size(self, key: str, dim: int = 0) -> int:
-        """One side of one tensor.
+        """The length of one dimension of a tensor.
 
         Raises:
             UserError: the file has no such tensor, or it has fewer dimensions.

@@ -1,6 +1,6 @@
 """MEJigClu: JigClu with a random overlap of the tiles, and the image's own category in place of the corner.
 
-    B images -> m x m tiles each, their overlap drawn anew, every tile augmented by itself
+    B images -> m x m tiles each, their overlap drawn at random, every tile augmented by itself
     tiles of all ranks -> one permutation -> n montages -> backbone, once -> feature map -> m x m cells, pooled
     cell vectors -> clustering head -> supervised contrastive loss: the tiles of one image attract
                  -> category head   -> cross-entropy over C categories, a fixed random split of the images
@@ -8,7 +8,7 @@
     State: parameters, and the four numbers that the split is a function of.
 
 Source: Zhang, Liu, Zhao, Liang, "More effective jigsaw clustering" (MEJigClu). No official code was found; what the
-paper leaves open is listed in docs/methods/mejigclu.md.
+paper leaves open is listed in docs/methods/mejigclu.md. The first three lines are in `methods/jigsaw.py`.
 """
 
 from __future__ import annotations
@@ -19,47 +19,30 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessella import dist
 from tessella.data.batch import Batch
 from tessella.data.sampler import EpochSampler, Sampler, SlotSampler
-from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, ColorAugmentation, CropGroup, Overlap, Tiles, ViewSpec
+from tessella.data.views import Overlap, ViewSpec
 from tessella.errors import UserError
+from tessella.methods.jigsaw import Jigsaw, JigsawConfig
 from tessella.methods.layout import OTHER_IMAGES, Layout, OfficialFile
-from tessella.methods.method import BatchChange, Method, MethodConfig, MethodOutput, Progress, Setting
+from tessella.methods.method import BatchChange, MethodOutput, Progress, Setting
 from tessella.modules.backbone import Backbone
-from tessella.modules.heads import Projector
 from tessella.modules.partition import Partition
-from tessella.ops.losses import OFFICIAL_BASE_TEMPERATURE, supervised_contrastive
-from tessella.ops.montage import gather_cells, montage_positions, pool_cells, shuffled_montages, tile_order
 from tessella.optim import OptimizerConfig
-from tessella.ranges import Clusters, NonNegative, PixelMean, Pixels, PixelStd, Positive, PositiveFraction, Range, Width
-
-_DRAWN_PER: dict[str, Literal["image", "batch", "axis"]] = {
-    "per_image": "image", "per_batch": "batch", "per_axis": "axis", "fixed": "image",
-}  # fmt: skip
+from tessella.ranges import Clusters, NonNegative, Range
 
 
 @dataclass(frozen=True)
-class MejigcluConfig(MethodConfig):
+class MejigcluConfig(JigsawConfig):
     """Settings of MEJigClu; defaults are the paper's for ImageNet and ResNet-50, and JigClu's where it is silent."""
 
     name: Literal["mejigclu"] = "mejigclu"
-    tiles: Tiles = 2  # per side
     overlap: tuple[Overlap, Overlap] = (0.15, 0.45)  # range; a tile covers 1/tiles + overlap of the image's side
     # What has a draw of its own; per_axis: x and y of each image. fixed: the middle of the range, JigClu's 0.3.
     overlap_mode: Literal["per_image", "per_batch", "per_axis", "fixed"] = "per_image"
-    tile_size: Pixels = 112  # pixels; the montage is tiles times as wide
-    crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.2, 1.0)  # share of the tile's area
-    colors: ColorAugmentation = ColorAugmentation(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-    mean: tuple[PixelMean, PixelMean, PixelMean] = IMAGENET_MEAN
-    std: tuple[PixelStd, PixelStd, PixelStd] = IMAGENET_STD
-    embedding_dim: Width = 128
-    temperature: Positive = 0.3
-    cluster_scale: Literal["official", "paper"] = "official"  # official: times temperature / 0.07; paper: as written
-    cluster_weight: NonNegative = 1.0
     category_weight: NonNegative = 1.0  # 0: clustering only
     # Width of the category head's middle layer; None: the backbone's, 0: no layer.
     category_hidden: Annotated[int, Range(0, 10**6)] | None = None
@@ -87,7 +70,7 @@ def _from_official(file: OfficialFile) -> tuple[str, MejigcluConfig]:
     return "MEJigClu", config
 
 
-class Mejigclu(Method):
+class Mejigclu(Jigsaw):
     """MEJigClu with m x m tiles."""
 
     title = "MEJigClu"
@@ -123,11 +106,8 @@ class Mejigclu(Method):
             self.partition = Partition(setting.images, self.categories, config.partition_seed)
         d = backbone.feature_dim
         hidden = d if config.category_hidden is None else config.category_hidden
-        self.cluster_head = Projector(d, d, config.embedding_dim, norm=False)
         middle = [nn.Linear(d, hidden), nn.ReLU(inplace=True)] if hidden else []
         self.category_head = nn.Sequential(*middle, nn.Linear(hidden or d, self.categories))
-        official = config.temperature / OFFICIAL_BASE_TEMPERATURE
-        self.cluster_weight = config.cluster_weight * (official if config.cluster_scale == "official" else 1.0)
 
     @classmethod
     def at_batch_size(
@@ -142,22 +122,14 @@ class Mejigclu(Method):
     def view_spec(cls, config: MejigcluConfig) -> ViewSpec:
         """One crop within each tile."""
         low, high = config.overlap
-        random = config.overlap_mode != "fixed"
-        crops = CropGroup(
-            views=config.tiles**2,
-            size=config.tile_size,
-            scale=config.crop_scale,
-            colors=config.colors,
-            tiles=config.tiles,
-            overlap=low if random else (low + high) / 2,
-            overlap_max=high if random else None,
-            overlap_per=_DRAWN_PER[config.overlap_mode],
-        )
-        return ViewSpec((crops,), config.mean, config.std)
+        if config.overlap_mode == "fixed":
+            return cls.tile_views(config, overlap=(low + high) / 2)
+        drawn_per = config.overlap_mode.removeprefix("per_")
+        return cls.tile_views(config, overlap=low, overlap_max=high, overlap_per=drawn_per)
 
     @classmethod
     def sampler(cls, config: MejigcluConfig, images: int, batch_size: int, seed: int) -> Sampler:
-        """Slot k draws from category k. Any other order would ask for an answer that nothing in the image tells."""
+        """Slot k draws from category k; in any other order nothing in an image would tell the right answer."""
         if config.slots == "random":
             return EpochSampler(images, batch_size, seed)
         categories = config.categories or batch_size
@@ -167,48 +139,25 @@ class Mejigclu(Method):
 
     def collapse_loss(self) -> float:
         """Both losses at chance: equal embeddings of N tiles give ln(N - 1), a blind category head ln C."""
-        tiles = self.config.tiles**2 * self.setting.batch_size
-        return self.cluster_weight * math.log(tiles - 1) + self.config.category_weight * math.log(self.categories)
+        return self.loss_of_equal_tiles() + self.config.category_weight * math.log(self.categories)
 
     def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
-        """Loss of this rank: tiles of all ranks are contrasted, those in its own montages are given a category."""
-        m, tiles = self.config.tiles, batch.views[0]  # (m * m, B, 3, s, s)
-        n = tiles.shape[1] * dist.world_size()
-        order = tile_order(self.setting.seed, progress.step, m * m * n)
-
-        montages = shuffled_montages(tiles, order, m)  # (B, 3, m s, m s)
-        cells = pool_cells(self.backbone.feature_map(montages), m).flatten(0, 1)  # (m * m * B, d)
-        embeddings = gather_cells(self.cluster_head(cells).unflatten(0, (m * m, -1)))  # (m * m * n, D)
-        logits = self.category_head(cells).float()
-
-        # Tile p = q * n + i was cut from the image in slot i; position k of the permuted list shows tile order[k].
-        slot = (order % n).to(tiles.device, non_blocking=True)
-        here = slot[montage_positions(n, m, dist.rank(), dist.world_size()).to(slot.device)].flatten()  # (m * m * B,)
-        category = self._categories(batch.instances)[here]
-        with torch.autocast(cells.device.type, enabled=False):  # bf16 similarities would blur the contrast
-            cluster_loss = supervised_contrastive(embeddings, slot, self.config.temperature)
-        category_loss = F.cross_entropy(logits, category)
-        return MethodOutput(
-            loss=self.cluster_weight * cluster_loss + self.config.category_weight * category_loss,
-            metrics={
-                "cluster_loss": cluster_loss.detach(),
-                "category_loss": category_loss.detach(),
-                "category_accuracy": (logits.detach().argmax(dim=1) == category).float().mean(),
-            },
-            embeddings=embeddings.detach(),
-        )
+        """Loss of this rank: all tiles are contrasted; those of its own montages are given a category."""
+        puzzle = self.puzzle(batch, progress)
+        category = self._categories(batch.instances)[puzzle.slot]
+        return self.output(puzzle, "category", self.category_head(puzzle.cells), category, self.config.category_weight)
 
     def _categories(self, instances: Tensor) -> Tensor:
         """Category of the image in each slot of all ranks: (B,) rows of this rank's images -> (n,) int64.
 
-        Looked up by image and not read off the slot: the two agree, but an image that stands in for an unreadable one
-        keeps its own category, and the slots of a micro-batch are only some of the categories.
+        By image, not by slot: an image that replaces an unreadable one keeps its own category, and the slots of a
+        micro-batch are only some of the categories.
         """
         if self.partition is None:
             return torch.arange(len(instances) * dist.world_size(), device=instances.device)
         return dist.gather(self.partition(instances))
 
     def epoch_start(self, progress: Progress) -> None:
-        """Ranks that disagreed about the categories would train against each other, unnoticed."""
+        """Check that all ranks made the same categories: otherwise they would train against each other, unnoticed."""
         if self.partition is not None:
             self.partition.assert_equal_on_ranks()

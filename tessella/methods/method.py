@@ -1,6 +1,6 @@
-"""What every method is: a module whose `forward` returns the loss, and what it declares and may hook into.
+"""The base of all methods: a module whose `forward` returns the loss, with declarations and hooks.
 
-A method is one file: a frozen config, and a class that declares all that the rest of the package asks about it (views,
+A method is one file: a frozen config, and a class that declares what the rest of the package needs to know (views,
 sampler, cost, rule for other batch sizes, official checkpoints). `tessella.methods` and the entry points
 `tessella.methods` of other packages list the classes.
 """
@@ -23,7 +23,7 @@ from tessella.optim import OptimizerConfig, scaled
 
 
 class Progress(NamedTuple):
-    """The only clock of a run. `step` counts optimiser updates that are complete, from 0.
+    """The only clock of a run. `step` is the number of complete optimiser updates.
 
     A named tuple, because Lightning Fabric refuses frozen dataclasses as inputs.
     """
@@ -34,12 +34,12 @@ class Progress(NamedTuple):
 
     @property
     def epoch(self) -> int:
-        """Epoch of the step that is about to run, from 0."""
+        """Epoch of the next step, from 0."""
         return self.step // self.steps_per_epoch
 
     @property
     def step_in_epoch(self) -> int:
-        """Position of the step that is about to run within its epoch, from 0."""
+        """Position of the next step in its epoch, from 0."""
         return self.step % self.steps_per_epoch
 
     @property
@@ -53,7 +53,7 @@ class Progress(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a method may need to know of the run when it is built."""
+    """What a method needs to know about its run."""
 
     images: int  # rows of per-image state; 0 when the method is rebuilt for an evaluation
     batch_size: int  # images of one forward over all ranks (a micro-batch when gradients are accumulated)
@@ -115,7 +115,7 @@ class Method(nn.Module):
     layouts: ClassVar[tuple[Layout, ...]] = ()  # of official checkpoints
     # Patterns of state that is never taken from another run's weights: a new run starts it as the constructor does.
     not_transferred: ClassVar[tuple[str, ...]] = ()
-    pipelines: ClassVar[int] = 1  # sets of equal crop groups that the views consist of, with other colours
+    pipelines: ClassVar[int] = 1  # sets of crop groups that differ only in their colours
     clusters: int | None = None  # how many prototypes, centres or groups `assign` chooses from; None: it cannot
 
     def __init__(self, config: Any, backbone: Backbone, setting: Setting) -> None:
@@ -137,7 +137,7 @@ class Method(nn.Module):
 
     @classmethod
     def passes(cls, config: Any, backbone: BackboneConfig) -> list[Pass]:
-        """Passes through the backbone, or a copy of it, in one step, per training image, the first one trained.
+        """Passes through the backbone, or a copy of it, per training image in one step, the first one trained.
 
         A montage of m x m tiles is one image of its own size. Passes before the first step are left out.
         """
@@ -161,7 +161,7 @@ class Method(nn.Module):
         return EpochSampler(images, batch_size, seed)
 
     def collapse_loss(self) -> float | None:
-        """The value at which the loss rests when all embeddings are equal; None if it is not known."""
+        """The value of the loss when all embeddings are equal; None if it is not known."""
         return None
 
     def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
@@ -169,10 +169,10 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Called on every rank before the first step of a run, with one pass over the images for whoever needs it.
+        """Called on every rank before the first step of a run.
 
         Args:
-            batches: this rank's batches of an epoch that is never trained on; nothing is read unless it is iterated.
+            batches: of this rank, one pass over the images that is not trained on; read only when iterated.
         """
 
     def epoch_start(self, progress: Progress) -> None:
@@ -185,7 +185,7 @@ class Method(nn.Module):
         """Called after the optimiser's step, with the progress of the step just made."""
 
     def epoch_end(self, progress: Progress) -> None:
-        """Called on every rank after the last step of an epoch; the clock is already at the first step of the next."""
+        """Called on every rank after the last step of an epoch; `progress` is that of the next epoch's first step."""
 
     def assign(self, features: Tensor) -> Tensor:
         """Cluster of each image from its backbone features: (n, feature_dim) -> (n,) int64."""

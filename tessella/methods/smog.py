@@ -1,4 +1,4 @@
-"""SMoG: name the group that the momentum encoder sees, while the groups move with the batch.
+"""SMoG: predict the group of the momentum encoder's view, while the groups move with the batch.
 
     pipeline A -> large + small crops -> backbone -> projector -> z -> predictor -> p, unit rows of V views
     pipeline B -> large + small crops -> momentum encoder -> zk of the large crops -> nearest old group = label
@@ -33,7 +33,7 @@ from tessella.methods.method import BatchChange, Method, MethodConfig, MethodOut
 from tessella.modules.backbone import Backbone, BackboneConfig
 from tessella.modules.drop_path import drop_paths, without_drop_path
 from tessella.modules.heads import Projector
-from tessella.modules.memory import FeatureBank
+from tessella.modules.memory import FeatureBank, keep_from_broadcast
 from tessella.modules.momentum import MomentumEncoder
 from tessella.modules.multicrop import crops_by_size, joint_features
 from tessella.modules.resnet import LAYERS, ResNet
@@ -163,10 +163,9 @@ class Smog(Method):
         self.register_buffer("groups", F.normalize(torch.randn(config.group_sets, config.groups, dim), dim=-1))
         self.large_crops = config.views.groups[0].views
         self.bank = FeatureBank(self.large_crops, setting.images, dim)
-        # Without this DDP would send the whole bank from rank 0 to the others before every forward.
-        self._ddp_params_and_buffers_to_ignore = ["bank.features", "bank.written"]
-        self._micro_batch = 0  # of the update at hand
-        self._sums: tuple[Tensor, Tensor] | None = None  # and what its earlier micro-batches add to the groups
+        keep_from_broadcast(self)
+        self._micro_batch = 0  # number of the current one in its update
+        self._sums: tuple[Tensor, Tensor] | None = None  # of the update's earlier micro-batches: sums, counts
 
     @classmethod
     def passes(cls, config: SmogConfig, backbone: BackboneConfig) -> list[Pass]:
@@ -174,7 +173,7 @@ class Smog(Method):
         groups = config.views.groups
         large, *small = groups[: len(groups) // 2]
         seen = [Pass(group.views, group.size, trained=True) for group in (large, *small)]
-        if backbone.drop_path:  # groups and bank take a second look, with nothing dropped
+        if backbone.drop_path:  # embeddings for groups and bank need a pass in which nothing is dropped
             seen.append(Pass(large.views, large.size, trained=config.group_grad == "through_update"))
         seen.append(Pass(config.label_crops, large.size, trained=False))
         if backbone.name in LAYERS:  # small crops share batch norm with the large ones
@@ -185,7 +184,7 @@ class Smog(Method):
     def at_batch_size(
         cls, config: SmogConfig, rates: OptimizerConfig, change: BatchChange
     ) -> tuple[SmogConfig, OptimizerConfig]:
-        """Groups are rebuilt as often as the paper says, where they were rebuilt once per epoch of batch 4096."""
+        """Where groups were rebuilt once per epoch of batch 4096, rebuild them as often as the paper says."""
         if config.regroup_every is None and change.old == _OFFICIAL_BATCH != change.new:
             config = dataclasses.replace(config, regroup_every=_REGROUP_STEPS)
         return super().at_batch_size(config, rates, change)
@@ -197,20 +196,20 @@ class Smog(Method):
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Fill the bank with one pass over the images, so that the first groups come from k-means, too."""
+        """Fill the bank with one pass over the images, so that the first groups come from k-means too."""
         for batch in batches:
             large = self._streams(batch.views, step=0)[0][0]
-            with without_drop_path(self.backbone):  # officially each crop is a pass of its own here
+            with without_drop_path(self.backbone):  # officially each crop has a pass of its own here
                 z = torch.stack([self.projector(self.backbone(crop)) for crop in large])
             self.bank.write(batch.instances, F.normalize(z.float(), dim=-1))
 
     def epoch_start(self, progress: Progress) -> None:
-        """Rebuild the groups and reset the momentum encoder, unless that goes by steps."""
+        """Rebuild the groups and reset the momentum encoder, unless that is done every `regroup_every` steps."""
         if self.config.regroup_every is None or progress.step == 0:
             self._regroup(progress.step)
 
     def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
-        """Loss of this rank's images; labels from the old groups, scores against those that this batch has moved."""
+        """Loss of this rank's images: labels from the old groups, scores against those that this batch has moved."""
         if not self._micro_batch:  # before the forward, once per update
             self.momentum_encoder.ema_update(self._online, self.config.momentum)
         online, other = self._streams(batch.views, progress.step)
@@ -218,17 +217,17 @@ class Smog(Method):
         zk = self._embed_by_momentum_encoder(other)  # (A, B, D)
         with torch.autocast(z.device.type, enabled=False):
             labels = torch.stack([_nearest(zk, groups) for groups in self.groups])  # (H, A, B)
-            groups, own = self._move_groups(z, progress)  # (H, K, D), (H, B)
+            groups, nearest = self._move_groups(z, progress)  # (H, K, D), (H, B)
             per_set = zip(groups, labels, strict=True)
             loss = torch.stack([group_loss(p, g, y, self.config.temperature) for g, y in per_set]).mean()
         drift = 1 - (groups.detach() * self.groups).sum(dim=-1).mean()
-        if groups is not self.groups:  # a write would void the gradient of an earlier micro-batch, which they score
+        if groups is not self.groups:  # writing would invalidate the gradient of an earlier micro-batch
             self.groups.copy_(groups.detach())
         self.bank.write(batch.instances, z.detach())
         return MethodOutput(
             loss=loss,
             metrics={
-                "label_agreement": (own == labels[:, 0]).float().mean(),
+                "label_agreement": (nearest == labels[:, 0]).float().mean(),
                 "group_drift": self.setting.accumulate * drift,
             },
             embeddings=z[0].detach(),
@@ -246,7 +245,7 @@ class Smog(Method):
         through_update = self.config.group_grad == "through_update"
         projected = self._project(self._online, views)
         p = torch.cat([self.predictor(rows) for rows in projected]).unflatten(0, (-1, views[0].shape[1]))
-        if drop_paths(self.backbone):  # groups and bank take a second look, with nothing dropped
+        if drop_paths(self.backbone):  # embeddings for groups and bank need a pass in which nothing is dropped
             with torch.set_grad_enabled(through_update), without_drop_path(self.backbone):
                 projected = self._project(self._online, _of_first_size(views))
         z = torch.cat(projected).unflatten(0, (-1, views[0].shape[1]))[: self.large_crops]
@@ -258,8 +257,7 @@ class Smog(Method):
         labelled = views[0][: self.config.label_crops]
         # Small crops give no label, but in a ResNet they share batch norm with the large ones.
         seen = (labelled, *views[1:])
-        if not isinstance(self.backbone, ResNet):
-            seen = _of_first_size(seen)
+        seen = seen if isinstance(self.backbone, ResNet) else _of_first_size(seen)
         projected = torch.cat(self._project(self.momentum_encoder, seen))
         return F.normalize(projected.float(), dim=1).unflatten(0, (-1, labelled.shape[1]))[: len(labelled)]
 
@@ -276,46 +274,34 @@ class Smog(Method):
         return [projector(backbone(size)) for size in crops]
 
     def _move_groups(self, z: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
-        """Groups after this batch, and which old group each row went to.
+        """Groups after this batch, (H, K, D) unit rows, and the nearest old group of each row, (H, B).
 
-        With accumulated gradients the groups move once per update, in its last micro-batch, with the rows of all of
-        them; only the last one's rows carry gradient.
-
-        Args:
-            z: (large, B, D) unit rows.
-            progress: the clock.
-
-        Returns:
-            (H, K, D) unit rows, and (H, B) int64.
+        With accumulated gradients the groups move once per update, in its last micro-batch, by the rows of all
+        micro-batches; only the rows of the last one have a gradient. z: (large, B, D) unit rows.
         """
         sets, count = self.config.group_sets, self.config.groups
         rows = torch.stack([z[h % len(z)] for h in range(sets)])  # (H, B, D)
-        own = torch.stack([nearest_group(r, g) for r, g in zip(rows, self.groups, strict=True)])
-        offsets = count * torch.arange(sets, device=own.device)[:, None]
-        sums, counts = group_sums(rows.flatten(0, 1), (own + offsets).flatten(), sets * count)
+        nearest = torch.stack([nearest_group(r, g) for r, g in zip(rows, self.groups, strict=True)])
+        offsets = count * torch.arange(sets, device=nearest.device)[:, None]
+        sums, counts = group_sums(rows.flatten(0, 1), (nearest + offsets).flatten(), sets * count)
         sums, counts = dist.all_reduce_sum_with_grad(sums), dist.all_reduce_sum(counts)
         if self._sums is not None:
             sums, counts = sums + self._sums[0], counts + self._sums[1]
         self._micro_batch = (self._micro_batch + 1) % self.setting.accumulate
         if self._micro_batch:
             self._sums = sums.detach(), counts
-            return self.groups, own
+            return self.groups, nearest
         self._sums = None
-        moved = moved_groups(
-            self.groups,
-            sums.unflatten(0, (sets, count)),
-            counts.unflatten(0, (sets, count)),
-            linear_momentum(*self.config.group_momentum, progress),
-        )
-        return moved, own
+        sums, counts = sums.unflatten(0, (sets, count)), counts.unflatten(0, (sets, count))
+        return moved_groups(self.groups, sums, counts, linear_momentum(*self.config.group_momentum, progress)), nearest
 
     def before_update(self, progress: Progress) -> None:
-        """Clip the gradient, if asked for."""
+        """Clip the gradient if `max_gradient_norm` is set."""
         if self.config.max_gradient_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters(), self.config.max_gradient_norm)
 
     def after_update(self, progress: Progress) -> None:
-        """Rebuild the groups and reset the momentum encoder, if that goes by steps."""
+        """Rebuild the groups and reset the momentum encoder every `regroup_every` steps."""
         done, every = progress.step + 1, self.config.regroup_every
         if every is not None and done % every == 0 and done < progress.total_steps:
             self._regroup(done)
@@ -324,18 +310,18 @@ class Smog(Method):
     def _regroup(self, step: int) -> None:
         """Groups := spherical k-means of the bank, from K of its rows; parameters of the momentum encoder := online.
 
-        A bank that knows fewer than K images gives as many groups their start; the others start where they are.
+        If the bank has fewer than K rows, the remaining groups start where they are.
         """
         self.momentum_encoder.reset(self._online)
         known = self.bank.known()
-        mine, ids = known[dist.rank() :: dist.world_size()], known.cpu().numpy()
+        local, rows = known[dist.rank() :: dist.world_size()], known.cpu().numpy()
         for h, groups in enumerate(self.groups):
             features = self.bank.features[h % len(self.bank.features)]
             key = stream_key(self.setting.seed, "grup")
-            chosen = permutation(key, ids, step * len(self.groups) + h)[: len(groups)]
+            chosen = permutation(key, rows, step * len(self.groups) + h)[: len(groups)]
             start = groups.clone()
             start[: len(chosen)] = features[known[torch.from_numpy(chosen).to(known.device)]]
-            groups.copy_(spherical_kmeans(features[mine], start, self.config.kmeans_iterations))
+            groups.copy_(spherical_kmeans(features[local], start, self.config.kmeans_iterations))
 
     @torch.no_grad()
     def assign(self, features: Tensor) -> Tensor:

@@ -176,10 +176,7 @@ class Swav(Method):
         return [head for head in self.prototypes.modules() if isinstance(head, Prototypes)]
 
     def collapse_loss(self) -> float | None:
-        """Mean of ln K: constant embeddings make uniform codes, which are then predicted perfectly.
-
-        None for hard codes: equal embeddings then share one prototype, which can be predicted at any loss.
-        """
+        """Mean of ln K: equal embeddings have uniform codes. None for hard codes, where the loss can have any value."""
         return None if self.config.codes == "hard" else fmean(map(math.log, self.config.heads))
 
     def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
@@ -193,7 +190,7 @@ class Swav(Method):
             codes = [self._codes(s.detach(), head, past) for s, head in zip(scores, self.heads, strict=True)]
             per_head = zip(scores, codes, strict=True)
             losses = [swapped_prediction(s, q, self.code_views, self.config.temperature) for s, q in per_head]
-        self._remember(embeddings, progress)  # after reading: the batch is never counted twice
+        self._remember(embeddings, progress)  # after reading: the batch must not be counted twice
         return MethodOutput(
             loss=torch.stack(losses).mean(),
             metrics={"code_confidence": codes[0].amax(dim=-1).mean()},
@@ -214,9 +211,9 @@ class Swav(Method):
         """Codes of the first group's crops in one head: (A, B, K).
 
         Args:
-            scores: (V, B, K) of all crops.
-            head: the prototypes that they are scores of.
-            past: (n, D) for each of the A crops, past embeddings that share the prototypes with the batch; or nothing.
+            scores: (V, B, K) of all crops against the prototypes of `head`.
+            head: the prototypes.
+            past: (n, D) past embeddings for each of the A crops, which share the prototypes with the batch; or none.
         """
         with_code = scores[: len(self.code_views)]
         past_scores = head(torch.stack(past)) if past else None
@@ -239,13 +236,13 @@ class Swav(Method):
         return [queue for queue in self.queues if isinstance(queue, FeatureQueue) and filling]
 
     def before_update(self, progress: Progress) -> None:
-        """Keep the prototypes where they started for the first steps."""
+        """Freeze the prototypes in the first steps."""
         if progress.step < self.config.freeze_prototypes_steps:
             for head in self.heads:
                 head.weight.grad = None  # None, not zero: momentum and weight decay would still move it
 
     @torch.no_grad()
     def assign(self, features: Tensor) -> Tensor:
-        """Nearest prototype of each image in the first head. A code depends on its batch, so the score decides."""
-        prototypes = F.normalize(self.heads[0].weight, dim=1)  # the last update left them at other lengths
+        """Nearest prototype of each image in the first head: the highest score, because a code depends on its batch."""
+        prototypes = F.normalize(self.heads[0].weight, dim=1)  # updates change their length
         return (self.projector(features) @ prototypes.T).argmax(dim=1)

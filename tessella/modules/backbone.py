@@ -1,4 +1,4 @@
-"""Any network by name as a backbone: pooled features, feature maps, one width."""
+"""Backbones by name: our ResNets, networks of timm, and those of other packages."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class TimmBackbone(nn.Module):
     def feature_map(self, x: Tensor) -> Tensor:
         """(b, 3, h, w) -> (b, feature_dim, h', w'): what the network averages, normalised at every position.
 
-        The tokens of a transformer's patches are put back where their patches were, row by row; class and register
-        tokens are left out. A norm that a network keeps for the pooled vector is applied to every position.
+        A transformer's patch tokens are arranged as their patches are, row by row, without class and register tokens.
+        A norm that the network applies to the pooled vector is applied to every position.
 
         Raises:
-            UserError: the network does not say where its tokens lie.
+            UserError: the positions of the network's tokens are unknown.
         """
         y = self.net.forward_features(x)
         if isinstance(y, Tensor) and y.dim() == 3:
@@ -71,19 +71,19 @@ class TimmBackbone(nn.Module):
                 "ConvNeXt, Swin or ViT backbone"
             )
         if y.shape[-1] == self.feature_dim != y.shape[1]:
-            return y.permute(0, 3, 1, 2)  # Swin and its kin keep the channels last
+            return y.permute(0, 3, 1, 2)  # Swin keeps the channels last
         return getattr(getattr(self.net, "head", None), "norm", nn.Identity())(y)  # ConvNeXt's
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile `forward` and `feature_map`; a method calls the one or the other. Options as of torch.compile."""
+        """Compile `forward` and `feature_map`; a method calls one of them. Options: those of torch.compile."""
         super().compile(*args, **kwargs)
         self.feature_map = torch.compile(self.feature_map, *args, **kwargs)  # type: ignore[method-assign]
 
     def stage_maps(self, x: Tensor) -> list[Tensor]:
-        """Four maps, fine to coarse: of the four last stages; of a plain transformer, all of one size, at each quarter.
+        """Four maps, fine to coarse: of the last four stages, or, all of one size, at each quarter of a transformer.
 
         Args:
-            x: (b, 3, h, w); a transformer wants sides that its patches divide.
+            x: (b, 3, h, w); for a transformer h and w are multiples of its patch size.
 
         Raises:
             UserError: timm gives no inner maps of this network.
@@ -91,8 +91,7 @@ class TimmBackbone(nn.Module):
         if not hasattr(self.net, "forward_intermediates"):
             raise UserError(f"timm gives no inner maps of {self._name}: use a ResNet, ConvNeXt, Swin or ViT backbone")
         scales = [stage["reduction"] for stage in self.net.feature_info]
-        count = len(scales)
-        flat = len(set(scales)) == 1
+        count, flat = len(scales), len(set(scales)) == 1
         levels = [count * quarter // 4 - 1 for quarter in (1, 2, 3, 4)] if flat else list(range(count - 4, count))
         return list(self.net.forward_intermediates(x, indices=levels, output_fmt="NCHW", intermediates_only=True))
 
@@ -129,7 +128,7 @@ def _timm_network(name: str, config: BackboneConfig) -> Any:
 
 
 def _small_stem(net: Any, config: BackboneConfig) -> None:
-    """A timm ResNet's first layers as those of our ResNets with that stem."""
+    """Replace the first layers of a timm ResNet by those of our ResNets with this stem."""
     first, pool = getattr(net, "conv1", None), getattr(net, "maxpool", None)
     if not (isinstance(first, nn.Conv2d) and first.kernel_size == (7, 7) and isinstance(pool, nn.MaxPool2d)):
         raise UserError(
@@ -141,17 +140,17 @@ def _small_stem(net: Any, config: BackboneConfig) -> None:
     net.maxpool = nn.MaxPool2d(2) if config.stem == "small-pool" else nn.Identity()
 
 
-Backbone: TypeAlias = ResNet | TimmBackbone  # what methods and protocols take: feature_dim, feature_map(x), forward(x)
+Backbone: TypeAlias = ResNet | TimmBackbone  # what methods and protocols use: feature_dim, feature_map(x), forward(x)
 
-# Networks of other packages by name: a function of the config that gives a module with these three.
+# Networks of other packages by name: a function of the config that returns a module with these three.
 BACKBONES: Registry[Callable[[BackboneConfig], Any]] = Registry("backbones", {})
 
 
 def build_backbone(config: BackboneConfig) -> Backbone:
-    """The network, freshly initialised from torch's global generator.
+    """A new network, initialised from torch's global generator.
 
     Raises:
-        UserError: the name is unknown, a number is out of its range, or the network has not what the config asks for.
+        UserError: the name is unknown, a setting is out of range, or the network does not have it.
     """
     check_ranges(config, "backbone.")
     if config.name.startswith("timm:"):
@@ -182,21 +181,21 @@ def _hint(name: str) -> str:
 
 
 def try_backbone(config: BackboneConfig, images: Iterable[int], montages: Iterable[int]) -> None:
-    """Refuse a network that a run could not train; in a moment, because no number is computed (meta tensors).
+    """Refuse a network that a run could not train. Quick, because no number is computed (meta tensors).
 
     Args:
         config: of the network.
-        images: sides in pixels of what the network makes one vector of.
-        montages: sides in pixels of what it makes a feature map of.
+        images: sides, in pixels, of the images that become one vector each.
+        montages: sides, in pixels, of those that become a feature map.
 
     Raises:
-        UserError: it cannot be built, cannot take a size, has no feature map, or would leave some of its parameters, or
-            the vector that it is evaluated by, without training.
+        UserError: it cannot be built, cannot take a size or has no feature map, or some of its parameters, or the
+            vector by which it is evaluated, would not be trained.
     """
     with torch.device("meta"):
         net = build_backbone(replace(config, activation_checkpointing=False)).train()
     if isinstance(net, ResNet):
-        return  # takes any size
+        return  # every size is possible
     montages = list(montages)
     if montages and getattr(getattr(net, "net", None), "global_pool", "") == "token":
         raise UserError(
@@ -212,7 +211,7 @@ def try_backbone(config: BackboneConfig, images: Iterable[int], montages: Iterab
         except UserError:
             raise
         except (AssertionError, RuntimeError, ValueError) as error:
-            if "meta tensor" in str(error):  # a network that looks at its numbers cannot be tried without any
+            if "meta tensor" in str(error):  # a network whose forward depends on values cannot be tried without them
                 return
             raise UserError(f"{config.name} cannot take images of {size} x {size} pixels: {error}") from None
     idle = [name for name, p in net.named_parameters() if p.grad is None]

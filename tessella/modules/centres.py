@@ -1,4 +1,4 @@
-"""Centres that are computed from the images, not learned, one batch at a time."""
+"""Cluster centres that are computed from the images, batch by batch, not learned by gradient."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tessella.ops.kmeans import online_means
 
 
 class OnlineCentres(nn.Module):
-    """One clustering by online k-means with a least cluster size. CoKe.
+    """One clustering by online k-means with a minimum cluster size. CoKe.
 
-    The centres of the last epoch stay as they are while those of this epoch are built beside them. State is equal on
-    all ranks, because it is updated from the rows of all ranks.
+    `previous` holds the centres of the last epoch, `current` those of this epoch so far. State is equal on all ranks,
+    because it is updated from the rows of all ranks.
     """
 
     previous: Tensor
@@ -23,7 +23,7 @@ class OnlineCentres(nn.Module):
     seen: Tensor
 
     def __init__(self, count: int, dim: int) -> None:
-        """Random unit centres from torch's global generator; `current` starts where `previous` does."""
+        """Random unit centres from torch's global generator; `current` starts equal to `previous`."""
         super().__init__()
         self.register_buffer("previous", F.normalize(torch.randn(count, dim), dim=1))
         self.register_buffer("current", self.previous.clone())
@@ -37,16 +37,16 @@ class OnlineCentres(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor, ratio: float, dual_lr: float, to_unit: bool = True) -> None:
-        """One batch of all ranks: first the duals, then the centres of this epoch.
+        """Update the duals and this epoch's centres by one batch of all ranks.
 
         Counts start at 0 every epoch, so the first images of a cluster replace its centre of the last epoch.
 
         Args:
             features: (n, dim) float32.
             labels: (n,) from `assign`, before this call.
-            ratio: least cluster size, in shares of images / clusters.
-            dual_lr: of the duals.
-            to_unit: whether the moved centres are scaled back to unit length.
+            ratio: minimum cluster size, as a share of images / clusters.
+            dual_lr: learning rate of the duals.
+            to_unit: whether changed centres are scaled back to unit length.
         """
         means, counts = online_means(self.current, self.seen, features, labels)
         if to_unit:
@@ -57,10 +57,10 @@ class OnlineCentres(nn.Module):
 
     @torch.no_grad()
     def close_epoch(self, share: float | None = None) -> None:
-        """Make this epoch's centres the last epoch's, and count from 0.
+        """Make this epoch's centres those of the last epoch, and count from 0.
 
         Args:
-            share: of this epoch's centres in a running average over epochs; None takes them as they are.
+            share: weight of this epoch's centres in a running average over epochs; None: no average.
         """
         if share is not None:
             average = (1 - share) * self.previous + share * F.normalize(self.current, dim=1)

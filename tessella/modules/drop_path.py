@@ -1,4 +1,4 @@
-"""Stochastic depth under control: switched off for a while, and drawn from a counter instead of a hidden state."""
+"""Stochastic depth: switched off for a while, and drawn from a counter instead of a generator's state."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tessella.ops.philox import philox, stream_key
 
 
 def drop_paths(module: nn.Module) -> list[Any]:
-    """The layers of `module` that drop whole branches, which are timm's DropPath or look like it."""
+    """The layers of `module` that drop whole branches: timm's DropPath, or what has its `drop_prob`."""
     return [m for m in module.modules() if getattr(m, "drop_prob", 0.0)]
 
 
 @contextlib.contextmanager
 def without_drop_path(module: nn.Module) -> Iterator[None]:
-    """No branch of `module` is dropped inside."""
+    """Within this context no branch of `module` is dropped."""
     layers = drop_paths(module)
     chances = [layer.drop_prob for layer in layers]
     for layer in layers:
@@ -32,14 +32,14 @@ def without_drop_path(module: nn.Module) -> Iterator[None]:
 
 
 def seed_noise(seed: int, step: int, micro_batch: int, rank: int, device: torch.device) -> None:
-    """What a network draws from torch's global generators becomes a function of these numbers, until the next call.
+    """Seed torch's global generators, from which a network draws its noise, from these numbers.
 
     Args:
         seed: of the run.
         step: of the run, from 0.
         micro_batch: of the step.
-        rank: this process's.
-        device: whose generator is set, beside the CPU's. torch.manual_seed would do the same to all, and slowly.
+        rank: of this process.
+        device: whose generator is seeded beside the CPU's. torch.manual_seed would seed those of all devices, slowly.
     """
     high, low, _, _ = philox(stream_key(seed, "drop"), (step, micro_batch, rank, 0)).tolist()
     torch.default_generator.manual_seed(high << 32 | low)

@@ -1,4 +1,4 @@
-"""State that outlives a step: equal on every rank, filled from gathered rows, saved with the model."""
+"""State that is kept from step to step: equal on every rank, filled from gathered rows, saved with the model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from tessella import dist
 
 
 class FeatureQueue(nn.Module):
-    """The newest `length` embeddings of all ranks.
-
-    A ring: the oldest rows are overwritten in place.
-    """
+    """The newest `length` embeddings of all ranks; the oldest rows are overwritten."""
 
     features: Tensor
     pushed: Tensor
@@ -23,7 +20,7 @@ class FeatureQueue(nn.Module):
         super().__init__()
         self.register_buffer("features", torch.zeros(length, dim))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.long))  # rows ever pushed, all ranks
-        self._pushed_on_host: int | None = None  # a copy of `pushed`, so that a step need not wait for the device
+        self._pushed_on_host: int | None = None  # a copy of `pushed`: reading that waits for the device
         self.register_load_state_dict_post_hook(lambda *_: setattr(self, "_pushed_on_host", None))
 
     def _count(self) -> int:
@@ -54,8 +51,8 @@ class FeatureQueue(nn.Module):
 class InstanceTable(nn.Module):
     """One row per training image, by the image's row in the index; equal on every rank.
 
-    Every rank writes the rows of all ranks, so nothing needs to be sent again: `keep_from_broadcast` tells DDP. A table
-    that was built for 0 images takes the length of the state that is loaded into it.
+    Every rank writes the rows of all ranks, so DDP need not broadcast them: see `keep_from_broadcast`. A table for 0
+    images takes the length of the state that is loaded into it.
     """
 
     rows: Tensor
@@ -76,8 +73,13 @@ class InstanceTable(nn.Module):
 
 
 def keep_from_broadcast(module: nn.Module) -> None:
-    """Spare the instance tables of `module`, which DDP will wrap, the copy of rank 0's buffers at every forward."""
-    names = [f"{name}.rows" for name, part in module.named_modules() if isinstance(part, InstanceTable)]
+    """Exclude instance tables and feature banks of `module` from the buffers that DDP copies from rank 0 every step."""
+    names = [
+        f"{name}.{buffer}"
+        for name, part in module.named_modules()
+        if isinstance(part, InstanceTable | FeatureBank)
+        for buffer, _ in part.named_buffers()
+    ]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
@@ -88,13 +90,13 @@ def _take_length(table: InstanceTable, state: dict[str, Tensor], prefix: str, *_
 
 
 class FeatureBank(nn.Module):
-    """The newest embeddings of every training image, one row per image for each of several views.
+    """The newest embeddings of every training image, one per image for each of several views.
 
-    Every rank holds the whole bank and writes the rows of all ranks, so a run may go on with another number of them.
+    Every rank holds the whole bank and writes the rows of all ranks, so a run may continue on another number of ranks.
 
     Args:
-        views: embeddings kept per image.
-        images: rows; 0 when a method is rebuilt for an evaluation, which then leaves saved rows aside.
+        views: embeddings per image.
+        images: rows; with 0, as for an evaluation, saved rows are not loaded.
         dim: D.
     """
 
@@ -105,16 +107,11 @@ class FeatureBank(nn.Module):
         super().__init__()
         self.register_buffer("features", torch.zeros(views, images, dim))
         self.register_buffer("written", torch.zeros(images, dtype=torch.bool))
-        self.register_load_state_dict_pre_hook(_leave_rows_aside)
+        self.register_load_state_dict_pre_hook(_skip_rows)
 
     @torch.no_grad()
     def write(self, instances: Tensor, embeddings: Tensor) -> None:
-        """Replace the rows of the images at hand, on all ranks.
-
-        Args:
-            instances: (n,) int64 rows of this rank's images, n equal on all ranks.
-            embeddings: (views, n, D).
-        """
+        """Store the rows of all ranks: (n,) int64 and (views, n, D) of this rank, n equal on all ranks."""
         rows = dist.gather(instances)
         self.features[:, rows] = dist.gather(embeddings.transpose(0, 1)).transpose(0, 1).to(self.features.dtype)
         self.written[rows] = True
@@ -124,7 +121,6 @@ class FeatureBank(nn.Module):
         return self.written.nonzero()[:, 0]
 
 
-def _leave_rows_aside(bank: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    assert isinstance(bank, FeatureBank)
+def _skip_rows(bank: FeatureBank, state: dict[str, Any], prefix: str, *_: object) -> None:
     if not len(bank.written):
         state.update({f"{prefix}features": bank.features, f"{prefix}written": bank.written})

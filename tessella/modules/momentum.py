@@ -1,4 +1,4 @@
-"""The momentum encoder: a copy of modules that follows them slowly and is never trained."""
+"""The momentum encoder: a copy of modules whose weights are a moving average of theirs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from tessella.modules.drop_path import drop_paths
 
 
 class MomentumEncoder(nn.ModuleDict):
-    """Copies of named modules; their parameters are moving averages, their batch statistics their own.
+    """Copies of named modules. Parameters are moving averages; batch norm buffers come from the copy's own input.
 
-    Parameters are paired by name. Nothing is averaged but parameters: batch norm buffers come from what the copy
-    itself sees. Stochastic depth is off in the copy.
+    Stochastic depth is off in the copy.
     """
 
     def __init__(self, online: Mapping[str, nn.Module]) -> None:
-        """Copy the modules as they are, by the names under which they can be asked for."""
+        """Copy the modules; `self[name]` is the copy."""
         super().__init__({name: copy.deepcopy(module) for name, module in online.items()})
         self.requires_grad_(False)
         for module in drop_paths(self):
@@ -27,27 +26,15 @@ class MomentumEncoder(nn.ModuleDict):
 
     @torch.no_grad()
     def ema_update(self, online: Mapping[str, nn.Module], momentum: float) -> None:
-        """Move every parameter, in place: momentum * own + (1 - momentum) * online.
-
-        Args:
-            online: the modules that were copied.
-            momentum: in [0, 1]; 0 copies.
-        """
-        own, theirs = self._pairs(online)
-        torch._foreach_lerp_(own, theirs, 1 - momentum)
+        """Set every parameter to momentum * copy + (1 - momentum) * online; momentum lies in [0, 1]."""
+        torch._foreach_lerp_(*self._pairs(online), 1 - momentum)
 
     @torch.no_grad()
     def reset(self, online: Mapping[str, nn.Module]) -> None:
         """Copy the parameters, in place; buffers stay."""
-        own, theirs = self._pairs(online)
-        torch._foreach_copy_(own, theirs)
+        torch._foreach_copy_(*self._pairs(online))
 
     def _pairs(self, online: Mapping[str, nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
-        own: list[Tensor] = []
-        theirs: list[Tensor] = []
-        for name, module in online.items():
-            parameters = dict(module.named_parameters())
-            for key, parameter in self[name].named_parameters():
-                own.append(parameter)
-                theirs.append(parameters[key])
-        return own, theirs
+        """Parameters of the copies and of the online modules, in the same order."""
+        copies: list[Tensor] = [p for name in online for _, p in sorted(self[name].named_parameters())]
+        return copies, [p for module in online.values() for _, p in sorted(module.named_parameters())]

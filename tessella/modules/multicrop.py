@@ -1,8 +1,8 @@
-"""Passes over crops of several sizes: one pass for each size, or all sizes through one ResNet at once.
+"""Crops of several sizes through a backbone: one pass per size, or all sizes through a ResNet in one pass.
 
-The usual way, one pass per size, normalises large and small crops apart. SMoG's official ResNet takes the sizes in
-one pass: every batch norm sees the pixels of all sizes as one batch; only those of the shortcuts (`downsample`) see
-one size after the other.
+Usually each size has a pass and batch statistics of its own. In SMoG's official ResNet all sizes share one pass: every
+batch norm sees the pixels of all sizes as one batch, except those of the shortcuts (`downsample`), which see one size
+after the other.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from tessella.modules.norm import without_statistics
+from tessella.modules.norm import checkpointed
 from tessella.modules.resnet import ResNet
 from tessella.ops.layout import image_layout
 
@@ -48,10 +47,10 @@ def joint_features(net: ResNet, crops: Sequence[Tensor]) -> Tensor:
     layout = image_layout(crops[0].device)
     maps = [net.conv1(x.contiguous(memory_format=layout)) for x in crops]
     maps = [net.maxpool(x) for x in _normalise_together(net.bn1, maps, relu=True)]
-    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+    for number in (1, 2, 3, 4):
+        stage = net.get_submodule(f"layer{number}")
         if net.recompute and net.training and torch.is_grad_enabled():
-            contexts: Any = lambda stage=stage: without_statistics(stage)  # noqa: E731
-            maps = checkpoint(_stage, stage, maps, use_reentrant=False, context_fn=contexts)
+            maps = checkpointed(_stage, stage, stage, maps)
         else:
             maps = _stage(stage, maps)
     return torch.cat([x.mean(dim=(2, 3)) for x in maps])

@@ -1,22 +1,24 @@
-"""Batch normalisation over the batch of all ranks, and recomputation that leaves its statistics alone."""
+"""Batch norm over the batch of all ranks, and activation checkpointing that counts every batch once."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from tessella import dist
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Replace every batch norm by one whose statistics cover all ranks; parameters and keys stay.
+    """Replace every batch norm by one over all ranks; parameters and keys stay.
 
-    torch's SyncBatchNorm refuses CPU tensors, so the CPU gets `GlobalBatchNorm`.
+    On a CPU by `GlobalBatchNorm`, because torch's SyncBatchNorm refuses CPU tensors.
     """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
@@ -31,8 +33,8 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
 class GlobalBatchNorm(_BatchNorm):
     """Batch norm of (n, c) or (n, c, h, w) with mean and variance over all ranks, on any device.
 
-    Equals nn.BatchNorm on the ranks' concatenated batch, gradients included. n may differ between the ranks, as it does
-    behind a detector's regions.
+    Equals nn.BatchNorm on the concatenated batch of all ranks, gradients included. n may differ between ranks, as the
+    number of a detector's regions does.
     """
 
     @classmethod
@@ -72,19 +74,18 @@ class GlobalBatchNorm(_BatchNorm):
         return normalised * self.weight.view(shape) + self.bias.view(shape) if self.affine else normalised
 
 
-def without_statistics(
-    module: nn.Module,
-) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    """Contexts of `torch.utils.checkpoint` for the first pass and for the recomputation.
+def checkpointed(function: Callable[..., Any], module: nn.Module, *args: Any) -> Any:
+    """`function(*args)`, which runs `module`; its activations are computed again in the backward pass, not kept.
 
-    The recomputation runs in training mode a second time and would count every batch twice in the running
-    statistics; its context puts them back.
+    The second computation is in training mode too and would count every batch twice in the running statistics, so
+    they are restored after it.
     """
-    return contextlib.nullcontext(), _kept_statistics(module)
+    contexts: Any = lambda: (contextlib.nullcontext(), _restored_statistics(module))  # noqa: E731
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
 @contextlib.contextmanager
-def _kept_statistics(module: nn.Module) -> Iterator[None]:
+def _restored_statistics(module: nn.Module) -> Iterator[None]:
     buffers = [b for m in module.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)]
     before = [buffer.clone() for buffer in buffers]
     try:

@@ -1,4 +1,4 @@
-"""A fixed split of the training images, and the refusal to go on with another one."""
+"""A fixed split of the training images; a run refuses to continue with another one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from tessella.ops.partition import partition
 class Partition(nn.Module):
     """Which of C parts each training image belongs to, for the whole run; see `ops.partition`.
 
-    The split is a function of four numbers, so only they are saved. Loading other numbers is refused: what was
-    learnt about one split is wrong about another. A method that is rebuilt without images, for an evaluation,
-    takes any.
+    The split is a function of the constructor's numbers, so only they and a checksum are saved. Loading other numbers
+    is refused, unless `images` is 0, as for an evaluation: what was learnt about one split is wrong about another.
 
     Args:
         images: rows of the data set; 0 for none.
@@ -33,7 +32,7 @@ class Partition(nn.Module):
         self._facts = {"seed": seed, "parts": parts, "images": images, "checksum": checksum}
         for name, value in self._facts.items():
             self.register_buffer(name, torch.tensor(value))
-        # No buffer: it is no state, and DDP would send it from rank to rank at each step.
+        # Not a buffer: it is no state, and DDP would broadcast it every step.
         self._part_of_row = torch.from_numpy(rows)
         self.register_load_state_dict_pre_hook(_refuse_another_split)
 
@@ -44,17 +43,16 @@ class Partition(nn.Module):
         return self._part_of_row[instances].long()
 
     def assert_equal_on_ranks(self) -> None:
-        """That every rank made the same split. On all ranks together; waits for the device."""
+        """Assert that every rank made the same split. Every rank must call it; waits for the device."""
         checksums = dist.gather(torch.tensor([self._facts["checksum"]], device=self.get_buffer("checksum").device))
         assert (checksums == checksums[0]).all(), "the ranks have cut the images into different parts"
 
 
-def _refuse_another_split(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    assert isinstance(module, Partition)
+def _refuse_another_split(module: Partition, state: dict[str, Any], prefix: str, *_: object) -> None:
     ours, saved = module._facts, {name: int(state.get(prefix + name, value)) for name, value in module._facts.items()}
     if ours["images"] and saved != ours:
         raise UserError(
             f"the saved run cut {saved['images']} images into {saved['parts']} parts (seed {saved['seed']}), this one "
-            f"cuts {ours['images']} into {ours['parts']} (seed {ours['seed']}): go on with the same images, "
+            f"cuts {ours['images']} into {ours['parts']} (seed {ours['seed']}): continue with the same images, "
             "batch_size, categories and partition_seed, or start a new run"
         )

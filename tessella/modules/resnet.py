@@ -1,7 +1,7 @@
 """ResNets with torchvision's key layout, plus what the five methods need of them: any width, a stem for small images.
 
-An own network, because torchvision's fixes the stem at 64 channels and cannot dilate a BasicBlock, and because
-importing torchvision doubles the start-up time of a run. Weights and outputs equal torchvision's (a test compares).
+Not torchvision's: its stem has 64 channels, its BasicBlock cannot be dilated, and importing it doubles the start-up
+time of a run. Weights and outputs equal torchvision's (a test compares).
 
 Source: He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016, with the stride in the 3x3
 convolution ("v1.5").
@@ -9,15 +9,15 @@ convolution ("v1.5").
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from tessella.modules.norm import without_statistics
+from tessella.modules.norm import checkpointed
 from tessella.ops.layout import image_layout
 
 
@@ -85,7 +85,7 @@ class ResNet(nn.Module):
         stem: "imagenet" (7x7 stride 2, max-pool: the map is 1/32 of the image), "small" (3x3 stride 1, no max-pool:
             1/8), the usual change for images of 32 pixels, or "small-pool" (the same with a 2x2 max-pool: 1/16), with
             which 64 pixels cost about what 32 do.
-        recompute: keep only each stage's input for the backward pass and compute the stage again: less memory for
+        recompute: keep only the input of each stage for the backward pass and compute the stage again: less memory,
             about a third more time.
     """
 
@@ -125,10 +125,7 @@ class ResNet(nn.Module):
 
     def feature_map(self, x: Tensor) -> Tensor:
         """(b, 3, h, w) -> (b, feature_dim, h', w'), the last stage's output."""
-        last = x
-        for stage_map in self._stages(x):
-            last = stage_map
-        return last
+        return deque(self._stages(x), maxlen=1)[0]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile `forward` and `feature_map`; a method calls the one or the other. Options as of torch.compile."""
@@ -145,14 +142,13 @@ class ResNet(nn.Module):
         return list(islice(self._stages(x), stages))
 
     def _stages(self, x: Tensor) -> Iterator[Tensor]:
-        """Each stage's output, one after the other; a stage is computed when it is asked for."""
+        """The output of each stage, computed when it is needed."""
         x = x.contiguous(memory_format=image_layout(x.device))
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for number in (1, 2, 3, 4):
             stage = self.get_submodule(f"layer{number}")
             if self.recompute and self.training and torch.is_grad_enabled():
-                contexts: Any = lambda stage=stage: without_statistics(stage)  # noqa: E731
-                x = checkpoint(stage, x, use_reentrant=False, context_fn=contexts)
+                x = checkpointed(stage, stage, x)
             else:
                 x = stage(x)
             yield x

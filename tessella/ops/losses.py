@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-OFFICIAL_BASE_TEMPERATURE = 0.07  # JigClu's official code multiplies its contrastive loss by temperature / 0.07
-
 
 def swapped_prediction(scores: Tensor, codes: Tensor, code_views: Sequence[int], temperature: float) -> Tensor:
     """Every view predicts the codes of the other views that have one. SwAV, equations 1 and 2.
