@@ -423,7 +423,7 @@ def write_report(run: FilePath, *, data: str | None = None) -> Path:
     Returns:
         The page's path.
     """
-    from tessella.report.of_run import report
+    from tessella.report.run import report
 
     return report(Path(run), data=data)
 

@@ -13,7 +13,7 @@ from tessella import dist
 from tessella.data.sampler import Sampler
 from tessella.data.sources import ImageSet
 from tessella.errors import UserError
-from tessella.run.config import FREE_FIELDS, RunConfig, load_config, to_dict
+from tessella.run.config import FREE_FIELDS, RunConfig, flat, load_config, to_dict
 from tessella.run.folder import versions
 
 _SHOWN = 5  # differences
@@ -58,7 +58,7 @@ def require_agreement(config: RunConfig, images: ImageSet, order: Sampler, step:
         "the hash of the next step's images": hashlib.sha256(next_rows.tobytes()).hexdigest()[:12],
         "the version of python": platform.python_version(),
         **{f"the version of {name}": version for name, version in versions().items()},
-        **_flat({name: value for name, value in to_dict(config).items() if name not in FREE_FIELDS}),
+        **flat({name: value for name, value in to_dict(config).items() if name not in FREE_FIELDS}),
     }
     disagreement = differences(dist.gather_objects((socket.gethostname(), facts)))
     if disagreement:
@@ -82,10 +82,3 @@ def differences(ranks: list[tuple[str, dict[str, Any]]]) -> list[str]:
         for name, value in expected.items()
         if facts.get(name) != value
     ]
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Dotted names of a tree's leaves."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {k: v for key, child in value.items() for k, v in _flat(child, f"{name}.{key}" if name else key).items()}

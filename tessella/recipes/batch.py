@@ -11,7 +11,7 @@ from typing import Any
 
 from tessella.methods import method_of
 from tessella.methods.method import BatchChange
-from tessella.run.config import RunConfig, to_dict
+from tessella.run.config import RunConfig, flat, to_dict
 
 
 def at_batch_size(config: RunConfig, batch_size: int, accumulate: int = 1) -> RunConfig:
@@ -32,22 +32,12 @@ def flags(before: RunConfig, after: RunConfig) -> dict[str, str]:
 
     Batch size and accumulation are left out: they are what the user has given.
     """
-    old, new = _leaves(to_dict(before)), _leaves(to_dict(after))
+    old, new = flat(to_dict(before)), flat(to_dict(after))
     return {
         name: f"--{name.replace('_', '-')} {_typed(value)}"
         for name, value in new.items()
         if name not in ("batch_size", "accumulate") and value != old.get(name)
     }
-
-
-def _leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """Dotted names of all that is no dictionary."""
-    if not isinstance(value, dict):
-        return {name: value}
-    leaves: dict[str, Any] = {}
-    for key, inner in value.items():
-        leaves |= _leaves(inner, f"{name}.{key}" if name else key)
-    return leaves
 
 
 def _typed(value: Any) -> str:

@@ -1,7 +1,7 @@
 """`tessella demo`: embedded digits, no network, minutes on two cores; what pretraining buys, in one table.
 
-for each seed: pretrain on the unlabelled train split -> evaluate the backbone and its random init
-raw pixels are evaluated once; everything is judged on a held-out split
+For each seed: pretrain on the unlabelled train split, then evaluate the backbone and the same network at random init on
+held-out digits. Raw pixels are evaluated once.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from tessella import files
@@ -26,7 +24,8 @@ from tessella.protocols.knn import KnnConfig
 from tessella.protocols.linear import FewLabelsConfig, LinearConfig
 from tessella.ranges import Repeats, checked
 from tessella.recipes import recipe
-from tessella.report.of_run import report
+from tessella.report.grid import Grid
+from tessella.report.run import report
 from tessella.run.config import Device
 from tessella.weights.resolve import Loaded, random_twin, resolve_backbone
 
@@ -83,15 +82,19 @@ def demo(out: Path, *, seeds: Repeats = 3, device: Device = "auto") -> Path:
         config = dataclasses.replace(recipe("swav_digits"), seed=seed, device=device)
         print(f"Pretraining on 1437 digits without their labels, seed {seed} ({seed + 1} of {seeds})", flush=True)
         run = pretrain(config, out if seed == 0 else out / f"seed-{seed}")
-        loaded = resolve_backbone(str(run))._replace(name=f"pretrained, seed {seed}")
+        loaded = resolve_backbone(str(run))
         transform = loaded.transform
         train, test = (open_images(f"digits::{split}", labels=True) for split in ("train", "test"))
         data = EvalData(train, test, transform, pick_device(device), cores_at_hand())
         if seed == 0:
             pixels = Loaded(Pixels(transform.size), config.backbone, transform, None, "raw pixels")
             records += score(pixels, data, _PROTOCOLS, seed)
-        records += score(random_twin(loaded, seed), data, _PROTOCOLS, seed) + score(loaded, data, _PROTOCOLS, seed)
-    files.write_json(out / "evaluation.json", records)
+        random_init = score(random_twin(loaded, seed), data, _PROTOCOLS, seed)
+        baselines = {one["protocol"]: {"name": one["backbone"], "scores": one["scores"]} for one in random_init}
+        pretrained = score(loaded._replace(name="pretrained"), data, _PROTOCOLS, seed)
+        records += [*random_init, *pretrained]
+        beside = [one | {"baseline": baselines.get(one["protocol"])} for one in pretrained]
+        files.write_json(run / "evaluation.json", beside)
     print_table(records)
     page = report(out, device=device)
     print(f"\nReport: {page}\nNext:   tessella scan IMAGES, then tessella pretrain swav_cpu --data IMAGES --out RUN")
@@ -100,12 +103,9 @@ def demo(out: Path, *, seeds: Repeats = 3, device: Device = "auto") -> Path:
 
 def print_table(records: list[Record]) -> None:
     """Means over the seeds in per cent, with their standard deviation."""
-    table = Table(title="Held-out digits, per cent (mean ± standard deviation over seeds)")
-    table.add_column("features")
-    for column in COLUMNS:
-        table.add_column(column.title, justify="right", no_wrap=True)
+    rows = []
     for name in ("raw pixels", "random init", "pretrained"):
-        cells = []
+        cells = [name]
         for column in COLUMNS:
             values = [
                 100 * record["scores"][column.score]
@@ -114,5 +114,6 @@ def print_table(records: list[Record]) -> None:
             ]
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.1f}{spread}")
-        table.add_row(name, *cells)
-    Console(width=None if Console().is_terminal else 110).print(table)
+        rows.append(cells)
+    heads = ["features", *(column.title for column in COLUMNS)]
+    Grid("Held-out digits, per cent (mean ± standard deviation over seeds)", heads, rows, words=1).show()

@@ -21,7 +21,7 @@ _FIGURES = {
     ("clustering", "ari"): "ARI",
     ("finetune-1%", "top1"): "1 % of labels",
     ("finetune-10%", "top1"): "10 % of labels",
-    ("coco", "box-ap"): "COCO box AP",
+    ("coco", "box_ap"): "COCO box AP",
 }
 _NOMINAL_IMAGES = 100_000  # for recipes that are made for any images
 _CPU_NETWORK = "resnet10"

@@ -1,12 +1,11 @@
-"""What an evaluation found, as a table: on the console, in Markdown and as a page, all from evaluation.json.
+"""The table of an evaluation, on the console, in Markdown, on pages and in notebooks; all from evaluation.json.
 
-A row is one figure: this backbone's, with its spread; the same network at random init and a supervised one, where they
-were asked for; and what the five methods have published for that protocol, with the setting that they published it in.
+A row is one figure: this backbone's, with its spread; those of the same network at random init and of a supervised one,
+if they were asked for; and what the five methods have published for that protocol, with the setting.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import string
 import sys
@@ -16,27 +15,34 @@ from typing import Any, NamedTuple
 
 from tessella import files
 from tessella.evaluation.records import PARTS, read_records
-from tessella.report.figures import Value, columns, facts, is_number, label, values_over_seeds
+from tessella.methods import METHODS
+from tessella.protocols import PROTOCOLS
+from tessella.report.figures import Value, facts, is_number, list_in, table_in, values_over_seeds
+from tessella.report.grid import Grid, markdown
 from tessella.report.page import literal, render, short
-from tessella.report.published import METHODS, Reported, reported
+from tessella.report.published import per_cent, reported
 
 Record = Mapping[str, Any]
 
 _SEEDS = ("seed", "seeds", "repeats")  # settings in which trainings of one question may differ
-_PICKED = {"c": "C", "lr": "lr", "head_lr": "head lr", "weight_decay": "weight decay"}  # names among scores, in words
-_WORST = 5  # classes and mistakes that are named
-OWN, CHANCE = "this backbone", "labels shuffled"  # heads of columns
+_PICKED = {"c": "C", "lr": "lr", "head_lr": "head lr", "weight_decay": "weight decay"}  # score -> label
+_MOST_NAMED = 5  # classes and mistakes
 _HEADS = {"baseline": "random init", "supervised": "supervised"}
+_LEGEND = (
+    "Per cent; higher is better. ± is the standard deviation over seeds or draws, [ , ] the 95 % interval for one "
+    "backbone on other images of this kind; a figure with neither was measured once. In brackets the difference to "
+    "random init. Labels shuffled: what the same predictions score when the labels of the test images are put in a "
+    "random order. A published figure was got in the setting that its letter names."
+)
 
 
 class Row(NamedTuple):
     """One figure."""
 
-    figure: str
     value: Value
     chance: str  # the same predictions with the labels in a random order; empty if it is not known
     others: list[Value | None]  # of the table's other backbones
-    published: list[tuple[str, str]]  # for each method of the table a figure and its footnote, or two empty texts
+    published: dict[str, tuple[str, str]]  # title of a method -> figure and the letter of its footnote
     gain: str  # points above random init; empty without it
 
 
@@ -44,10 +50,15 @@ class Question(NamedTuple):
     """A protocol in one setting, and all its figures."""
 
     protocol: str
-    changed: str  # what differs from the setting that the name stands for
-    seeds: str  # over which the spread is, or how it was judged; empty if there is nothing to say
+    changed: str  # what differs from the setting of that name
+    seeds: str  # number of trainings, or leave-one-out; empty if there is nothing to say
     rows: list[Row]
     notes: list[str]
+
+    @property
+    def title(self) -> str:
+        """The protocol, and in brackets what is special."""
+        return in_brackets(self.protocol, "; ".join(filter(None, (self.changed, self.seeds))))
 
 
 class Table(NamedTuple):
@@ -57,60 +68,82 @@ class Table(NamedTuple):
     network: str
     train: str
     test: str
-    facts: str  # sizes and chance, as sentences
+    facts: str  # about all figures, as sentences
     heads: list[str]  # of the other backbones
-    methods: list[str]  # with published figures of the same data for any of the rows
+    methods: list[str]  # titles of those with figures published for the same data
     questions: list[Question]
-    footnotes: list[tuple[str, str]]  # letter, where a published figure is from
-    elsewhere: list[str]  # published figures of other data, one line each
+    footnotes: list[tuple[str, str]]  # letter, source of a published figure
+    elsewhere: list[str]  # figures published for other data, one line each
     gains: bool  # whether random init is among the others
-    yours: str  # the setting that those are not of
     details: list[tuple[str, str]]  # name, value
     copies: list[tuple[str, str]]  # test and train image of some near-copies
+
+    @property
+    def yours(self) -> str:
+        """The setting of the figures that are not published ones."""
+        return f"Yours: {short(self.test)}, {self.network}."
+
+    def grid(self, published: bool = False) -> Grid:
+        """The table as texts."""
+        methods = self.methods if published else []
+        heads = ["protocol", "figure", "this backbone", "labels shuffled", *self.heads]
+        rows = [
+            [
+                question.title if number == 0 else "",
+                row.value.label,
+                in_brackets(str(row.value), row.gain),
+                row.chance or "–",
+                *(str(other or "–") for other in row.others),
+                *(in_brackets(*row.published.get(title, ("–", ""))) for title in methods),
+            ]
+            for question in self.questions
+            for number, row in enumerate(question.rows)
+        ]
+        return Grid(
+            f"{self.backbone} on {short(self.test)}", [*heads, *(f"{title}, published" for title in methods)], rows
+        )
 
 
 class Records(list[Record]):
     """Records of an evaluation. A notebook shows them as a table."""
 
     def _repr_html_(self) -> str:
-        return "".join(map(_in_html, tables_of(self)))
-
-
-def _in_html(table: Table) -> str:
-    """A table for a notebook."""
-    heads = ["protocol", "figure", OWN, CHANCE, *table.heads]
-    rows = [
-        [question.protocol if number == 0 else "", row.figure, str(row.value), row.chance, *map(_text, row.others)]
-        for question in table.questions
-        for number, row in enumerate(question.rows)
-    ]
-    head = "".join(f"<th>{html.escape(literal(name))}</th>" for name in heads)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(literal(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    title = html.escape(literal(f"{table.backbone} on {table.test}, per cent"))
-    return f"<table><caption>{title}</caption><tr>{head}</tr>{body}</table>"
+        return "".join(table.grid().html() for table in tables_of(self))
 
 
 def tables_of(records: Iterable[Any]) -> list[Table]:
-    """Tables from the content of an evaluation.json; what does not look like a record is passed over."""
+    """Tables from the content of an evaluation.json; what does not look like a record is left out."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         if isinstance(record, Mapping) and isinstance(record.get("scores"), Mapping):
-            groups.setdefault(json.dumps(_place(record), sort_keys=True), []).append(record)
+            groups.setdefault(json.dumps(_backbone_and_data(record), sort_keys=True), []).append(record)
     return [table for table in map(_table, groups.values()) if table.questions]
 
 
 def question_of(record: Record) -> str:
-    """What makes two records trainings of one question: all but the seeds, the backbone and the data."""
-    settings = {name: value for name, value in part_of(record, "settings").items() if name not in _SEEDS}
+    """What two records have in common that are trainings of one question: all but seeds, backbone and data."""
+    settings = {name: value for name, value in table_in(record, "settings").items() if name not in _SEEDS}
     return json.dumps([record.get("protocol"), record.get("version"), settings], sort_keys=True)
 
 
-def one_per_seed(records: Sequence[Record]) -> list[Record]:
-    """Of records of one question those of its seeds; where a protocol has no seeds, or one seed came twice, the last.
+def values_of_question(records: Sequence[Record], part: str = "") -> dict[str, Value]:
+    """The figures of one question, over its seeds.
 
-    A protocol that repeats its trainings itself tells their spread itself, so that its last record counts.
+    Where a protocol has no seed, or records have the same seed, the last one counts. So it does where a protocol
+    repeats its trainings itself, because it gives their spread itself.
+
+    Args:
+        records: of the question.
+        part: "baseline" or "supervised" for the figures of another backbone, if the records have them.
     """
-    settings = part_of(records[-1], "settings")
+    records = one_per_seed(records)
+    scores = [table_in(table_in(record, part) if part else record, "scores") for record in records]
+    return values_over_seeds([one for one in scores if one] or [{}], _measures(records[-1]))
+
+
+def one_per_seed(records: Sequence[Record]) -> list[Record]:
+    """The records of a question that count; see `values_of_question`."""
+    settings = table_in(records[-1], "settings")
     if "seed" not in settings or "repeats" in settings:
         return [records[-1]]
     return list({json.dumps(record.get("seed")): record for record in records}.values())
@@ -123,15 +156,13 @@ def write_pages(out: Path) -> list[Path]:
         The paths of both.
 
     Raises:
-        UserError: there are no records, or the disk refuses.
+        UserError: the file holds no records, or the disk is full.
     """
     tables = tables_of(read_records(out))
-    files.write_text(out / "evaluation.md", in_markdown(tables))
     names = dict.fromkeys(table.backbone for table in tables)
     title = ", ".join(names) if len(names) < 4 else f"{len(names)} backbones"
-    files.write_text(
-        out / "evaluation.html", render("evaluation.html.j2", {"title": title, "tables": tables, "methods": METHODS})
-    )
+    files.write_text(out / "evaluation.md", in_markdown(tables))
+    files.write_text(out / "evaluation.html", render("evaluation.html.j2", {"title": title, "tables": tables}))
     return [out / "evaluation.md", out / "evaluation.html"]
 
 
@@ -139,18 +170,8 @@ def print_scores(records: Iterable[Record]) -> None:
     """The figures in per cent: a table on a terminal, plain lines elsewhere."""
     tables = tables_of(records)
     for table in tables:
-        title = f"{table.backbone} on {short(table.test)}"
-        heads = ["protocol", "figure", OWN, CHANCE, *table.heads]
-        rows = [
-            [
-                question.protocol + _brackets(question) if number == 0 else "",
-                *(row.figure, f"{row.value}" + (f" ({row.gain})" if row.gain else ""), row.chance or "–"),
-                *map(_text, row.others),
-            ]
-            for question in table.questions
-            for number, row in enumerate(question.rows)
-        ]
-        print_table(title if len(tables) > 1 or sys.stdout.isatty() else "", heads, rows)
+        grid = table.grid()
+        (grid if len(tables) > 1 or sys.stdout.isatty() else grid._replace(title="")).show()
         print(literal(table.facts))
         for question in table.questions:
             for note in question.notes:
@@ -162,214 +183,26 @@ def in_markdown(tables: Sequence[Table]) -> str:
     """The tables as a Markdown document."""
     lines = ["# Evaluation", "", _LEGEND, ""]
     for table in tables:
-        lines += [f"## {markdown(table.backbone)} on {markdown(short(table.test))}", ""]
-        lines += [markdown(f"{table.network}. Learned from {table.train}, judged on {table.test}. {table.facts}"), ""]
-        heads = ["protocol", "figure", OWN, CHANCE, *map(markdown, table.heads)]
-        heads += [f"{METHODS[name]}, published" for name in table.methods]
-        lines += [cells(heads), cells(["---", "---", *["---:"] * (len(heads) - 2)])]
-        for question in table.questions:
-            name = f"{markdown(question.protocol)}{markdown(_brackets(question))}"
-            for number, row in enumerate(question.rows):
-                score = f"{row.value}" + (f" ({row.gain})" if row.gain else "")
-                published = [f"{value} ({note})" if value else "–" for value, note in row.published]
-                first = name if number == 0 else ""
-                lines.append(cells([first, row.figure, score, row.chance or "–", *map(_text, row.others), *published]))
-        lines.append("")
-        lines += [f"- ({letter}) {markdown(text)}" for letter, text in table.footnotes]
-        lines += [f"- {markdown(table.yours)}"] if table.footnotes else []
-        notes = [f"- {markdown(q.protocol)}: {markdown(note)}" for q in table.questions for note in q.notes]
-        lines += [*([""] if table.footnotes else []), *(["Notes:", "", *notes, ""] if notes else [])]
-        lines += [f"{markdown(name)}: {markdown(value)}  " for name, value in table.details]
-        if table.copies:
-            lines += ["", "Near-copies, test and train image:", ""]
-            lines += [f"- {markdown(one)}, {markdown(other)}" for one, other in table.copies]
-        if table.elsewhere:
-            lines += ["", "Published on other data, for orientation only:", "", *map(_bullet, table.elsewhere)]
-        lines.append("")
+        about = f"{table.network}. Learned from {table.train}, judged on {table.test}. {table.facts}"
+        grid = table.grid(published=True)
+        lines += [f"## {markdown(grid.title)}", "", markdown(about), "", *grid.markdown(), ""]
+        if table.footnotes:
+            lines += [f"- ({letter}) {markdown(text)}" for letter, text in table.footnotes]
+            lines += [f"- {markdown(table.yours)}", ""]
+        lists = {
+            "Notes": [f"{question.protocol}: {note}" for question in table.questions for note in question.notes],
+            "Near-copies, test and train image": [", ".join(pair) for pair in table.copies],
+            "Published on other data, for orientation only": table.elsewhere,
+        }
+        for title, entries in lists.items():
+            lines += [f"{title}:", "", *(f"- {markdown(entry)}" for entry in entries), ""] if entries else []
+        lines += [*(f"{markdown(name)}: {markdown(value)}  " for name, value in table.details), ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-_LEGEND = (
-    "Per cent; higher is better. ± is the standard deviation over seeds or draws, [ , ] the 95 % interval for one "
-    "backbone on other images of this kind; a figure with neither was measured once. In brackets the difference to "
-    "random init. Labels shuffled: what the same predictions score when the labels of the test images are put in a "
-    "random order. A published figure was got in the setting that its letter names."
-)
-
-
-def _place(record: Record) -> list[Any]:
-    """What the records of one table share."""
-    names = [part_of(record, split).get(key) for split in ("train", "test") for key in ("name", "fingerprint")]
-    return [record.get("backbone"), record.get("weights"), record.get("label_map"), *names]
-
-
-def _table(records: list[Record]) -> Table:
-    first = records[-1]
-    parts = [name for name in PARTS if any(isinstance(record.get(name), Mapping) for record in records)]
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(question_of(record), []).append(record)
-    chosen = [one_per_seed(group) for group in groups.values()]
-    train, test = (str(part_of(first, split).get("name", "?")) for split in ("train", "test"))
-    notes = _Footnotes()
-    test_set = part_of(first, "test")
-    size = test_set.get("images"), test_set.get("classes")
-    every = [[(name, _published(group[-1], name)) for name in _names(group)] for group in chosen]
-    published = [[{m: one for m, one in found.items() if one.same_data(*size)} for _, found in rows] for rows in every]
-    elsewhere = [
-        f"{group[-1].get('protocol')}, {label(name)}: {METHODS[m]} {_published_text(one.value)} "
-        f"({one.setting}; {one.source})"
-        for group, rows in zip(chosen, every, strict=True)
-        for name, found in rows
-        for m, one in found.items()
-        if not one.same_data(*size)
-    ]
-    methods = [m for m in METHODS if any(m in found for rows in published for found in rows)]
-    questions = [_question(group, parts, rows, methods, notes) for group, rows in zip(chosen, published, strict=True)]
-    return Table(
-        backbone=str(first.get("backbone", "?")),
-        network=network_of(first),
-        train=train,
-        test=test,
-        facts=facts(records),
-        heads=[_head(records, name) for name in parts],
-        methods=methods,
-        questions=[question for question in questions if question.rows],
-        footnotes=[(letter, text) for text, letter in notes.letters.items()],
-        elsewhere=elsewhere,
-        gains="baseline" in parts,
-        yours=f"Yours: {short(test)}, {network_of(first)}.",
-        details=_details(records),
-        copies=_copies(records),
-    )
-
-
-class _Footnotes:
-    """Letters for texts, in the order of their first use."""
-
-    def __init__(self) -> None:
-        self.letters: dict[str, str] = {}
-
-    def letter(self, one: Reported) -> str:
-        number = len(self.letters)
-        tens = string.ascii_lowercase[number // 26 - 1] if number >= 26 else ""
-        return self.letters.setdefault(f"{one.setting} ({one.source})", tens + string.ascii_lowercase[number % 26])
-
-
-def _names(group: list[Record]) -> list[str]:
-    """Figures of a question, in order."""
-    return columns(values_over_seeds([record["scores"] for record in group]))
-
-
-def _published(record: Record, name: str) -> dict[str, Reported]:
-    found = reported(str(record.get("protocol")), part_of(record, "settings"), name)
-    return {one.method: one for one in found}
-
-
-def _question(
-    group: list[Record], parts: list[str], published: list[dict[str, Reported]], methods: list[str], notes: _Footnotes
-) -> Question:
-    values = values_over_seeds([record["scores"] for record in group])
-    others = {name: _part_values(group, name) for name in parts}
-    rows = []
-    for name, found in zip(columns(values), published, strict=True):
-        beside = [
-            (_published_text(found[m].value), notes.letter(found[m])) if m in found else ("", "") for m in methods
-        ]
-        gain = difference(values[name], others.get("baseline", {}).get(name))
-        value = values[name]
-        by_chance = "" if value.chance is None else f"{100 * value.chance:.1f}"
-        rows.append(Row(label(name), value, by_chance, [other.get(name) for other in others.values()], beside, gain))
-    told = [str(note) for record in group for note in _list(record["scores"].get("notes"))]
-    notes_of_all = dict.fromkeys([*told, *_findings(group[-1]["scores"])])
-    changed = part_of(group[-1], "changed")
-    how = [f"{len(group)} seeds"] if len(group) > 1 else []
-    how += ["leave-one-out"] if group[-1]["scores"].get("leave_one_out") is True else []
-    return Question(
-        str(group[-1].get("protocol")),
-        ", ".join(f"{name} {_plain(value)}" for name, value in changed.items()),
-        "; ".join(how),
-        rows,
-        list(notes_of_all),
-    )
-
-
-def _findings(scores: Mapping[str, Any]) -> list[str]:
-    """What was picked on train images, the classes that are hardest, and what they are taken for."""
-    lines = []
-    tried = part_of(scores, "held_out_top1")
-    picked = [f"{words} {scores[name]:g}" for name, words in _PICKED.items() if tried and is_number(scores.get(name))]
-    if picked:
-        lines.append(f"picked on held-out train images: {', '.join(picked)} (of {len(tried)} settings)")
-    classes = {str(name): value for name, value in part_of(scores, "per_class").items() if is_number(value)}
-    worst = sorted(classes, key=lambda name: classes[name])[:_WORST]
-    if len(classes) > 2:
-        lines.append("hardest classes: " + ", ".join(f"{name} {100 * classes[name]:.1f}" for name in worst))
-    mistakes = [one for one in _list(scores.get("mistakes")) if isinstance(one, list) and len(one) == 3][:_WORST]
-    if mistakes:
-        lines.append("most frequent mistakes: " + ", ".join(f"{a} taken for {b} ({n} images)" for a, b, n in mistakes))
-    return lines
-
-
-def _copies(records: list[Record]) -> list[tuple[str, str]]:
-    pairs = _list(part_of(records[-1], "near_copies").get("pairs"))
-    return [(str(pair.get("test")), str(pair.get("train"))) for pair in pairs if isinstance(pair, Mapping)]
-
-
-def _published_text(value: float) -> str:
-    """As published: one decimal, or two."""
-    text = f"{value:g}"
-    return text if "." in text else f"{text}.0"
-
-
-def _part_values(group: list[Record], part: str) -> dict[str, Value]:
-    """Figures of another backbone, over the same seeds; of a deterministic one they are the same each time."""
-    scores = [record[part]["scores"] for record in group if isinstance(record.get(part), Mapping)]
-    scores = [one for one in scores if isinstance(one, Mapping)]
-    return values_over_seeds(scores) if scores else {}
-
-
-def _head(records: list[Record], part: str) -> str:
-    if part == "baseline":
-        return _HEADS[part]
-    names = {str(record[part].get("name")) for record in records if isinstance(record.get(part), Mapping)}
-    return names.pop() if len(names) == 1 else _HEADS[part]
-
-
-def _details(records: list[Record]) -> list[tuple[str, str]]:
-    last = records[-1]
-    libraries = part_of(last, "libraries")
-    seconds = sum(record["seconds"] for record in records if isinstance(record.get("seconds"), int | float))
-    versions = ", ".join(f"{name} {libraries[name]}" for name in ("tessella", "torch") if libraries.get(name))
-    return [
-        *([("Label map", _mapping(last))] if last.get("label_map") else []),
-        ("Weights", f"sha256 {str(last.get('weights', '?'))[:16]}"),
-        ("Train images", f"sha256 {str(part_of(last, 'train').get('fingerprint', '?'))[:16]}"),
-        ("Test images", f"sha256 {str(part_of(last, 'test').get('fingerprint', '?'))[:16]}"),
-        ("Computed", f"{last.get('device', '?')}, {last.get('ranks', 1)} rank(s), {seconds:,.0f} seconds; {versions}"),
-    ]
-
-
-def _mapping(record: Record) -> str:
-    """Which classes count as one."""
-    groups: dict[str, list[str]] = {}
-    for name, counts_as in part_of(record, "label_map").items():
-        groups.setdefault(str(counts_as), []).append(str(name))
-    return "; ".join(f"{name}: {', '.join(members)}" for name, members in groups.items())
-
-
-def _bullet(text: str) -> str:
-    return f"- {markdown(text)}"
-
-
-def difference(value: Value | None, other: Value | None) -> str:
-    """How many points one is above the other; empty if one is not known."""
-    return "" if value is None or other is None else f"{100 * (value.mean - other.mean):+.1f}"
 
 
 def network_of(record: Record) -> str:
     """The network in words."""
-    network = part_of(record, "network")
+    network = table_in(record, "network")
     words = [str(network.get("name", "network not named")).removeprefix("timm:")]
     if network.get("width") not in (None, 64):
         words.append(f"width {network['width']}")
@@ -378,59 +211,138 @@ def network_of(record: Record) -> str:
     return ", ".join(words)
 
 
-def part_of(record: Record, name: str) -> Mapping[str, Any]:
-    """A table among the record's values; empty if it is none."""
-    value = record.get(name)
-    return value if isinstance(value, Mapping) else {}
+def name_in(record: Record, split: str) -> str:
+    """The name of a record's train or test images."""
+    return str(table_in(record, split).get("name", "?"))
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def difference(value: Value | None, other: Value | None) -> str:
+    """How many points one is above the other; empty if one is not known."""
+    return "" if value is None or other is None else f"{100 * (value.mean - other.mean):+.1f}"
 
 
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def in_brackets(text: str, more: str) -> str:
+    """The text, and in brackets more, if there is more."""
+    return f"{text} ({more})" if more else text
 
 
-def _brackets(question: Question) -> str:
-    more = "; ".join(filter(None, (question.changed, question.seeds)))
-    return f" ({more})" if more else ""
+def _backbone_and_data(record: Record) -> list[Any]:
+    """What the records of one table have in common."""
+    data = [table_in(record, split).get(key) for split in ("train", "test") for key in ("name", "fingerprint")]
+    return [record.get("backbone"), record.get("weights"), record.get("label_map"), *data]
 
 
-def _text(value: Value | None) -> str:
-    return "–" if value is None else str(value)
+def _table(records: list[Record]) -> Table:
+    last = records[-1]
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(question_of(record), []).append(record)
+    parts = [part for part in PARTS if any(table_in(record, part) for record in records)]
+    letters: dict[str, str] = {}
+    elsewhere: list[str] = []
+    questions = [_question(group, parts, letters, elsewhere) for group in groups.values()]
+    published = {title for question in questions for row in question.rows for title in row.published}
+    pairs = [pair for pair in list_in(table_in(last, "near_copies"), "pairs") if isinstance(pair, Mapping)]
+    return Table(
+        backbone=str(last.get("backbone", "?")),
+        network=network_of(last),
+        train=name_in(last, "train"),
+        test=name_in(last, "test"),
+        facts=facts(records),
+        heads=[_head(records, part) for part in parts],
+        methods=[title for title in (METHODS[name].title for name in METHODS) if title in published],
+        questions=[question for question in questions if question.rows],
+        footnotes=[(letter, text) for text, letter in letters.items()],
+        elsewhere=elsewhere,
+        gains="baseline" in parts,
+        details=_details(records),
+        copies=[(str(pair.get("test")), str(pair.get("train"))) for pair in pairs],
+    )
 
 
-def markdown(text: str) -> str:
-    """Foreign text that Markdown shows as it is."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#~&" else c for c in literal(text))
+def _question(records: list[Record], parts: list[str], letters: dict[str, str], elsewhere: list[str]) -> Question:
+    """The figures of a question; footnotes get their letters, and figures of other data are added to `elsewhere`."""
+    record, counted = records[-1], one_per_seed(records)
+    protocol, test = str(record.get("protocol")), table_in(record, "test")
+    others = {part: values_of_question(records, part) for part in parts}
+    rows = []
+    for name, value in values_of_question(records).items():
+        published = {}
+        for one in reported(protocol, table_in(record, "settings"), name):
+            title = METHODS[one.method].title
+            if one.same_data(test.get("images"), test.get("classes")):
+                letter = letters.setdefault(f"{one.setting} ({one.source})", _letter(len(letters)))
+                published[title] = per_cent(one.value), letter
+            else:
+                figure = f"{title} {per_cent(one.value)}"
+                elsewhere.append(f"{protocol}, {value.label}: {figure} ({one.setting}; {one.source})")
+        chance = "" if value.chance is None else f"{100 * value.chance:.1f}"
+        gain = difference(value, others.get("baseline", {}).get(name))
+        rows.append(Row(value, chance, [other.get(name) for other in others.values()], published, gain))
+    notes = [str(note) for one in counted for note in list_in(table_in(one, "scores"), "notes")]
+    how = [f"{len(counted)} seeds"] if len(counted) > 1 else []
+    how += ["leave-one-out"] if table_in(record, "scores").get("leave_one_out") is True else []
+    changed = ", ".join(
+        f"{name} {value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in table_in(record, "changed").items()
+    )
+    notes += _findings(table_in(record, "scores"))
+    return Question(protocol, changed, "; ".join(how), rows, list(dict.fromkeys(notes)))
 
 
-def cells(line: Iterable[str]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(line)} |"
+def _letter(number: int) -> str:
+    """Letters of footnotes: a to z, then aa, ab, ..."""
+    tens = string.ascii_lowercase[number // 26 - 1] if number >= 26 else ""
+    return tens + string.ascii_lowercase[number % 26]
 
 
-def print_table(title: str, heads: list[str], rows: list[list[str]]) -> None:
-    """Rows of text below their heads: a drawn table on a terminal, plain lines elsewhere."""
-    if sys.stdout.isatty():
-        _draw(title, heads, rows)
-        return
-    widths = [max(len(literal(row[i])) for row in [heads, *rows]) for i in range(len(heads))]
-    if title:
-        print(f"\n{literal(title)}")
-    for row in [heads, *rows]:
-        print("  ".join(literal(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def _measures(record: Record) -> Mapping[str, str]:
+    """Scores that the record's protocol declares, and their labels."""
+    name = str(record.get("protocol"))
+    for own, protocol in PROTOCOLS.items():
+        if name in protocol.settings or name == own or name.startswith(f"{own}-"):
+            return protocol.measures
+    return {}
 
 
-def _draw(title: str, heads: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table as Grid
+def _findings(scores: Mapping[str, Any]) -> list[str]:
+    """What was picked on train images, the hardest classes, and the most frequent mistakes."""
+    lines = []
+    tried = table_in(scores, "held_out_top1")
+    picked = [f"{label} {scores[name]:g}" for name, label in _PICKED.items() if tried and is_number(scores.get(name))]
+    if picked:
+        lines.append(f"picked on held-out train images: {', '.join(picked)} (of {len(tried)} settings)")
+    classes = {str(name): value for name, value in table_in(scores, "per_class").items() if is_number(value)}
+    hardest = sorted(classes, key=lambda name: classes[name])[:_MOST_NAMED]
+    if len(classes) > 2:
+        lines.append("hardest classes: " + ", ".join(f"{name} {100 * classes[name]:.1f}" for name in hardest))
+    mistakes = [one for one in list_in(scores, "mistakes") if isinstance(one, list) and len(one) == 3]
+    if mistakes:
+        named = (f"{right} taken for {wrong} ({n} images)" for right, wrong, n in mistakes[:_MOST_NAMED])
+        lines.append("most frequent mistakes: " + ", ".join(named))
+    return lines
 
-    grid = Grid(title=escape(literal(title)))
-    for number, head in enumerate(heads):
-        grid.add_column(escape(literal(head)), justify="left" if number < 2 else "right")
-    for row in rows:
-        grid.add_row(*(escape(literal(cell)) for cell in row))
-    Console().print(grid)
+
+def _head(records: list[Record], part: str) -> str:
+    names = {str(table_in(record, part).get("name")) for record in records if table_in(record, part)}
+    return names.pop() if part != "baseline" and len(names) == 1 else _HEADS[part]
+
+
+def _details(records: list[Record]) -> list[tuple[str, str]]:
+    last = records[-1]
+    hashes = {
+        "Weights": last.get("weights", "?"),
+        "Train images": table_in(last, "train").get("fingerprint", "?"),
+        "Test images": table_in(last, "test").get("fingerprint", "?"),
+    }
+    seconds = sum(record["seconds"] for record in records if is_number(record.get("seconds")))
+    libraries = table_in(last, "libraries")
+    versions = ", ".join(f"{name} {libraries[name]}" for name in ("tessella", "torch") if libraries.get(name))
+    members: dict[str, list[str]] = {}  # of the classes that a label map makes
+    for name, counts_as in table_in(last, "label_map").items():
+        members.setdefault(str(counts_as), []).append(str(name))
+    return [
+        *([("Label map", "; ".join(f"{name}: {', '.join(old)}" for name, old in members.items()))] if members else []),
+        *((name, f"sha256 {str(value)[:16]}") for name, value in hashes.items()),
+        ("Computed", f"{last.get('device', '?')}, {last.get('ranks', 1)} rank(s), {seconds:,.0f} seconds; {versions}"),
+    ]

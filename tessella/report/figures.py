@@ -1,17 +1,19 @@
-"""The figures of a record that people look at: what they are called, and how sure they are."""
+"""The figures of a record: which are shown, what they are called, and how certain they are."""
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-_LABELS = {  # name among the scores -> in words; in the order of a table
+_LABELS = {  # pattern of a score's name -> label, in the order of a table; a number in the name goes into the label
     "top1": "top-1",
     "top5": "top-5",
     "mean_per_class": "mean per class",
     "k1": "nearest neighbour",
+    r"top1_(\d{1,6})": "top-1, {} label{} per class",
+    r"map_(\d{1,6})": "mean AP, {} positive{} per class",
     "accuracy": "accuracy",
     "nmi": "NMI",
     "ari": "ARI",
@@ -35,15 +37,13 @@ _LABELS = {  # name among the scores -> in words; in the order of a table
     "best_test_top1": "best epoch, picked on test",
     "best_test_miou": "best evaluation, picked on test",
 }
-_COUNTED = {  # pattern of names -> in words
-    r"top1_(\d{1,6})": "top-1, {} label{} per class",
-    r"map_(\d{1,6})": "mean AP, {} positive{} per class",
-}
+_COPIES = ("near_duplicates", "near_duplicate_share")
 
 
 class Value(NamedTuple):
-    """A figure in [0, 1], and its spread over seeds or draws, or else where it lies by chance."""
+    """A score in [0, 1] with its spread over seeds or draws or, without one, its confidence interval."""
 
+    label: str
     mean: float
     std: float | None = None  # sample formula
     interval: tuple[float, float] | None = None  # 95 %
@@ -56,7 +56,7 @@ class Value(NamedTuple):
 
     @property
     def spread(self) -> str:
-        """As it stands behind the figure; empty if it is not known."""
+        """The text behind the figure; empty if nothing is known."""
         if self.std is not None:
             return f"± {100 * self.std:.1f}"
         if self.interval is not None:
@@ -67,106 +67,103 @@ class Value(NamedTuple):
         return f"{self.text} {self.spread}".rstrip()
 
 
-def values_of(scores: Mapping[str, Any]) -> dict[str, Value]:
-    """Name -> figure, those that a table shows, in its order; what is not a number is passed over."""
-    return {name: Value(scores[name], *_spread(scores, name), _chance(scores, name)) for name in _shown(scores)}
+def values_of(scores: Mapping[str, Any], measures: Mapping[str, str] | None = None) -> dict[str, Value]:
+    """The scores that a table shows, by name, in the order of the table; what is not a number is left out.
+
+    Args:
+        scores: of a record.
+        measures: labels of further scores to show, as the record's protocol declares them.
+    """
+    chance = table_in(scores, "permuted")
+    values = []
+    for name, score in scores.items():
+        place = _place_and_label(name, measures or {})
+        if place is not None and is_number(score):
+            by_chance = float(chance[name]) if is_number(chance.get(name)) else None
+            values.append((place, name, Value(place[-1], score, *_spread(scores, name), by_chance)))
+    return {name: value for _, name, value in sorted(values)}
 
 
-def values_over_seeds(every: Sequence[Mapping[str, Any]]) -> dict[str, Value]:
-    """As `values_of`, of several trainings that differ in their seed alone: mean and spread over these."""
+def values_over_seeds(
+    trainings: Sequence[Mapping[str, Any]], measures: Mapping[str, str] | None = None
+) -> dict[str, Value]:
+    """As `values_of`, for the scores of trainings that differ in the seed only: mean and spread over them."""
+    every = [values_of(scores, measures) for scores in trainings]
     if len(every) == 1:
-        return values_of(every[0])
-    parts = [values_of(scores) for scores in every]
-    shared = [name for name in parts[0] if all(name in part for part in parts)]
-    found = {}
-    for name in shared:
-        values = [part[name].mean for part in parts]
-        chances = [chance for part in parts if (chance := part[name].chance) is not None]
-        chance = statistics.fmean(chances) if chances else None
-        found[name] = Value(statistics.fmean(values), statistics.stdev(values), None, chance)
-    return found
+        return every[0]
+    averages = {}
+    for name in every[0]:
+        values = [one[name] for one in every if name in one]
+        if len(values) == len(every):
+            means, chances = [v.mean for v in values], [v.chance for v in values if v.chance is not None]
+            chance = statistics.fmean(chances) if chances else None
+            averages[name] = Value(values[0].label, statistics.fmean(means), statistics.stdev(means), None, chance)
+    return averages
 
 
-def label(name: str) -> str:
-    """A figure in words."""
-    for pattern, words in _COUNTED.items():
-        match = re.fullmatch(pattern, name)
-        if match:
-            return words.format(match[1], "s" * (match[1] != "1"))
-    return _LABELS[name]
-
-
-def columns(names: Iterable[str]) -> list[str]:
-    """Names of figures in the order of a table."""
-    return sorted(set(names), key=_order)
+def facts(records: Sequence[Mapping[str, Any]]) -> str:
+    """What holds for all scores, as sentences: the number of test images, the score of guessing, near-copies."""
+    tests = [table_in(record, "test") for record in records]
+    sizes = {
+        name: max((test[name] for test in tests if is_number(test.get(name))), default=0)
+        for name in ("images", "classes", "skipped")
+    }
+    sentences = []
+    if sizes["images"] > 0:
+        sentences.append(f"{sizes['images']:,.0f} test images.")
+    if sizes["skipped"] > 0:
+        sentences.append(f"{sizes['skipped']:,.0f} more could not be read.")
+    if sizes["classes"] > 0 and all(record.get("kind", "classes") == "classes" for record in records):
+        guessing = 100 / sizes["classes"]
+        sentences.append(f"Guessing one of {sizes['classes']:,.0f} classes would score {guessing:.1f} %.")
+    sentences += _near_copies(records)
+    warnings = [str(warning) for record in records for warning in list_in(record, "warnings")]
+    return " ".join(sentences + [f"Beware: {warning}." for warning in dict.fromkeys(warnings)])
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number that can be shown; records may come from elsewhere."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12  # no NaN either
+    """Whether a value can be shown as a number; records may come from elsewhere."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12  # False for NaN
 
 
-def _shown(scores: Mapping[str, Any]) -> Iterator[str]:
-    known = [name for name in scores if name in _LABELS or any(re.fullmatch(p, str(name)) for p in _COUNTED)]
-    return (name for name in columns(known) if is_number(scores[name]))
+def table_in(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The table of this name in a record; empty if there is none."""
+    value = record.get(name)
+    return value if isinstance(value, Mapping) else {}
 
 
-def _order(name: str) -> tuple[float, int]:
-    number = re.search(r"_(\d{1,6})$", name)
-    if name in _LABELS:
-        return list(_LABELS).index(name), 0
-    return list(_LABELS).index("k1") + 0.5, int(number[1]) if number else 0
-
-
-def _near_copies(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = [copies for record in records if isinstance(copies := record.get("near_copies"), Mapping)]
-    count, share = (found[-1].get(name) if found else None for name in ("near_duplicates", "near_duplicate_share"))
-    if not is_number(count) or not is_number(share):
-        return []
-    if not count:
-        return ["No test image has a near-copy among the train images."]
-    verb = "image is a near-copy" if count == 1 else "images are near-copies"
-    return [f"{count:,} test {verb} of train images ({100 * share:.1f} %): there, scores measure memory."]  # type: ignore[operator]
-
-
-def _list(value: Any) -> list[Any]:
+def list_in(record: Mapping[str, Any], name: str) -> list[Any]:
+    """The list of this name in a record; empty if there is none."""
+    value = record.get(name)
     return value if isinstance(value, list) else []
 
 
+def _place_and_label(name: Any, measures: Mapping[str, str]) -> tuple[int, int, str] | None:
+    """Where a score stands in a table, and its label; None if it is not shown."""
+    for row, (pattern, label) in enumerate(_LABELS.items()):
+        if match := re.fullmatch(pattern, str(name)):
+            number = int(match[1]) if match.groups() else 0
+            return row, number, label.format(number, "s" * (number != 1))
+    return (len(_LABELS), 0, measures[name]) if name in measures else None
+
+
 def _spread(scores: Mapping[str, Any], name: str) -> tuple[float | None, tuple[float, float] | None]:
-    stds = scores.get("std")
-    found = stds.get(name) if isinstance(stds, Mapping) else None
-    number = re.search(r"_(\d{1,6})$", name)
-    if found is None and number and name not in _LABELS:
-        found = scores.get(f"std_{number[1]}")
+    """Standard deviation, or else the 95 % interval, if the record has one."""
+    std = table_in(scores, "std").get(name, scores.get(f"std_{name.rpartition('_')[2]}"))
     interval = scores.get(f"{name}_interval")
-    if is_number(found):
-        return float(found), None  # type: ignore[arg-type]
+    if is_number(std):
+        return float(std), None
     if isinstance(interval, list | tuple) and len(interval) == 2 and all(map(is_number, interval)):
         return None, (float(interval[0]), float(interval[1]))
     return None, None
 
 
-def _chance(scores: Mapping[str, Any], name: str) -> float | None:
-    permuted = scores.get("permuted")
-    found = permuted.get(name) if isinstance(permuted, Mapping) else None
-    return float(found) if is_number(found) else None  # type: ignore[arg-type]
-
-
-def facts(records: Sequence[Mapping[str, Any]]) -> str:
-    """How many test images there were, what guessing would score, and what else touches every score, as sentences."""
-    sentences = []
-    tests = [record["test"] for record in records if isinstance(record.get("test"), Mapping)]
-    images = next((t["images"] for t in tests if is_number(t.get("images")) and t["images"] > 0), None)
-    classes = next((t["classes"] for t in tests if is_number(t.get("classes")) and t["classes"] > 0), None)
-    if images:
-        sentences.append(f"{images:,.0f} test images.")
-    skipped = max((t["skipped"] for t in tests if is_number(t.get("skipped"))), default=0)
-    if skipped:
-        sentences.append(f"{skipped:,.0f} more could not be read.")
-    if classes and all(record.get("kind", "classes") == "classes" for record in records):
-        sentences.append(f"Guessing one of {classes:,.0f} classes would score {100 / classes:.1f} %.")
-    sentences += _near_copies(records)
-    warnings = [warning for record in records for warning in _list(record.get("warnings"))]
-    sentences += [f"Beware: {warning}." for warning in dict.fromkeys(map(str, warnings))]
-    return " ".join(sentences)
+def _near_copies(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    searches = [search for record in records if (search := table_in(record, "near_copies"))]
+    count, share = (searches[-1].get(name) for name in _COPIES) if searches else (None, None)
+    if count is None or share is None or not is_number(count) or not is_number(share):
+        return []
+    if not count:
+        return ["No test image has a near-copy among the train images."]
+    verb = "image is a near-copy" if count == 1 else "images are near-copies"
+    return [f"{count:,} test {verb} of train images ({100 * share:.1f} %): there, scores measure memory."]

@@ -1,7 +1,7 @@
-"""Published figures of the five methods: what a run can be measured against. Per cent, all of them.
+"""Published figures of the five methods, in per cent, to compare one's own with.
 
-`PUBLISHED` are those of a recipe, whose docstring cites the same figures; a test holds the two together. `reported`
-gives, for a protocol, the best that each method has published with the usual network, and how it was got.
+`PUBLISHED` has those of a recipe, whose docstring cites the same figures; a test compares the two. `reported` gives the
+best figure that each method has published for a protocol with the usual network, and its setting.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from tessella.methods import METHODS
+
 # As in `tessella evaluate` where that has the protocol: linear, knn, clustering. The others are fine-tuning of the
 # whole network on a share of ImageNet's labels, and Faster R-CNN with an FPN on COCO.
 Protocol: TypeAlias = Literal["linear", "knn", "clustering", "finetune-1%", "finetune-10%", "coco"]
-Metric: TypeAlias = Literal["top1", "accuracy", "nmi", "ari", "box-ap"]
+Metric: TypeAlias = Literal["top1", "accuracy", "nmi", "ari", "box_ap"]
 
 
 class Score(NamedTuple):
@@ -58,15 +60,15 @@ PUBLISHED: dict[str, tuple[Score, ...]] = {
         _linear(66.4, "README of the official code"),
         Score("finetune-1%", "top1", 40.7, "README of the official code"),
         Score("finetune-10%", "top1", 63.0, "README of the official code"),
-        Score("coco", "box-ap", 39.3, "README of the official code"),
+        Score("coco", "box_ap", 39.3, "README of the official code"),
     ),
     "mejigclu_imagenet_200ep": (
         _linear(66.8, _MEJIGCLU),
         Score("finetune-1%", "top1", 41.2, _MEJIGCLU),
         Score("finetune-10%", "top1", 63.2, _MEJIGCLU),
-        Score("coco", "box-ap", 40.0, _MEJIGCLU),
+        Score("coco", "box_ap", 40.0, _MEJIGCLU),
     ),
-    "mejigclu_imagenet_200ep_fixed_overlap": (Score("coco", "box-ap", 39.6, "the paper's ablation table"),),
+    "mejigclu_imagenet_200ep_fixed_overlap": (Score("coco", "box_ap", 39.6, "the paper's ablation table"),),
     "smog_imagenet_400ep": (_linear(76.4, "the paper"), _linear(76.6, _SMOG_README)),
     "smog_imagenet_w2_400ep": (_linear(78.0, "the paper, low confidence"), _linear(78.3, _SMOG_README)),
     "smog_imagenet_swin_tiny_400ep": (_linear(77.7, "the paper"), _linear(77.5, _SMOG_README)),
@@ -86,9 +88,6 @@ PUBLISHED: dict[str, tuple[Score, ...]] = {
     ),
 }
 
-METHODS = {"jigclu": "JigClu", "mejigclu": "MEJigClu", "swav": "SwAV", "smog": "SMoG", "coke": "CoKe"}
-
-
 # Test images and classes by which published data are recognised.
 _DATA = {
     "ImageNet": (50_000, 1000),
@@ -105,18 +104,23 @@ _DATA = {
 class Reported(NamedTuple):
     """What a method has published for a protocol."""
 
-    method: str  # a key of `METHODS`
+    method: str  # its name
     value: float  # per cent
     setting: str  # data, network, length of the pretraining: where it differs from the reader's
     source: str
 
     def same_data(self, images: Any, classes: Any) -> bool:
-        """Whether a test set of so many images and classes can be the one that this figure is of."""
+        """Whether the figure is of a test set with so many images and classes."""
         return _DATA.get(self.setting.partition(",")[0]) == (images, classes)
 
 
-# What belongs to no recipe, because the papers do not say all of its settings or other people ran it:
-# question -> figure -> who, how much.
+def per_cent(value: float) -> str:
+    """A published figure as it was published: with one decimal, or two."""
+    return f"{value:.2f}".removesuffix("0")
+
+
+# What belongs to no recipe, because the papers do not give all of its settings or others ran it:
+# question -> figure -> published values.
 _COCO, _R50 = "COCO 2017, ResNet-50", "ResNet-50"
 _SWAV_800, _BARLOW = f"ImageNet, {_R50}, 800 epochs", "table of the Barlow Twins paper"
 _FASTER = f"{_COCO}, Faster R-CNN FPN, 200 epochs on ImageNet"
@@ -192,31 +196,22 @@ def reported(protocol: str, settings: Mapping[str, Any], figure: str) -> list[Re
         figure: name among its scores.
     """
     question = _question(protocol, settings)
-    best: dict[str, tuple[bool, float, Reported]] = {}
+    best: dict[str, tuple[Score, Reported]] = {}
     for recipe, scores in PUBLISHED.items():
         # A recipe's first figure of a kind is its headline; what follows are reruns by others.
-        headline = next(
-            (s for s in scores if (s.protocol, _FIGURES.get(s.metric, s.metric)) == (question, figure)), None
-        )
-        if headline is not None and _usual(recipe):
+        score = next((s for s in scores if (s.protocol, s.metric) == (question, figure)), None)
+        if score is not None and _usual(recipe):
             method = recipe.partition("_")[0]
-            found = Reported(method, headline.value, _setting(recipe, question), headline.source)
-            best[method] = max(
-                best.get(method, (False, 0.0, found)),
-                (headline.same_run, headline.value, found),
-                key=lambda one: one[:2],
-            )
-    chosen = {method: found for method, (_, _, found) in best.items()}
-    for one in _FURTHER.get(question, {}).get(figure, ()):
-        chosen.setdefault(one.method, one)
+            one = Reported(method, score.value, _setting(recipe, question), score.source)
+            if method not in best or (score.same_run, score.value) > (best[method][0].same_run, best[method][0].value):
+                best[method] = score, one
+    chosen = {one.method: one for one in _FURTHER.get(question, {}).get(figure, ())}
+    chosen |= {method: one for method, (_, one) in best.items()}
     return [chosen[method] for method in METHODS if method in chosen]
 
 
-_FIGURES = {"box-ap": "box_ap"}  # metrics of recipes that a record calls otherwise
-
-
 def _question(protocol: str, settings: Mapping[str, Any]) -> str:
-    """What a protocol asks, as the tables above call it; "" for what nobody has published."""
+    """The question of a protocol in the tables above; empty for what nobody has published."""
     kind = protocol.partition("-")[0]
     if kind == "finetune":
         share = settings.get("labels") or (1.0 if settings.get("recipe") == "vissl-100" else 0.01)

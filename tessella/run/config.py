@@ -9,7 +9,7 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -144,19 +144,23 @@ def on_resume(field: str) -> OnResume:
 
 def differences(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Dotted names of the fields in which two configurations differ, with both values."""
-    return dict(_differences(to_dict(before), to_dict(after), ""))
+    old, new = flat(to_dict(before)), flat(to_dict(after))
+    changed = {name: (old.get(name), new.get(name)) for name in old | new if old.get(name) != new.get(name)}
+    # The fields of another method, network or optimiser cannot be compared.
+    replaced = tuple(name.removesuffix("name") for name in changed if name.endswith(".name"))
+    return {name: v for name, v in changed.items() if name.endswith(".name") or not name.startswith(replaced or "-")}
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    if before.get("name") != after.get("name"):  # of a method, a network, an optimiser: the rest cannot be compared
-        yield f"{prefix}name", (before.get("name"), after.get("name"))
-        return
-    for name, old in before.items():
-        new = after[name]
-        if isinstance(old, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            yield f"{prefix}{name}", (old, new)
+def flat(values: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of tables in tables by their dotted names, such as `optimizer.lr` and `method.views.groups.0.size`."""
+    if isinstance(values, list) and any(isinstance(value, dict | list) for value in values):
+        values = dict(enumerate(values))
+    if not isinstance(values, dict):
+        return {name: values}
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        leaves |= flat(value, f"{name}.{key}" if name else str(key))
+    return leaves
 
 
 def refuse_changes(before: RunConfig, after: RunConfig, allowed: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:

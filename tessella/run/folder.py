@@ -139,7 +139,7 @@ class RunFolder:
         files.make_folder(self.checkpoints)
         files.remove(self.metrics)
         places = {"data": _places(config.data, self.path)}
-        files.write_json(self.path / "environment.json", environment() | places)
+        files.write_json(self.path / "environment.json", surroundings() | places)
         start.write(self.path)
         files.write_text(self.path / "config.yaml", to_yaml(config))
 
@@ -202,14 +202,14 @@ class RunFolder:
 
     def _warn_of_other_views(self) -> None:
         """Say so if compiled kernels make the views that torch made before, or the other way round."""
-        before = str(self._environment().get("views"))
+        before = str(self.environment().get("views"))
         if before in _MAKERS and before != compiled.in_words():
             _warn(
                 f"views were made by {_MAKERS[before]} when the run began, now by {_MAKERS[compiled.in_words()]}: "
                 "they agree within rounding, but the run goes on otherwise than it would have in its last bits"
             )
 
-    def _environment(self) -> dict[str, Any]:
+    def environment(self) -> dict[str, Any]:
         """What is known of the first start; nothing if the file is gone or damaged."""
         try:
             found = files.read_json(self.path / "environment.json", _LIMIT)
@@ -230,7 +230,7 @@ class RunFolder:
         try:
             return open_images(config.data, download=download)
         except UserError as error:
-            places = self._environment().get("data")
+            places = self.environment().get("data")
             known = places if isinstance(places, dict) and places.get("name") == config.data else {}
             for place in (str(known.get("absolute")), str(self.path / str(known.get("from_run")))):
                 if known and _path_of(place):
@@ -482,7 +482,7 @@ def _places(data: str, run: Path) -> dict[str, str]:
     return {"name": data, "absolute": f"{absolute}{part}", "from_run": os.path.relpath(absolute, run.absolute()) + part}
 
 
-def environment() -> dict[str, Any]:
+def surroundings() -> dict[str, Any]:
     """Versions and machine, for the record."""
     return {
         "command": sys.argv,

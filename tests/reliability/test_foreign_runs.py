@@ -89,7 +89,7 @@ def test_what_the_user_types_is_fetched(run: Path, monkeypatch: pytest.MonkeyPat
         raise UserError("that is all")
 
     monkeypatch.setattr("tessella.run.folder.open_images", opened)
-    monkeypatch.setattr("tessella.report.of_run.open_images", opened)
+    monkeypatch.setattr("tessella.report.run.open_images", opened)
     for words in ("resume {}", "resume {} --data digits::test", "report {}", "report {} --data digits::test"):
         main(words.format(run).split())
     assert asked == [False, True, False, True]

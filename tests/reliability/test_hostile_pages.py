@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from tessella.modules.backbone import BackboneConfig
 from tessella.report.compare import compare
 from tessella.report.evaluation import write_pages
 from tests.report.test_evaluation import record
-from tests.report.test_run_report import CONFIG, SPEC, Elements, images, page_of, run_folder, write_log
+from tests.report.test_run_report import Elements, clusters, images, page_of, run_folder, write_log
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -80,11 +81,10 @@ def pages(folder: Path, names: list[str]) -> dict[str, str]:
     shown = {str(number): name for number, name in enumerate(names)} | {name: name for name in names}
     run = run_folder(
         folder / "run",
-        method=CONFIG["method"] | {"name": every, "prototypes": 3},
         recipe=every,
         data=every,
-        backbone={"name": every},
-        **{name.replace("\ud800", "").replace("\x00", ""): "x" for name in names},
+        init_from=every,
+        backbone=BackboneConfig(every),
     )
     (run / "environment.json").write_text(json.dumps(shown))
     (run / "unreadable.txt").write_text("".join(f"{n}\t{n}\n" for n in names), errors="replace")
@@ -100,9 +100,7 @@ def pages(folder: Path, names: list[str]) -> dict[str, str]:
         path.mkdir(exist_ok=True)
         (path / "evaluation.json").write_text(json.dumps([attacked]))
     keys = sorted(f"{name}.jpg".replace("\ud800", "\udc80") for name in names)
-    found = {
-        "run": page_of(run, images=images(len(keys), names=keys), spec=SPEC, clusters=[0, 1, 2] * (len(keys) // 3))
-    }
+    found = {"run": page_of(run, images=images(len(keys), names=keys), clusters=clusters([0, 1, 2] * (len(keys) // 3)))}
     write_pages(run)
     found["evaluation"] = (run / "evaluation.html").read_text(encoding="utf-8")
     compare([run, folder / "other"], folder / "compare.html")

@@ -21,7 +21,7 @@ from tessella.engine.pretrain import pretrain, resume
 from tessella.errors import UserError
 from tessella.evaluation.embed import embed
 from tessella.evaluation.plan import read_data_file
-from tessella.report.of_run import report
+from tessella.report.run import report
 from tessella.weights.resolve import resolve_backbone
 from tests.engine.runs import tiny_run
 from tests.reliability.audit import nothing_started

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from tessella.errors import UserError
+from tessella.methods import METHODS
 from tessella.report.evaluation import print_scores, tables_of, write_pages
-from tessella.report.figures import label, values_of, values_over_seeds
-from tessella.report.published import METHODS, reported
+from tessella.report.figures import values_of, values_over_seeds
+from tessella.report.published import reported
 from tests.report.test_run_report import ATTACK, Elements
 
 
@@ -62,7 +63,15 @@ def test_a_figure_has_its_spread_over_draws_or_its_interval_or_none():
         "nmi": "30.0 ± 1.2",
         "box_ap": "33.3",
     }
-    assert label("top1_1") == "top-1, 1 label per class" and label("map_4") == "mean AP, 4 positives per class"
+    assert values["top1_10"].label == "top-1, 10 labels per class"
+    assert values["map_4"].label == "mean AP, 4 positives per class"
+    assert values_of({"top1_1": 0.5})["top1_1"].label == "top-1, 1 label per class"
+
+
+def test_a_score_that_only_its_protocol_knows_is_shown_under_the_label_that_it_declares():
+    assert values_of({"sharpness": 0.5}) == {}
+    (value,) = values_of({"sharpness": 0.5}, {"sharpness": "how sharp"}).values()
+    assert (value.label, str(value)) == ("how sharp", "50.0")
 
 
 def test_over_seeds_the_spread_is_theirs():
@@ -144,8 +153,8 @@ def test_a_published_figure_names_its_setting_and_yours():
     imagenet = {"name": "photos.tar::test", "fingerprint": "s", "images": 50_000, "classes": 1000}
     (table,) = tables_of([record("linear-fast", test=imagenet)])
     footnotes = dict(table.footnotes)
-    published = dict(zip(table.methods, table.questions[0].rows[0].published, strict=True))
-    value, letter = published["swav"]
+    published = table.questions[0].rows[0].published
+    value, letter = published["SwAV"]
     assert value == "75.3" and footnotes[letter] == "ImageNet, ResNet-50, 800 epochs (README of the official code)"
     assert table.yours == "Yours: photos.tar::test, resnet10, width 16, small stem." and not table.elsewhere
 
