@@ -12,7 +12,8 @@ from typing import Any
 
 from tessella.errors import UserError
 from tessella.protocols.clustering import CLUSTERING
-from tessella.protocols.detection.protocol import DETECTION, DetectionData
+from tessella.protocols.detection.data import DetectionData
+from tessella.protocols.detection.protocol import DETECTION
 from tessella.protocols.duplicates import DUPLICATES
 from tessella.protocols.features import EvalData
 from tessella.protocols.finetune import FINETUNE
@@ -20,7 +21,8 @@ from tessella.protocols.knn import KNN
 from tessella.protocols.linear import FEW_LABELS, LINEAR
 from tessella.protocols.lowshot import LOW_SHOT, SVM, MultiLabelData
 from tessella.protocols.protocol import KINDS, Kind, Protocol
-from tessella.protocols.segmentation.protocol import SEGMENTATION, SegmentationData
+from tessella.protocols.segmentation.data import SegmentationData
+from tessella.protocols.segmentation.protocol import SEGMENTATION
 from tessella.registry import Registry
 
 __all__ = [

@@ -9,16 +9,16 @@ folder, a later evaluation of the same weights and images reads them from there.
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as torch_dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -114,7 +114,7 @@ class ImageData:
         folder = self.cache / "features"
         key = feature_cache.feature_key(digests, repr(backbone), images.fingerprint, asdict(transform), self.device)
         stored = feature_cache.load(folder, key)
-        if _on_all_ranks(stored is not None, self.device):
+        if all(dist.gather_objects(stored is not None)):
             assert stored is not None
             if self._agrees(backbone, stored, images, transform):
                 return self._labelled(Features(stored.x, None, stored.rows, stored.skipped), split)
@@ -151,16 +151,15 @@ class ImageData:
         title: str,
         rows: NDArray[np.int64] | None = None,
     ) -> Features:
-        return extract(
-            backbone,
-            images,
-            transform,
-            rows=rows,
-            batch_size=self.batch_size,
-            device=self.device,
-            workers=self.workers,
-            title=title,
-        )
+        return extract(backbone, images, transform, rows=rows, title=title, **self._options)
+
+    def apply(self, model: nn.Module, dim: int, split: str, rows: NDArray[np.int64] | None = None) -> Features:
+        """A module's `dim` outputs, as they are, for the rows of a split; default: all rows."""
+        return apply_to_images(model, dim, self.images(split), self.transform, rows=rows, title="", **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, "device": self.device, "workers": self.workers}
 
     def _labelled(self, found: Features, split: str) -> Features:
         """The features with this data's labels; here there are none."""
@@ -217,6 +216,11 @@ class EvalData(ImageData):
         """(rows of the set,) int64 in [0, len(classes)), numbered alike in "train" and "test"."""
         return self._labels[split]
 
+    def labels_sha256(self) -> str:
+        """Hash of the classes' names and of all labels."""
+        text = json.dumps([self.classes, *(self._labels[split].tolist() for split in ("train", "test"))])
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def _labelled(self, found: Features, split: str) -> Features:
         return found._replace(labels=self._labels[split][torch.from_numpy(found.rows)])
 
@@ -254,17 +258,8 @@ def extract(
     Raises:
         UserError: no image can be read, or a feature is NaN or infinite.
     """
-    found = apply_to_images(
-        backbone,
-        int(backbone.feature_dim),  # type: ignore[arg-type]
-        images,
-        transform,
-        rows=rows,
-        batch_size=batch_size,
-        device=device,
-        workers=workers,
-        title=title,
-    )
+    options = {"rows": rows, "batch_size": batch_size, "device": device, "workers": workers, "title": title}
+    found = apply_to_images(backbone, int(backbone.feature_dim), images, transform, **options)  # type: ignore[arg-type]
     _check_features(found.x, images)
     return found
 
@@ -289,15 +284,8 @@ def apply_to_images(
     found = _matrix(len(mine), dim)
     seen = torch.zeros(len(mine), dtype=torch.uint8)
     skipped: dict[str, str] = {}
-    batches = evaluation_batches(
-        images,
-        mine,
-        transform,
-        batch_size=batch_size,
-        device=device,
-        workers=workers,
-        skipped=skipped,
-    )
+    options = {"batch_size": batch_size, "device": device, "workers": workers, "skipped": skipped}
+    batches = evaluation_batches(images, mine, transform, **options)  # type: ignore[arg-type]
     with frozen(backbone):
         for pixels, shown in progress(batches, title, -(-len(mine) // batch_size)):
             if len(shown):  # none, when no image of the batch could be read
@@ -312,7 +300,7 @@ def apply_to_images(
         found = found[readable]
     rows = wanted[readable.numpy()]
     labels = None if images.labels is None else torch.as_tensor(np.asarray(images.labels)[rows]).long()
-    return Features(found, labels, rows, _gather_reasons(skipped))
+    return Features(found, labels, rows, dict(from_all_ranks(list(skipped.items()))))
 
 
 def rank_rows(n: int) -> NDArray[np.int64]:
@@ -334,11 +322,8 @@ def gather_rows(mine: Tensor, n: int, device: torch.device) -> Tensor:
     ranks = dist.world_size()
     if ranks == 1:
         return mine
-    whole = (
-        _matrix(n, mine.shape[1])
-        if mine.dim() == 2 and mine.dtype == torch.float32
-        else mine.new_empty((n, *mine.shape[1:]))
-    )
+    features = mine.dim() == 2 and mine.dtype == torch.float32
+    whole = _matrix(n, mine.shape[1]) if features else mine.new_empty((n, *mine.shape[1:]))
     longest = -(-n // ranks)
     for start in range(0, longest, _GATHER_ROWS):
         stop = min(start + _GATHER_ROWS, longest)
@@ -349,6 +334,11 @@ def gather_rows(mine: Tensor, n: int, device: torch.device) -> Tensor:
         rows = whole[start * ranks : stop * ranks]
         rows.copy_(parts[: len(rows)])
     return whole
+
+
+def from_all_ranks(mine: list[T]) -> list[T]:
+    """The ranks' lists of small objects, one behind the other."""
+    return [item for part in dist.gather_objects(mine) for item in part]
 
 
 @contextmanager
@@ -418,18 +408,6 @@ def _matrix(rows: int, dim: int) -> Tensor:
         return torch.zeros(rows, dim)
     with tempfile.TemporaryFile() as file:  # its map keeps it
         return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(rows, dim)))
-
-
-def _on_all_ranks(here: bool, device: torch.device) -> bool:
-    return not bool(dist.all_reduce_max(torch.tensor(float(not here), device=device)))
-
-
-def _gather_reasons(skipped: dict[str, str]) -> dict[str, str]:
-    if dist.world_size() == 1:
-        return skipped
-    parts: list[dict[str, str]] = [{} for _ in range(dist.world_size())]
-    torch_dist.all_gather_object(parts, skipped)
-    return {key: reason for part in parts for key, reason in part.items()}
 
 
 def _common_classes(train: ImageSet, test: ImageSet) -> tuple[list[str], dict[str, Tensor]]:

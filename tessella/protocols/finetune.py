@@ -13,7 +13,7 @@
 
 The last epoch is the result; the best one on the test set stands beside it under a name that says so. With few labels
 the spread is large, so that the result is the mean over three seeds. The linear layer starts from N(0, 0.01²), also
-where the official script leaves torch's own start. A killed evaluation goes on where it was, given a cache folder.
+where the official script leaves torch's own start.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -29,17 +28,18 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tessella import dist
 from tessella.errors import UserError
 from tessella.modules.norm import synchronise_batch_norm
-from tessella.ops.metrics import topk_correct
-from tessella.protocols.features import EvalData, Features, apply_to_images, frozen, progress, tensor_digests
+from tessella.protocols.features import EvalData, Features, frozen
 from tessella.protocols.protocol import Protocol
-from tessella.protocols.scoring import classification_scores, save_classification
+from tessella.protocols.scoring import classification_scores, save_classification, top1_of
 from tessella.protocols.subsets import listed_rows, share_rows, stratified_split
-from tessella.protocols.training import Snapshots, SubsetOrder, TrainImages, initial_head, sum_gradients
+from tessella.protocols.train_images import SubsetOrder, TrainImages, initial_head
+from tessella.protocols.training import Schedule, Snapshots, fit
 from tessella.ranges import (
     ForwardBatch,
     NonNegative,
@@ -95,7 +95,7 @@ _SMALL_STEPS = 200  # of `small`, at least: a subset of 12 images makes one step
 class FinetuneConfig:
     """Which fine-tuning, on which labels, and what differs from the recipe."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     recipe: Literal["swav", "jigclu-readme", "jigclu-code", "vissl-100", "transfer", "small"] = "swav"
     # Share of the train images whose labels are used, as many of each class; default: all for vissl-100 and transfer,
     # else 1 %.
@@ -114,16 +114,20 @@ class FinetuneConfig:
 
 
 class _Setting(NamedTuple):
-    """One training."""
+    """What `transfer` and `small` choose."""
 
     rates: Rates
     weight_decay: float
 
 
-class _Result(NamedTuple):
+class _Judged(NamedTuple):
+    """A training, and what its model says of some images."""
+
     logits: Tensor  # (n, C) after the last epoch
+    labels: Tensor  # (n,)
+    rows: NDArray[np.int64]  # (n,) of the split; unreadable images are left out
     losses: list[float]  # mean of each epoch
-    top1: list[float]  # of the judged images after each epoch
+    top1: list[float]  # after each epoch, or after the last only
     notes: list[str]
 
 
@@ -153,28 +157,51 @@ def finetune(backbone: nn.Module, data: EvalData, config: FinetuneConfig) -> dic
         UserError: a setting is out of range, or the list does not fit the images.
     """
     check(data, config)
-    repeats = config.repeats or (_REPEATS_OF_FEW if _used_share(data, config) <= _FEW else 1)
-    subsets = [_labelled_rows(data, config, config.seed + i) for i in range(repeats)]
-    asked = [asdict(config), config.version, tensor_digests(backbone), repr(backbone), asdict(data.transform)]
-    asked += [data.train.fingerprint, data.test.fingerprint, data.classes, dist.world_size(), data.device.type]
-    asked += [_hash(part) for part in (data.labels("train"), data.labels("test"), *subsets)]
-    snapshots = Snapshots(data.cache, asked)
-    scores: dict[str, Any] = {}
-    setting = _setting(config, len(subsets[0]) / len(data.train))
+    used = _share(config) if config.label_list is None else len(_labelled_rows(data, config, 0)) / len(data.train)
+    seeds = range(config.seed, config.seed + (config.repeats or (_REPEATS_OF_FEW if used <= _FEW else 1)))
+    subsets = [_labelled_rows(data, config, seed) for seed in seeds]
+    hashes = [data.labels_sha256(), *map(_hash, subsets)]
+    snapshots = Snapshots(data.cache, backbone, data, config, asdict(data.transform), hashes)
+    trainer = _Trainer(backbone, data, config, snapshots)
     with frozen(backbone):  # every tensor is compared afterwards; the copies learn
-        if config.recipe in _PICKS:
-            setting, scores = _pick_setting(backbone, data, config, subsets[0], snapshots)
-        test_rows = np.arange(len(data.test))
-        runs, figures = [], []
-        for i, rows in enumerate(subsets):
-            run, judged = _train(backbone, data, config, setting, rows, ("test", test_rows), config.seed + i, snapshots)
-            labels = data.labels("test")[torch.from_numpy(judged.rows)]
-            more = f"-seed{config.seed + i}" if repeats > 1 else ""
-            save_classification(data, finetune_name(config), judged.rows, labels, run.logits, more)
-            runs.append(run)
-            figures.append(classification_scores(run.logits, labels, data.classes))
+        setting, tried = trainer.pick(subsets[0])
+        runs = [trainer.train(setting, rows, "test", seed=seed) for rows, seed in zip(subsets, seeds, strict=True)]
+    for run, seed in zip(runs, seeds, strict=True):
+        more = f"-seed{seed}" if len(runs) > 1 else ""
+        save_classification(data, finetune_name(config), run.rows, run.labels, run.logits, more)
     snapshots.drop()
-    return _summary(data, config, setting, subsets, runs, figures) | scores
+    scores = averaged([classification_scores(run.logits, run.labels, data.classes) for run in runs])
+    notes = sorted({note for run in runs for note in run.notes})
+    return (
+        scores
+        | tried
+        | {
+            "best_test_top1": float(np.mean([max(run.top1) for run in runs])),
+            "train_images": len(subsets[0]),
+            "subset": _hash(torch.from_numpy(data.train.ids[torch.cat(subsets).numpy()])),
+            "lr": setting.rates.trunk,
+            "head_lr": setting.rates.head,
+            "weight_decay": setting.weight_decay,
+            "epochs": len(runs[0].losses),
+            "failed": any(note.startswith("failed") for note in notes),
+            "loss_first": _finite_mean([run.losses[0] for run in runs]),
+            "loss_last": _finite_mean([run.losses[-1] for run in runs]),
+            "notes": notes,
+        }
+    )
+
+
+def averaged(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores of several trainings as one: means with their spread, details of the first."""
+    names = [name for name in ("top1", "top5", "mean_per_class") if name in runs[0]]
+    scores: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in names}
+    if len(runs) > 1:
+        scores["std"] = {name: float(np.std([run[name] for run in runs], ddof=1)) for name in names}
+        scores["top1_of_seeds"] = [run["top1"] for run in runs]
+    else:
+        scores["top1_interval"] = runs[0]["top1_interval"]
+    scores["permuted"] = {name: float(np.mean([run["permuted"][name] for run in runs])) for name in names}
+    return scores | {name: runs[0][name] for name in ("per_class", "mistakes")}
 
 
 def finetune_name(config: FinetuneConfig) -> str:
@@ -185,27 +212,10 @@ def finetune_name(config: FinetuneConfig) -> str:
     return name if config.recipe in FOR_ALL_LABELS and _share(config) == 1 else f"{name}-{100 * _share(config):g}"
 
 
-def rate_factor(recipe: str, epoch: int, epochs: int | None = None) -> float:
-    """What the learning rates of an epoch are multiplied by; they do not change within an epoch.
-
-    Args:
-        recipe: a key of `RECIPES`.
-        epoch: from 0.
-        epochs: of the whole fine-tuning; default: the recipe's. With others, the drops keep their share of the way.
-    """
-    settings = RECIPES[recipe]
-    epochs = settings.epochs if epochs is None else epochs
-    return settings.drop ** sum(epoch * settings.epochs >= place * epochs for place in settings.milestones)
-
-
-def _share(config: FinetuneConfig) -> float:
-    if config.labels is not None:
-        return config.labels
-    return 1.0 if config.recipe in FOR_ALL_LABELS else 0.01
-
-
-def _hash(numbers: Tensor) -> str:
-    return hashlib.sha256(numbers.numpy().astype("<i8").tobytes()).hexdigest()
+def schedule(recipe: Recipe, epochs: int, steps_per_epoch: int) -> Schedule:
+    """Learning rates: constant within an epoch; with more or fewer epochs, the drops keep their share of the way."""
+    drops = tuple(-(-place * epochs // recipe.epochs) for place in recipe.milestones)
+    return Schedule(epochs * steps_per_epoch, unit=steps_per_epoch, drops=drops, drop=recipe.drop)
 
 
 def check(data: EvalData, config: FinetuneConfig) -> None:
@@ -221,8 +231,10 @@ def check(data: EvalData, config: FinetuneConfig) -> None:
             listed_rows(data.train, Path(config.label_list))
 
 
-def _used_share(data: EvalData, config: FinetuneConfig) -> float:
-    return _share(config) if config.label_list is None else len(_labelled_rows(data, config, 0)) / len(data.train)
+def _share(config: FinetuneConfig) -> float:
+    if config.labels is not None:
+        return config.labels
+    return 1.0 if config.recipe in FOR_ALL_LABELS else 0.01
 
 
 def _labelled_rows(data: EvalData, config: FinetuneConfig, seed: int) -> Tensor:
@@ -232,209 +244,132 @@ def _labelled_rows(data: EvalData, config: FinetuneConfig, seed: int) -> Tensor:
     return torch.arange(len(data.train)) if share == 1 else share_rows(data.labels("train"), share, seed)
 
 
-def _setting(config: FinetuneConfig, share: float) -> _Setting:
-    """The recipe's setting for a share of the labels, with the config's changes."""
-    recipe = RECIPES[config.recipe]
-    rates = recipe.few if share <= _FEW else recipe.more
-    scale = config.batch_size / 256 if recipe.lr_follows_batch else 1.0
-    trunk = rates.trunk * scale if config.lr is None else config.lr
-    head = rates.head * scale if config.head_lr is None else config.head_lr
-    if config.head_lr is None and config.lr is not None and rates.head == rates.trunk:
-        head = trunk
-    return _Setting(Rates(trunk, head), recipe.weight_decay)
+def _hash(numbers: Tensor) -> str:
+    return hashlib.sha256(numbers.numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _pick_setting(
-    backbone: nn.Module, data: EvalData, config: FinetuneConfig, rows: Tensor, snapshots: Snapshots
-) -> tuple[_Setting, dict[str, Any]]:
-    """The setting that scores most on a held-out part of the train images."""
-    settings = _settings_to_try(config, len(rows) / len(data.train))
-    if len(settings) == 1:
-        return settings[0], {}
-    fit, held = stratified_split(data.labels("train")[rows], config.held_out, config.seed)
-    if not len(held) and config.recipe == "small":
-        return settings[-1], {}  # one image of each class: nothing can be held out, and the lowest rate is safe
-    if not len(held):
-        raise UserError("transfer picks its learning rate on held-out train images: give two or more per class")
-    trials = []
-    for setting in settings:
-        part = "train", rows[held].numpy()
-        run, judged = _train(backbone, data, config, setting, rows[fit], part, config.seed, snapshots, each_epoch=False)
-        labels = data.labels("train")[torch.from_numpy(judged.rows)]
-        loss = float(F.cross_entropy(run.logits, labels).nan_to_num(torch.inf))
-        trials.append((run.top1[-1], -loss))
-    best = max(range(len(settings)), key=lambda i: trials[i])
-    names = [
-        f"lr {setting.rates.trunk:g}, "
-        + (f"head lr {setting.rates.head:g}" if config.recipe == "small" else f"weight decay {setting.weight_decay:g}")
-        for setting in settings
-    ]
-    return settings[best], {"held_out_top1": {name: top1 for name, (top1, _) in zip(names, trials, strict=True)}}
-
-
-def _settings_to_try(config: FinetuneConfig, share: float) -> list[_Setting]:
-    """Those of a recipe that picks, without what the config decides; the first is the recipe's boldest."""
-    if config.recipe == "small":
-        usual = _setting(config, share)
-        heads = _SMALL_HEADS if config.head_lr is None else (config.head_lr,)
-        return [usual._replace(rates=Rates(usual.rates.trunk, head)) for head in heads]
-    scale = config.batch_size / 256
-    lrs = [lr * scale for lr in config.lrs] if config.lr is None else [config.lr]
-    return [
-        _Setting(Rates(lr, lr if config.head_lr is None else config.head_lr), decay)
-        for lr in lrs
-        for decay in config.weight_decays
-    ]
-
-
-def _epochs(config: FinetuneConfig, steps_per_epoch: int) -> int:
-    if config.epochs is not None or config.recipe != "small":
-        return config.epochs or RECIPES[config.recipe].epochs
-    return max(RECIPES[config.recipe].epochs, -(-_SMALL_STEPS // steps_per_epoch))
-
-
-def _train(
-    backbone: nn.Module,
-    data: EvalData,
-    config: FinetuneConfig,
-    setting: _Setting,
-    rows: Tensor,
-    judged: tuple[str, np.ndarray],
-    seed: int,
-    snapshots: Snapshots,
-    *,
-    each_epoch: bool = True,
-) -> tuple[_Result, Features]:
-    """One training; what is judged is the readable images among the rows `judged` of a split."""
-    recipe = RECIPES[config.recipe]
-    # Equal parts, because a batch norm over all ranks counts on them.
-    order = SubsetOrder(rows, data.train.ids, config.batch_size, seed, partial=recipe.partial, equal=True)
-    epochs = _epochs(config, order.steps_per_epoch)
-    images = TrainImages(data, order, seed)
-    model = _classifier(backbone, len(data.classes), seed, data.device)
-    solver = torch.optim.SGD(
-        [{"params": model.trunk.parameters()}, {"params": model.head.parameters()}],
-        lr=0.0,
-        momentum=0.9,
-        weight_decay=setting.weight_decay,
-        nesterov=recipe.nesterov,
-    )
-    name = f"{judged[0]}-{setting.rates.trunk:g}-{setting.rates.head:g}-{setting.weight_decay:g}-{seed}"
-    state = snapshots.load(name, model, solver, data.device) or {"done": 0, "losses": [], "top1": []}
-    losses, top1 = list(state["losses"]), list(state["top1"])
-    found = None
-    done = int(state["done"])
-    title = f"fine-tuning ({config.recipe}, {len(rows)} images)"
-    with _own_random_numbers(data.device):
-        for epoch in progress(range(done, epochs), title, epochs - done):
-            torch.manual_seed(seed * 1_000_003 + epoch * 1009 + dist.rank())  # for networks that drop out
-            factor = rate_factor(config.recipe, epoch, epochs)
-            for group, rate in zip(solver.param_groups, setting.rates, strict=True):
-                group["lr"] = rate * factor
-            losses.append(_one_epoch(model, solver, images, epoch, order.steps_per_epoch))
-            if each_epoch or epoch + 1 == epochs:
-                found = _logits(model, data, *judged)
-                top1.append(_top1(found, data, judged[0]))
-            state = {"done": epoch + 1, "losses": losses, "top1": top1}
-            snapshots.save(name, model, solver, state, last=epoch + 1 == epochs)
-    if found is None:  # all of it was done before
-        found = _logits(model, data, *judged)
-    notes = list(images.notes)
-    if not found.x.isfinite().all():
-        notes.append(f"the fine-tuning diverged at learning rate {setting.rates.trunk:g}: give a lower lr")
-    guessing = math.log(len(data.classes))
-    if not losses[-1] <= guessing:  # also when it is NaN
-        notes.append(
-            f"failed: the training ended at a loss of {losses[-1]:.2f}, and guessing has {guessing:.2f}; the figure "
-            "says nothing about the backbone. Give a lower lr and head_lr"
-        )
-    return _Result(found.x, losses, top1, notes), found
-
-
-def _classifier(backbone: nn.Module, classes: int, seed: int, device: torch.device) -> Classifier:
-    trunk = copy.deepcopy(backbone).to(device)
-    if dist.world_size() > 1:
-        trunk = synchronise_batch_norm(trunk, device)
-    head = initial_head(classes, int(backbone.feature_dim), seed)  # type: ignore[arg-type]
-    return Classifier(trunk, head).to(device).requires_grad_(True)
-
-
-def _one_epoch(model: Classifier, solver: torch.optim.SGD, images: TrainImages, epoch: int, steps: int) -> float:
-    """Train for an epoch; its mean loss."""
-    model.train()
-    total = torch.zeros((), device=model.head.weight.device)
-    for batch in images.epoch(epoch):
-        solver.zero_grad()
-        loss = (F.cross_entropy(model(batch.pixels), batch.labels, reduction="none") * batch.weights).sum()
-        loss.backward()
-        sum_gradients(model.parameters())
-        solver.step()
-        total += loss.detach()
-    return float(dist.all_reduce_sum(total)) / steps
-
-
-def _logits(model: Classifier, data: EvalData, split: str, rows: np.ndarray) -> Features:
-    return apply_to_images(
-        model,
-        model.head.out_features,
-        data.images(split),
-        data.transform,
-        rows=rows,
-        batch_size=data.batch_size,
-        device=data.device,
-        workers=data.workers,
-        title="",
-    )
-
-
-def _top1(found: Features, data: EvalData, split: str) -> float:
-    labels = data.labels(split)[torch.from_numpy(found.rows)]
-    return float(topk_correct(found.x, labels, 1).double().mean())
-
-
-def _own_random_numbers(device: torch.device) -> Any:
-    """Torch's generators are put back afterwards: the next protocol must not depend on this one."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-def _mean_loss(losses: Iterable[float]) -> float | None:
+def _finite_mean(losses: list[float]) -> float | None:
     """None after a divergence: JSON knows no NaN."""
-    mean = float(np.mean(list(losses)))
-    return mean if np.isfinite(mean) else None
+    mean = float(np.mean(losses))
+    return mean if math.isfinite(mean) else None
 
 
-def _summary(
-    data: EvalData,
-    config: FinetuneConfig,
-    setting: _Setting,
-    subsets: list[Tensor],
-    runs: list[_Result],
-    figures: list[dict[str, Any]],
-) -> dict[str, Any]:
-    names = [name for name in ("top1", "top5", "mean_per_class") if name in figures[0]]
-    scores: dict[str, Any] = {name: float(np.mean([figure[name] for figure in figures])) for name in names}
-    if len(runs) > 1:
-        scores["std"] = {name: float(np.std([figure[name] for figure in figures], ddof=1)) for name in names}
-        scores["top1_of_seeds"] = [figure["top1"] for figure in figures]
+def _settings(config: FinetuneConfig, share: float) -> list[_Setting]:
+    """The recipe's setting for a share of the labels, with the config's changes; or several to choose from."""
+    recipe = RECIPES[config.recipe]
+    scale = config.batch_size / 256 if recipe.lr_follows_batch else 1.0
+    if config.recipe == "transfer":
+        lrs = [lr * scale for lr in config.lrs] if config.lr is None else [config.lr]
+        return [
+            _Setting(Rates(lr, lr if config.head_lr is None else config.head_lr), decay)
+            for lr in lrs
+            for decay in config.weight_decays
+        ]
+    rates = recipe.few if share <= _FEW else recipe.more
+    trunk = rates.trunk * scale if config.lr is None else config.lr
+    if config.head_lr is not None:
+        heads: tuple[float, ...] = (config.head_lr,)
+    elif config.recipe == "small":
+        heads = _SMALL_HEADS
     else:
-        scores["top1_interval"] = figures[0]["top1_interval"]
-    scores["permuted"] = {name: float(np.mean([figure["permuted"][name] for figure in figures])) for name in names}
-    ids = np.concatenate([np.asarray(data.train.ids)[subset.numpy()] for subset in subsets])
-    notes = sorted({note for run in runs for note in run.notes})
-    return scores | {
-        **{name: figures[0][name] for name in ("per_class", "mistakes")},
-        "best_test_top1": float(np.mean([max(run.top1) for run in runs])),
-        "train_images": len(subsets[0]),
-        "subset": _hash(torch.from_numpy(ids)),
-        "lr": setting.rates.trunk,
-        "head_lr": setting.rates.head,
-        "weight_decay": setting.weight_decay,
-        "epochs": len(runs[0].losses),
-        "failed": any(note.startswith("failed") for note in notes),
-        "loss_first": _mean_loss(run.losses[0] for run in runs),
-        "loss_last": _mean_loss(run.losses[-1] for run in runs),
-        "notes": notes,
-    }
+        heads = (trunk if rates.head == rates.trunk else rates.head * scale,)
+    return [_Setting(Rates(trunk, head), recipe.weight_decay) for head in heads]
+
+
+class _Trainer:
+    """Trains copies of one backbone on parts of one set of images."""
+
+    def __init__(self, backbone: nn.Module, data: EvalData, config: FinetuneConfig, snapshots: Snapshots) -> None:
+        self.backbone, self.data, self.config, self.snapshots = backbone, data, config, snapshots
+
+    def pick(self, rows: Tensor) -> tuple[_Setting, dict[str, Any]]:
+        """The setting that scores most on a held-out part of the train images, and the score of each."""
+        config, labels = self.config, self.data.labels("train")
+        settings = _settings(config, len(rows) / len(self.data.train))
+        if len(settings) == 1:
+            return settings[0], {}
+        fit_rows, held = stratified_split(labels[rows], config.held_out, config.seed)
+        if not len(held) and config.recipe == "small":
+            return settings[-1], {}  # one image of each class: nothing can be held out, and the lowest rate is safe
+        if not len(held):
+            raise UserError("transfer picks its learning rate on held-out train images: give two or more per class")
+        trials = {}
+        for setting in settings:
+            run = self.train(setting, rows[fit_rows], "train", rows[held].numpy(), seed=config.seed)
+            loss = float(F.cross_entropy(run.logits, run.labels).nan_to_num(torch.inf))
+            trials[setting] = run.top1[-1], -loss
+        return max(settings, key=lambda setting: trials[setting]), {
+            "held_out_top1": {self._name(setting): top1 for setting, (top1, _) in trials.items()}
+        }
+
+    def _name(self, setting: _Setting) -> str:
+        rates, decay = setting
+        other = f"head lr {rates.head:g}" if self.config.recipe == "small" else f"weight decay {decay:g}"
+        return f"lr {rates.trunk:g}, {other}"
+
+    def train(
+        self, setting: _Setting, rows: Tensor, split: str, judged: NDArray[np.int64] | None = None, *, seed: int
+    ) -> _Judged:
+        """Train on rows of the train images; judge after every epoch on all test images, or at the end on `judged`."""
+        data, config, recipe = self.data, self.config, RECIPES[self.config.recipe]
+        # Equal parts, because a batch norm over all ranks counts on them.
+        order = SubsetOrder(rows, data.train.ids, config.batch_size, seed, partial=recipe.partial, equal=True)
+        images, per_epoch = TrainImages(data, order, seed), order.steps_per_epoch
+        least = -(-_SMALL_STEPS // per_epoch) if config.recipe == "small" else 0
+        epochs = config.epochs or max(recipe.epochs, least)
+        model = self._classifier(seed)
+        optimizer = torch.optim.SGD(
+            [
+                {"params": part.parameters(), "lr": lr}
+                for part, lr in zip((model.trunk, model.head), setting.rates, strict=True)
+            ],
+            momentum=0.9,
+            weight_decay=setting.weight_decay,
+            nesterov=recipe.nesterov,
+        )
+
+        def logits() -> Features:
+            return data.apply(model, model.head.out_features, split, judged)
+
+        def top1(found: Features) -> float:
+            return top1_of(found.x, data.labels(split)[torch.from_numpy(found.rows)])
+
+        fitted = fit(
+            model,
+            lambda batch: batch.cross_entropy(model(batch.pixels)),
+            images.batches,
+            schedule(recipe, epochs, per_epoch),
+            optimizer,
+            self.snapshots,
+            title=f"fine-tuning ({config.recipe}, {len(rows)} images)",
+            seed=seed,
+            name=f"{split}-{setting.rates.trunk:g}-{setting.rates.head:g}-{setting.weight_decay:g}-{seed}",
+            judge=lambda step: top1(logits()),
+            judge_at=range(per_epoch, epochs * per_epoch, per_epoch) if judged is None else (),
+            skipped=images.skipped,
+        )
+        found, losses = logits(), np.reshape(fitted.losses, (epochs, per_epoch)).mean(axis=1).tolist()
+        notes = images.notes + self._doubts(found.x, losses[-1], setting)
+        labels = data.labels(split)[torch.from_numpy(found.rows)]
+        return _Judged(found.x, labels, found.rows, losses, [*fitted.scores.values(), top1(found)], notes)
+
+    def _classifier(self, seed: int) -> Classifier:
+        trunk, device = copy.deepcopy(self.backbone).to(self.data.device), self.data.device
+        if dist.world_size() > 1:
+            trunk = synchronise_batch_norm(trunk, device)
+        head = initial_head(len(self.data.classes), int(self.backbone.feature_dim), seed)  # type: ignore[arg-type]
+        return Classifier(trunk, head).to(device).requires_grad_(True)
+
+    def _doubts(self, logits: Tensor, loss: float, setting: _Setting) -> list[str]:
+        notes, guessing = [], math.log(len(self.data.classes))
+        if not logits.isfinite().all():
+            notes.append(f"the fine-tuning diverged at learning rate {setting.rates.trunk:g}: give a lower lr")
+        if not loss <= guessing:  # also when it is NaN
+            notes.append(
+                f"failed: the training ended at a loss of {loss:.2f}, and guessing has {guessing:.2f}; the figure "
+                "says nothing about the backbone. Give a lower lr and head_lr"
+            )
+        return notes
 
 
 FINETUNE = Protocol(

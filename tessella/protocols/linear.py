@@ -15,8 +15,9 @@ codes of SwAV and JigClu do.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import itertools
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -26,14 +27,19 @@ from torch import Tensor, nn
 
 from tessella.data.views import IMAGENET_STD
 from tessella.errors import UserError
-from tessella.ops.metrics import topk_correct
-from tessella.ops.philox import permutation, stream_key
 from tessella.optim import LARC
 from tessella.protocols.features import EvalData, Features, assert_unchanged, frozen, progress, tensor_digests
 from tessella.protocols.protocol import Protocol
-from tessella.protocols.scoring import classification_scores, permuted_accuracy, save_classes, save_classification
+from tessella.protocols.scoring import (
+    classification_scores,
+    permuted_accuracy,
+    save_classes,
+    save_classification,
+    top1_of,
+)
 from tessella.protocols.subsets import balanced_rows, stratified_split
-from tessella.protocols.training import LabelledBatch, SubsetOrder, TrainImages, initial_head, sum_gradients
+from tessella.protocols.train_images import LabelledBatch, SubsetOrder, TrainImages, initial_head
+from tessella.protocols.training import Schedule, Snapshots, fit
 from tessella.ranges import ForwardBatch, Positive, PositiveInt, ProperFraction, Repeats, Seed
 
 _C_VALUES = tuple(10.0**power for power in range(-6, 3))
@@ -180,7 +186,7 @@ def few_labels(backbone: nn.Module, data: EvalData, config: FewLabelsConfig) -> 
             )
             logits = F.linear(test_x, *head).cpu()
             predicted[f"predicted_{draw}"] = logits.argmax(dim=1)
-            results.append(float(topk_correct(logits, test.labels, 1).double().mean()))
+            results.append(top1_of(logits, test.labels))
             chance.append(permuted_accuracy(logits.argmax(dim=1), test.labels, len(data.classes)))
         save_classes(data, "fewlabels", test.rows, test.labels, predicted, f"-{count}")
         scores[f"top1_{count}"] = float(np.mean(results))
@@ -189,23 +195,11 @@ def few_labels(backbone: nn.Module, data: EvalData, config: FewLabelsConfig) -> 
     return scores
 
 
-def learning_rate(recipe: str, epoch: float, epochs: int | None = None, base: float | None = None) -> float:
-    """Learning rate of one update.
-
-    Args:
-        recipe: a key of `RECIPES`.
-        epoch: epochs done so far, from 0, below `epochs`; its fraction counts only where the rate changes at each
-            step.
-        epochs: of the whole probe; default: the recipe's.
-        base: the first epoch's; default: the recipe's.
-    """
-    settings = RECIPES[recipe]
-    epochs = settings.epochs if epochs is None else epochs
-    base = settings.lr if base is None else base
-    if settings.schedule == "step":
-        return base / 10 ** sum(100 * int(epoch) >= percent * epochs for percent in (60, 80))
-    done = epoch if settings.schedule == "cosine-step" else int(epoch)
-    return base * (1 + math.cos(math.pi * done / epochs)) / 2
+def schedule(recipe: Recipe, epochs: int, steps_per_epoch: int) -> Schedule:
+    """Learning rates of a published probe; in a shorter or longer one, the drops keep their share of the epochs."""
+    drops = tuple(-(-percent * epochs // 100) for percent in (60, 80)) if recipe.schedule == "step" else ()
+    unit = 1 if recipe.schedule == "cosine-step" else steps_per_epoch
+    return Schedule(epochs * steps_per_epoch, "drops" if drops else "cosine", unit, drops)
 
 
 def fit_logistic(
@@ -306,8 +300,7 @@ def _try_penalties(x: Tensor, labels: Tensor, classes: int, config: LinearConfig
         start = trials[-1].head if trials else None
         head = fit_logistic(fit_x, fit_labels, classes, c, start=start, iterations=config.iterations)
         logits = F.linear(held_x, *head)
-        top1 = float(topk_correct(logits, held_labels, 1).double().mean())
-        trials.append(Trial(c, top1, float(F.cross_entropy(logits, held_labels)), head))
+        trials.append(Trial(c, top1_of(logits, held_labels), float(F.cross_entropy(logits, held_labels)), head))
         past_best = len(trials) - 1 - max(range(len(trials)), key=lambda i: trials[i].quality())
         if past_best >= 2 and trials[-3].loss < trials[-2].loss < trials[-1].loss:
             break  # only worse from here, and the largest C take most of the time
@@ -324,23 +317,22 @@ def _held_out(labels: Tensor, config: LinearConfig) -> tuple[Tensor, Tensor]:
 def _lr_grid(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dict[str, Any]:
     train, test = data.features(backbone, "train"), data.features(backbone, "test")
     assert train.labels is not None and test.labels is not None
-    shift, scale = standardisation(train.x)  # of all train images, which takes no labels
+    standard = standardisation(train.x)  # of all train images, which takes no labels
     fit_rows, held_rows = _held_out(train.labels, config)
-
-    def fit(rows: Tensor, lrs: tuple[float, ...]) -> list[LinearHead]:
-        return fit_by_sgd(train, rows, len(data.classes), lrs, (shift, scale), config, data.device)
+    classes, device = len(data.classes), data.device
 
     def logits_of(heads: list[LinearHead], x: Tensor) -> list[Tensor]:
-        parts = [((part - shift) / scale).to(data.device) for part in x.split(_ROWS)]
+        parts = [((part - standard[0]) / standard[1]).to(device) for part in x.split(_ROWS)]
         return [torch.cat([F.linear(part, *head).cpu() for part in parts]) for head in heads]
 
-    held_labels = train.labels[held_rows]
-    trials = []
-    for lr, logits in zip(config.lrs, logits_of(fit(fit_rows, config.lrs), train.x[held_rows]), strict=True):
+    heads = fit_by_sgd(train, fit_rows, classes, config.lrs, standard, config, device)
+    held_labels, trials = train.labels[held_rows], []
+    for lr, logits in zip(config.lrs, logits_of(heads, train.x[held_rows]), strict=True):
         loss = float(F.cross_entropy(logits, held_labels).nan_to_num(torch.inf))
-        trials.append((float(topk_correct(logits, held_labels, 1).double().mean()), -loss, lr))
+        trials.append((top1_of(logits, held_labels), -loss, lr))
     best = max(trials)[2]
-    (logits,) = logits_of(fit(torch.arange(len(train.x)), (best,)), test.x)
+    heads = fit_by_sgd(train, torch.arange(len(train.x)), classes, (best,), standard, config, device)
+    (logits,) = logits_of(heads, test.x)
     save_classification(data, "linear-lr-grid", test.rows, test.labels, logits)
     scores = classification_scores(logits, test.labels, data.classes)
     scores |= {"lr": best, "held_out_top1": {f"{lr:g}": top1 for top1, _, lr in trials}}
@@ -349,7 +341,6 @@ def _lr_grid(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dict[
     return scores
 
 
-@torch.no_grad()
 def fit_by_sgd(
     features: Features,
     rows: Tensor,
@@ -361,8 +352,8 @@ def fit_by_sgd(
 ) -> list[LinearHead]:
     """One linear layer per learning rate, all trained on the same batches: SGD, momentum 0.9, cosine to 0 per step.
 
-    The layers do not touch each other; one that diverges spoils no other. The gradient of the cross-entropy is written
-    out, because it makes all layers two matrix products.
+    The layers are the rows of one, and each row's gradient is multiplied by its own learning rate: two matrix products
+    for all layers. One that diverges does not affect the others.
 
     Args:
         features: of the train images, with labels.
@@ -373,29 +364,35 @@ def fit_by_sgd(
         config: `epochs`, `batch_size` and `seed`.
         device: where to compute; the features travel batch by batch.
     """
-    assert features.labels is not None
-    epochs, batch = config.epochs or _GRID_EPOCHS, config.batch_size or _GRID_BATCH
+    labels = features.labels
+    assert labels is not None
+    epochs, positions = config.epochs or _GRID_EPOCHS, np.zeros(len(labels), dtype=np.int64)
+    positions[rows] = np.arange(len(rows))
+    order = SubsetOrder(rows, positions, config.batch_size or _GRID_BATCH, config.seed)
     first = initial_head(classes, features.x.shape[1], config.seed)
-    weight = first.weight.repeat(len(lrs), 1).to(device)  # (layers * classes, d)
-    bias = torch.zeros(len(weight), device=device)
+    layers = nn.Linear(features.x.shape[1], classes * len(lrs), device=device)
+    with torch.no_grad():
+        layers.weight.copy_(first.weight.repeat(len(lrs), 1))
+        layers.bias.zero_()
     rates = torch.tensor(lrs, device=device).repeat_interleave(classes)
-    momenta = torch.zeros_like(weight), torch.zeros_like(bias)
-    steps = -(-len(rows) // batch)
-    for epoch in progress(range(epochs), f"linear probe ({len(lrs)} learning rates)", epochs):
-        order = rows[torch.from_numpy(permutation(stream_key(config.seed, "rows"), np.arange(len(rows)), epoch))]
-        for step, chosen in enumerate(order.split(batch)):
+    layers.weight.register_hook(lambda gradient: gradient * rates[:, None])
+    layers.bias.register_hook(lambda gradient: gradient * rates)
+
+    def batches(first_step: int) -> Generator[LabelledBatch, None, None]:
+        for step in itertools.count(first_step):
+            chosen = torch.from_numpy(order.batch(*(place := divmod(step, order.steps_per_epoch))))
             x = ((features.x[chosen] - standard[0]) / standard[1]).to(device)
-            wanted = F.one_hot(features.labels[chosen], classes).to(device)
-            logits = F.linear(x, weight, bias).unflatten(1, (len(lrs), classes))
-            error = ((logits.softmax(dim=2) - wanted[:, None]) / len(x)).flatten(1)
-            now = rates * ((1 + math.cos(math.pi * (epoch * steps + step) / (epochs * steps))) / 2)
-            for parameter, momentum, gradient in (
-                (weight, momenta[0], error.T @ x),
-                (bias, momenta[1], error.sum(dim=0)),
-            ):
-                momentum.mul_(0.9).add_(gradient)
-                parameter.sub_(momentum * now.view(-1, *[1] * (parameter.dim() - 1)))
-    weights, biases = weight.view(len(lrs), classes, -1), bias.view(len(lrs), classes)
+            weights = torch.full((len(x),), order.counts(*place) / len(order.step(*place)), device=device)
+            yield LabelledBatch(x, labels[chosen].to(device), weights)
+
+    def loss(batch: LabelledBatch) -> Tensor:
+        logits = layers(batch.pixels).unflatten(1, (len(lrs), classes))
+        return sum((batch.cross_entropy(part) for part in logits.unbind(1)), torch.zeros((), device=device))
+
+    steps = Schedule(epochs * order.steps_per_epoch, "cosine")
+    optimizer, title = torch.optim.SGD(layers.parameters(), lr=1.0, momentum=0.9), f"linear probe ({len(lrs)} rates)"
+    fit(layers, loss, batches, steps, optimizer, title=title, seed=config.seed)
+    weights, biases = layers.weight.detach().unflatten(0, (len(lrs), classes)), layers.bias.detach().view(len(lrs), -1)
     return [LinearHead(*head) for head in zip(weights, biases, strict=True)]
 
 
@@ -407,57 +404,66 @@ def _augmented(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dic
         base *= batch_size / recipe.batch_size
     test = data.features(backbone, "test")
     assert test.labels is not None
-    test_x = test.x.to(data.device)
+    labels, test_x = test.labels, test.x.to(data.device)
     order = SubsetOrder(np.arange(len(data.train)), data.train.ids, batch_size, config.seed)
     images = TrainImages(data, order, config.seed)
     head = initial_head(len(data.classes), test_x.shape[1], config.seed).to(data.device)
-    solver = _solver(recipe, head, base)
     before = tensor_digests(backbone)
-    best, best_epoch = -1.0, 0
+    snapshots = Snapshots(data.cache, backbone, data, config, data.labels_sha256(), asdict(data.transform))
+
+    def loss(batch: LabelledBatch) -> Tensor:
+        with torch.no_grad():  # not inference_mode: the head's backward pass keeps these features
+            features = backbone(batch.pixels).float()
+        return batch.cross_entropy(head(features))
+
+    @torch.no_grad()
+    def judge(step: int) -> float:
+        if step == order.steps_per_epoch:
+            assert_unchanged(backbone, before)  # a wrong probe should not cost its other 99 epochs first
+        return top1_of(head(test_x).cpu(), labels)
+
     with frozen(backbone):
-        for epoch in progress(range(epochs), f"linear probe ({config.recipe})", epochs):
-            for step, batch in enumerate(images.epoch(epoch)):
-                for group in solver.param_groups:
-                    group["lr"] = learning_rate(config.recipe, epoch + step / order.steps_per_epoch, epochs, base)
-                _update(head, solver, backbone, batch)
-            if epoch == 0:
-                assert_unchanged(backbone, before)  # a wrong probe should not cost its other 99 epochs first
-            with torch.no_grad():
-                logits = head(test_x).cpu()
-            top1 = float(topk_correct(logits, test.labels, 1).double().mean())
-            if top1 > best:
-                best, best_epoch = top1, epoch + 1
-    save_classification(data, f"linear-{config.recipe}", test.rows, test.labels, logits)
-    scores = classification_scores(logits, test.labels, data.classes)
+        between_epochs = range(order.steps_per_epoch, epochs * order.steps_per_epoch, order.steps_per_epoch)
+        fitted = fit(
+            head,
+            loss,
+            images.batches,
+            schedule(recipe, epochs, order.steps_per_epoch),
+            probe_optimizer(recipe, head, base),
+            snapshots,
+            title=f"linear probe ({config.recipe})",
+            seed=config.seed,
+            judge=judge,
+            judge_at=between_epochs,
+            skipped=images.skipped,
+        )
+    with torch.no_grad():
+        logits = head(test_x).cpu()
+    top1 = [*fitted.scores.values(), top1_of(logits, labels)]  # after each epoch
+    save_classification(data, f"linear-{config.recipe}", test.rows, labels, logits)
+    snapshots.drop()
+    scores = classification_scores(logits, labels, data.classes)
     scores |= {"epochs": epochs, "lr": base, "batch_size": batch_size}
-    scores |= {"best_test_top1": best, "best_test_epoch": best_epoch}
+    scores |= {"best_test_top1": max(top1), "best_test_epoch": 1 + top1.index(max(top1))}
     notes = images.notes
     if not logits.isfinite().all():
         notes.append(f"the linear layer diverged at learning rate {base:g}: give a lower lr")
-    if config.recipe in ("swav", "smog", "smog-swin") and _photos(data):
+    if (
+        config.recipe in ("swav", "smog", "smog-swin")
+        and data.transform.size > 96
+        and data.transform.std == IMAGENET_STD
+    ):
         notes.append(
             "SwAV's and SMoG's own probes divide red by 0.228, this one by 0.229, as the images' transform says"
         )
     return scores | ({"notes": notes} if notes else {})
 
 
-def _photos(data: EvalData) -> bool:
-    return data.transform.size > 96 and data.transform.std == IMAGENET_STD
-
-
-def _solver(recipe: Recipe, head: nn.Linear, lr: float) -> torch.optim.SGD:
-    if recipe.optimizer == "lars":  # scaled for both tensors, as in SimSiam's own probe
+def probe_optimizer(recipe: Recipe, head: nn.Linear, lr: float) -> torch.optim.SGD:
+    """The published optimiser. LARS scales both tensors, as in SimSiam's own probe."""
+    if recipe.optimizer == "lars":
         return LARC(head.parameters(), lr=lr, momentum=0.9, weight_decay=recipe.weight_decay, trust=0.001)
     return torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9, weight_decay=recipe.weight_decay)
-
-
-def _update(head: nn.Linear, solver: torch.optim.SGD, backbone: nn.Module, batch: LabelledBatch) -> None:
-    with torch.no_grad():  # not inference_mode: the head's backward pass keeps these features
-        features = backbone(batch.pixels).float()
-    solver.zero_grad()
-    (F.cross_entropy(head(features), batch.labels, reduction="none") * batch.weights).sum().backward()
-    sum_gradients(head.parameters())
-    solver.step()
 
 
 LINEAR = Protocol(

@@ -71,6 +71,11 @@ def classification_scores(logits: Tensor, labels: Tensor, classes: Sequence[str]
     return scores
 
 
+def top1_of(logits: Tensor, labels: Tensor) -> float:
+    """Accuracy in [0, 1] of (n, C) logits; a row with a NaN counts as wrong."""
+    return float(topk_correct(logits, labels, 1).double().mean())
+
+
 def top_classes(logits: Tensor) -> Tensor:
     """The five most likely classes of each image, or as many as there are: (n, 5) int64; -1 where a value is NaN."""
     top = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices

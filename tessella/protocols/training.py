@@ -1,9 +1,9 @@
-"""Augmented batches of labelled images, for the protocols that train something.
+"""One trainer for all protocols that train something: probes, fine-tuning, detectors, segmenters.
 
-    rows of a subset -> an order per epoch -> random resized crops and flips -> pixels, labels, weights
+    batches -> loss, summed over the ranks -> gradients, summed over the ranks -> one update at the schedule's rate
 
-A loss that sums weight x cross-entropy over the batches of all ranks is the mean over the step's images, however they
-are shared: gradients are then summed over the ranks.
+A killed training continues bit for bit: its state is saved every few minutes, and everything random is a function of
+the seed and the step.
 """
 
 from __future__ import annotations
@@ -11,132 +11,148 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import numpy as np
 import torch
-import torch.distributed as torch_dist
-from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tessella import dist, files
-from tessella.data.loader import Loader
-from tessella.data.views import ColorAugmentation, CropGroup, ViewSpec
 from tessella.errors import UserError
-from tessella.ops.philox import permutation, stream_key
-from tessella.protocols.features import EvalData
+from tessella.modules.drop_path import seed_noise
+from tessella.protocols.features import progress, tensor_digests
 
 T = TypeVar("T")
 
 _SNAPSHOT_SECONDS = 180.0  # between two snapshots of a training
-_SNAPSHOT_FORMAT = 2
+_SNAPSHOT_FORMAT = 3
+_CHECK_EVERY = 100  # steps between two checks of the loss on a GPU, which need not wait for each
 
 
-class SubsetOrder:
-    """Every row of a subset once per epoch, in a random order; this rank's part of each step.
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step, as a factor of the optimiser's own rates.
+
+    Let t count units of `unit` steps, and T be their number in the whole training:
+
+        drops     drop ** (how many of `drops` are <= t)
+        cosine    (1 + cos(pi t / T)) / 2
+        poly      (1 - final) (1 - t / T) ** power + final
+
+    During the first `warmup` steps W, the factor is multiplied by a linear rise from `warmup_start` to 1.
+    """
+
+    steps: int  # of the whole training
+    shape: Literal["drops", "cosine", "poly"] = "drops"
+    unit: int = 1  # steps; with an epoch's steps, the rate is constant within an epoch
+    drops: tuple[int, ...] = ()  # in units
+    drop: float = 0.1
+    power: float = 1.0
+    final: float = 0.0
+    warmup: int = 0  # steps
+    warmup_start: float = 0.0
+
+    def factor(self, step: int) -> float:
+        """Factor of one update; `step` counts from 0."""
+        t, total = step // self.unit, self.steps // self.unit
+        if self.shape == "cosine":
+            factor = (1 + math.cos(math.pi * t / total)) / 2
+        elif self.shape == "poly":
+            factor = (1 - self.final) * (1 - t / total) ** self.power + self.final
+        else:
+            factor = self.drop ** sum(t >= place for place in self.drops)
+        if step < self.warmup:
+            factor *= self.warmup_start + (1 - self.warmup_start) * step / self.warmup
+        return factor
+
+
+class Fitted(NamedTuple):
+    """What a training went through."""
+
+    losses: list[float]  # of every step, over all ranks
+    scores: dict[int, float]  # steps done -> what `judge` returned
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[T], Tensor],
+    batches: Callable[[int], Generator[T, None, None]],
+    schedule: Schedule,
+    optimizer: torch.optim.Optimizer,
+    snapshots: Snapshots | None = None,
+    *,
+    title: str,
+    seed: int,
+    name: str = "model",
+    judge: Callable[[int], float] | None = None,
+    judge_at: Collection[int] = (),
+    advice: str = "",
+    skipped: dict[str, str] | None = None,
+) -> Fitted:
+    """Train a model, or continue a training that was killed.
 
     Args:
-        rows: (n,) rows of the data set.
-        ids: (N,) stable ids of the whole data set.
-        batch_size: images per step over all ranks.
-        seed: of the order.
-        partial: keep the last batch of an epoch though it is not full, as most published probes do.
-        equal: every rank gets equally many, so that a batch norm over all ranks may count on it; up to ranks - 1
-            images of the last batch then wait for another epoch. Else the ranks' parts differ by one at most, and a
-            rank that would have none gets an image that does not count.
+        model: in training mode at every step.
+        loss: this rank's part of the loss of a step: the ranks' parts add up to the whole.
+        batches: from a step, counted from 0, the batches of this rank from there on.
+        schedule: number of steps and learning rates.
+        optimizer: its groups' rates are those that the schedule multiplies.
+        snapshots: where the state is saved, and found again; None for a short training.
+        title: for the progress display.
+        seed: of what the model draws from torch's generators, such as the branches that stochastic depth drops.
+        name: of the snapshot; an evaluation may have several trainings.
+        judge: called with the number of steps done; its score is kept with the training.
+        judge_at: numbers of steps done after which to judge.
+        advice: what to change when the loss is not finite, which is then an error; "" to train on.
+        skipped: key -> reason of the images that `batches` could not read; kept with the training.
+
+    Raises:
+        UserError: the loss is not finite, and there is `advice`.
     """
-
-    def __init__(
-        self, rows: ArrayLike, ids: ArrayLike, batch_size: int, seed: int, *, partial: bool = True, equal: bool = False
-    ) -> None:
-        self.rows = np.asarray(rows, dtype=np.int64)
-        self._keys = np.asarray(ids)[self.rows]
-        self.batch_size = batch_size
-        self._key, self._equal = stream_key(seed, "rows"), equal
-        self._kept: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
-        ranks = dist.world_size()
-        if equal and batch_size % ranks:
-            raise UserError(
-                f"batch_size={batch_size} cannot be shared equally by {ranks} ranks: use a multiple of {ranks}"
-            )
-        full, rest = divmod(len(self.rows), batch_size)
-        if equal:
-            rest -= rest % ranks
-            rest = 0 if rest == 1 else rest  # batch norm refuses a single vector
-        self.steps_per_epoch = full + bool(rest and (partial or not full))
-        self._rest = rest
-        if not self.steps_per_epoch:
-            raise UserError(f"{len(self.rows)} train images are too few to train on: give at least {2 * ranks}")
-
-    def step(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """Rows of one step over all ranks."""
-        if self._kept[0] != epoch:
-            self._kept = epoch, self.rows[permutation(self._key, self._keys, epoch)]
-        start = step * self.batch_size
-        left = len(self.rows) - start
-        return self._kept[1][start : start + (self.batch_size if left >= self.batch_size else self._rest)]
-
-    def batch(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """Rows of one step that this rank reads, at least one."""
-        every = self.step(epoch, step)
-        mine = np.array_split(every, dist.world_size())[dist.rank()]
-        return mine if len(mine) else every[:1]
-
-    def counts(self, epoch: int, step: int) -> bool:
-        """Whether this rank's rows of a step are its own, not only there to keep it busy."""
-        return len(self.step(epoch, step)) > dist.rank()
+    skipped = {} if skipped is None else skipped
+    device = next(model.parameters()).device
+    rates = [group["lr"] for group in optimizer.param_groups]
+    state = snapshots.load(name, model, optimizer) if snapshots else {}
+    state = state or {"done": 0, "losses": [], "scores": {}, "skipped": {}}
+    done, scores = int(state["done"]), {int(step): score for step, score in state["scores"].items()}
+    skipped.update(state["skipped"])
+    losses = torch.zeros(schedule.steps, device=device)  # read now and then: nothing waits for the device
+    losses[:done] = torch.tensor(state["losses"])
+    steps = range(done, schedule.steps)
+    with private_generators(device), closing(batches(done)) as remaining:
+        for step, batch in progress(zip(steps, remaining, strict=False), title, len(steps)):
+            model.train()
+            seed_noise(seed, step, 0, dist.rank(), device)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule.factor(step)
+            losses[step] = _update(optimizer, loss(batch))
+            last = step + 1 == schedule.steps
+            if advice and (last or device.type == "cpu" or (step + 1) % _CHECK_EVERY == 0):
+                _check_finite(losses[: step + 1], schedule.steps, advice)
+            if judge is not None and step + 1 in judge_at:
+                scores[step + 1] = judge(step + 1)
+            if snapshots and snapshots.due(last=last):
+                state = {"losses": losses[: step + 1].tolist(), "scores": scores, "skipped": skipped}
+                snapshots.save(name, model, optimizer, {"done": step + 1} | state)
+    return Fitted(losses.tolist(), scores)
 
 
-class LabelledBatch(NamedTuple):
-    """Some images of one step, on the device."""
-
-    pixels: Tensor  # (b, 3, size, size) float32
-    labels: Tensor  # (b,) int64
-    weights: Tensor  # (b,) float32; over all ranks they sum to 1
-
-
-class TrainImages:
-    """The train images of an evaluation as random resized crops and flips, nothing else, as in every published probe.
-
-    An image that cannot be read is left out of the loss.
-    """
-
-    def __init__(self, data: EvalData, order: SubsetOrder, seed: int) -> None:
-        flips = ColorAugmentation(flip=0.5, jitter=0, gray=0, blur=0, solarize=0)
-        crops = CropGroup(views=1, size=data.transform.size, scale=(0.08, 1.0), colors=flips)
-        self.order = order
-        self._labels = data.labels("train").to(data.device)
-        self._loader = Loader(
-            data.train,
-            ViewSpec((crops,), data.transform.mean, data.transform.std),
-            order,
-            seed=seed,
-            device=data.device,
-            workers=data.workers,
-            max_unreadable=1.0,
-        )
-
-    @property
-    def notes(self) -> list[str]:
-        """For the reader of the scores."""
-        skipped = len(self._loader.skipped)
-        return [f"{skipped} train images could not be read and were left out"] if skipped else []
-
-    def epoch(self, epoch: int) -> Iterator[LabelledBatch]:
-        """This rank's part of every step."""
-        for step, (batch,) in enumerate(self._loader.epoch(epoch)):
-            wanted = torch.from_numpy(self.order.batch(epoch, step)).to(batch.instances.device)
-            # The loader puts another image in the place of one that it cannot read.
-            counted = (batch.instances == wanted).float() * self.order.counts(epoch, step)
-            total = dist.all_reduce_sum(counted.sum()).clamp(min=1)
-            yield LabelledBatch(batch.views[0][0], self._labels[batch.instances], counted / total)
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+    """One step on the batch of all ranks; returns its loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    _sum_gradients([p for group in optimizer.param_groups for p in group["params"]])
+    optimizer.step()
+    return dist.all_reduce_sum(loss.detach())
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def _sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its sum over all ranks, in one collective."""
     if dist.world_size() == 1:
         return
@@ -146,90 +162,75 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def initial_head(classes: int, dim: int, seed: int) -> nn.Linear:
-    """Weights from N(0, 0.01²), bias 0, equal on every rank."""
-    head = nn.utils.skip_init(nn.Linear, dim, classes)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        head.weight.normal_(0.0, 0.01, generator=generator)
-        head.bias.zero_()
-    return head
+def _check_finite(losses: Tensor, steps: int, advice: str) -> None:
+    if not losses.isfinite().all():
+        first = int(losses.isfinite().logical_not().nonzero()[0])
+        raise UserError(f"the training loss became {float(losses[first])} at step {first} of {steps}: {advice}")
 
 
-def from_all_ranks(mine: list[T]) -> list[T]:
-    """The ranks' lists of small objects, one behind the other."""
-    if dist.world_size() == 1:
-        return mine
-    parts: list[list[T]] = [[] for _ in range(dist.world_size())]
-    torch_dist.all_gather_object(parts, mine)
-    return [item for part in parts for item in part]
+def private_generators(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Torch's global generators are restored afterwards, so that the next protocol does not depend on this one."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 class Snapshots:
-    """Where a long training is kept every few minutes, so that a killed evaluation goes on where it was.
+    """The state of a training, saved every few minutes until its evaluation is complete.
 
-    Randomness is a function of counters, so parameters, buffers and the optimiser's state are all there is. Without a
-    folder, nothing is kept.
+    Parameters, buffers and the optimiser's state are all there is to save. Without a folder, nothing is saved.
     """
 
-    def __init__(self, folder: Path | None, asked: Any) -> None:
-        """Name the place.
+    def __init__(self, folder: Path | None, backbone: nn.Module, data: Any, config: Any, *more: Any) -> None:
+        """Name the snapshots after all that the training depends on.
 
         Args:
-            folder: gets a folder `training` as long as something is kept; None to keep nothing.
-            asked: anything that JSON can hold: all that the training depends on.
+            folder: gets a folder `training` until `drop`; None to save nothing.
+            backbone: that the training starts from.
+            data: of the protocol: train and test images with fingerprints, and a device.
+            config: of the protocol.
+            more: what else decides the result, as JSON.
         """
-        key = hashlib.sha256(json.dumps([_SNAPSHOT_FORMAT, asked], sort_keys=True).encode()).hexdigest()[:40]
+        images = [data.train.fingerprint, data.test.fingerprint, dist.world_size(), data.device.type]
+        network = [tensor_digests(backbone), repr(backbone)]
+        question = [_SNAPSHOT_FORMAT, type(config).__name__, asdict(config), config.version, *images, *network, *more]
+        key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:40]
         self._root = folder or Path()
         self._folder = None if folder is None else folder / "training" / key
         self._saved_at = time.monotonic()
 
-    def load(self, name: str, model: nn.Module, solver: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
-        """Put model and optimiser where they were, and return what was saved beside them; {} when there is nothing."""
-        found = None if self._folder is None else _read_snapshot(self._folder / f"{name}.safetensors")
-        fits = found is not None and all(
-            name in found[0] and found[0][name].shape == value.shape for name, value in model.state_dict().items()
-        )
-        done = -1.0 if found is None or not fits else float(found[1]["done"])
-        newest = dist.all_reduce_max(torch.tensor([done, -done], device=device)).tolist()
-        if found is None or not fits or newest != [done, -done]:  # not there, or not the same for every rank
+    def load(self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Restore model and optimiser; returns the rest of the state, {} if there is none that all ranks can read."""
+        if self._folder is None:
             return {}
-        tensors, state = found
-        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
-        for number, parameter in enumerate(_parameters(solver)):
-            prefix = f"solver {number} "
+        tensors, state = _read_snapshot(self._folder / f"{name}.safetensors")
+        expected = model.state_dict()
+        if any(key not in tensors or tensors[key].shape != value.shape for key, value in expected.items()):
+            state = {}
+        if any(done != state.get("done") or done is None for done in dist.gather_objects(state.get("done"))):
+            return {}
+        model.load_state_dict({key: tensors[key] for key in expected})
+        for number, parameter in enumerate(_parameters(optimizer)):
+            prefix = f"optimizer {number} "
             for key in (key for key in tensors if key.startswith(prefix)):
                 part = key.removeprefix(prefix)
                 # As torch makes them: in the parameter's layout and place, but for the counter of steps.
                 value = tensors[key] if part == "step" else torch.empty_like(parameter).copy_(tensors[key])
-                solver.state[parameter][part] = value
+                optimizer.state[parameter][part] = value
         return state
 
     def due(self, *, last: bool) -> bool:
-        """Whether `save` would keep this moment: on rank 0, if it is the last one or the one before is minutes old."""
+        """Whether it is time to save: on rank 0, at the last step or some minutes after the previous snapshot."""
         if self._folder is None or dist.rank() != 0:
             return False
         return last or time.monotonic() - self._saved_at >= _SNAPSHOT_SECONDS
 
-    def save(
-        self, name: str, model: nn.Module, solver: torch.optim.Optimizer, state: dict[str, Any], *, last: bool
-    ) -> None:
-        """Keep this moment if it is `due`. A disk that refuses costs the snapshot, not the training.
-
-        Args:
-            name: of the file; an evaluation may have several trainings.
-            model: its parameters and buffers are kept.
-            solver: its tensors are kept.
-            state: what JSON can hold; `done` must be a number that grows.
-            last: nothing is left to train.
-        """
-        if self._folder is None or not self.due(last=last):
-            return
+    def save(self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Save model, optimiser and `state`, which JSON can hold. A full disk costs the snapshot, not the training."""
+        assert self._folder is not None
         tensors = dict(model.state_dict())
-        for number, parameter in enumerate(_parameters(solver)):
-            for key, value in solver.state[parameter].items():
+        for number, parameter in enumerate(_parameters(optimizer)):
+            for key, value in optimizer.state[parameter].items():
                 if isinstance(value, Tensor):
-                    tensors[f"solver {number} {key}"] = value
+                    tensors[f"optimizer {number} {key}"] = value
         with contextlib.suppress(OSError, SafetensorError):
             files.make_folder(self._root)
             path = self._folder / f"{name}.safetensors"
@@ -237,24 +238,25 @@ class Snapshots:
             self._saved_at = time.monotonic()
 
     def drop(self) -> None:
-        """The evaluation is complete: nothing of this is needed any more."""
-        dist.barrier()  # no rank may still look for it
+        """The evaluation is complete: remove its snapshots."""
+        dist.barrier()  # no rank may still look for them
         if self._folder is not None and dist.rank() == 0:
             with contextlib.suppress(OSError):
                 files.remove(self._folder, inside=self._root)
-            with contextlib.suppress(OSError):  # other trainings may still be kept beside it
+            with contextlib.suppress(OSError):  # snapshots of other trainings may lie beside it
                 self._folder.parent.rmdir()
 
 
-def _read_snapshot(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def _read_snapshot(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and the rest; both empty if the file is missing or damaged."""
     try:
         files.open_regular(path).close()  # safetensors would wait for a pipe
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, json.loads((file.metadata() or {})["state"])
     except (OSError, SafetensorError, KeyError, ValueError):
-        return None
+        return {}, {}
 
 
-def _parameters(solver: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in solver.param_groups for parameter in group["params"]]
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -17,7 +17,8 @@ from pycocotools.cocoeval import COCOeval
 from tessella.data.boxes.layouts import open_annotations
 from tessella.data.sources.scenes import CLASSES, SIDE, draw_scenes
 from tessella.errors import UserError
-from tessella.protocols.detection.protocol import DetectionData, detection
+from tessella.protocols.detection.data import DetectionData
+from tessella.protocols.detection.protocol import detection
 from tests.protocols.test_detection import TINY, tiny_backbone
 
 NAMES = ["two words", "ü [1]", "c#100%", "-日本", "a.b.c", "sub (d)/'e'"]

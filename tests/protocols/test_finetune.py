@@ -1,5 +1,6 @@
 import csv
 import sys
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -9,11 +10,11 @@ from sklearn.metrics import accuracy_score
 
 from tessella.errors import UserError
 from tessella.protocols.features import extract, tensor_digests
-from tessella.protocols.finetune import RECIPES, FinetuneConfig, finetune, finetune_name, rate_factor
-from tessella.protocols.training import SubsetOrder, initial_head
+from tessella.protocols.finetune import RECIPES, FinetuneConfig, finetune, finetune_name, schedule
+from tessella.protocols.train_images import SubsetOrder, TrainImages, initial_head
 from tests.protocols.planted import Tiny, eval_data, meaningless_images, planted_images
 
-module = sys.modules["tessella.protocols.finetune"]  # the package's attribute of this name is the function
+training = sys.modules["tessella.protocols.training"]
 
 # Rates of trunk and head with 1 % and with 10 % of the labels, epochs, drops, factor, Nesterov; once more by hand.
 PUBLISHED = {
@@ -64,13 +65,13 @@ def test_published_rates_of_every_epoch(recipe):
     official = torch.optim.lr_scheduler.MultiStepLR(solver, list(places), drop)
     assert RECIPES[recipe].epochs == epochs
     for epoch in range(epochs):
-        assert rate_factor(recipe, epoch) == pytest.approx(solver.param_groups[0]["lr"])
+        assert schedule(RECIPES[recipe], epochs, 3).factor(3 * epoch + 2) == pytest.approx(solver.param_groups[0]["lr"])
         solver.step()
         official.step()
 
 
 def test_drops_keep_their_share_of_a_shorter_way():
-    assert [rate_factor("swav", epoch, 5) for epoch in range(5)] == pytest.approx([1, 1, 1, 0.2, 0.04])
+    assert [schedule(RECIPES["swav"], 5, 1).factor(epoch) for epoch in range(5)] == pytest.approx([1, 1, 1, 0.2, 0.04])
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "small"])  # ours
@@ -119,7 +120,7 @@ def test_one_epoch_equals_the_same_steps_by_hand():
     )
     order = SubsetOrder(np.arange(90), data.train.ids, 30, seed, equal=True)
     losses = []
-    for batch in module.TrainImages(data, order, seed).epoch(0):
+    for batch in islice(TrainImages(data, order, seed).batches(0), 3):
         solver.zero_grad()
         loss = torch.nn.functional.cross_entropy(head(trunk(batch.pixels)), batch.labels)
         loss.backward()
@@ -199,32 +200,32 @@ class Killed(Exception):
 
 
 def test_a_killed_fine_tuning_goes_on_and_gives_the_same_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["tessella.protocols.training"], "_SNAPSHOT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "_SNAPSHOT_SECONDS", 0.0)
     train, test = (planted_images(90, classes=6, noise=120, seed=seed, name=str(seed)) for seed in (1, 2))
     config = cheap(epochs=4, repeats=2)
     straight = finetune(Watched(), eval_data(train, test), config)
     whole = len(Watched.log)
-    one_epoch, epochs = module._one_epoch, []
+    update, steps = training._update, []
 
     def dies(*args):
-        epochs.append(args[3])
-        if len(epochs) == 7:  # in the third epoch of the second seed
+        steps.append(1)
+        if len(steps) == 20:  # of 24, in the middle of the third epoch of the second seed
             raise Killed
-        return one_epoch(*args)
+        return update(*args)
 
-    monkeypatch.setattr(module, "_one_epoch", dies)
+    monkeypatch.setattr(training, "_update", dies)
     with pytest.raises(Killed):
         finetune(Watched(), eval_data(train, test, cache=tmp_path), config)
     Watched.log.clear()
     resumed = finetune(Watched(), eval_data(train, test, cache=tmp_path), config)
     assert resumed == straight
-    assert len(epochs) == 9 and len(Watched.log) == whole // 4  # the second seed's last two epochs
+    assert len(Watched.log) == 5 and whole == 24  # nothing is trained twice
     assert not (tmp_path / "training").exists()
 
 
 def test_a_damaged_snapshot_is_as_good_as_none(tmp_path, monkeypatch):
     straight = finetune(Tiny(), eval_data(), cheap())
-    monkeypatch.setattr(module.Snapshots, "drop", lambda self: None)
+    monkeypatch.setattr(training.Snapshots, "drop", lambda self: None)
     finetune(Tiny(), eval_data(cache=tmp_path), cheap())
     (snapshot,) = (tmp_path / "training").rglob("*.safetensors")
     snapshot.write_bytes(snapshot.read_bytes()[:-10])

@@ -16,11 +16,12 @@ from tessella.protocols.linear import (
     few_labels,
     fit_by_sgd,
     fit_logistic,
-    learning_rate,
     linear,
+    probe_optimizer,
+    schedule,
     standardisation,
 )
-from tessella.protocols.training import initial_head
+from tessella.protocols.train_images import LabelledBatch, initial_head
 from tests.protocols.planted import Tiny, eval_data, meaningless_images, planted_images
 
 linear_module = sys.modules["tessella.protocols.linear"]  # the package's attribute of this name is the function
@@ -120,27 +121,33 @@ PUBLISHED = {
 }
 
 
+def rates(recipe, epochs, steps_per_epoch=1):
+    plan = schedule(RECIPES[recipe], epochs, steps_per_epoch)
+    return [RECIPES[recipe].lr * plan.factor(step) for step in range(epochs * steps_per_epoch)]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_published_learning_rates_of_every_epoch(recipe):
     rate, epochs, _, _ = PUBLISHED[recipe]
     assert RECIPES[recipe].epochs == epochs
+    found = rates(recipe, epochs, steps_per_epoch=2)
     for epoch in range(epochs):
-        assert learning_rate(recipe, epoch) == pytest.approx(rate(epoch), rel=1e-9)
+        assert found[2 * epoch] == pytest.approx(rate(epoch), rel=1e-9)
         inside = rate(epoch + 0.5) if recipe == "lightly" else rate(epoch)
-        assert learning_rate(recipe, epoch + 0.5) == pytest.approx(inside, rel=1e-9)
+        assert found[2 * epoch + 1] == pytest.approx(inside, rel=1e-9)
 
 
 def test_swav_learning_rates_are_those_of_its_scheduler():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     official = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100, eta_min=0)
-    for epoch in range(100):
-        assert learning_rate("swav", epoch) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+    for rate in rates("swav", 100):
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
         optimizer.step()
         official.step()
 
 
 def test_drops_keep_their_share_of_a_shorter_way():
-    assert [learning_rate("jigclu", epoch, 5, base=1.0) for epoch in range(5)] == [1.0, 1.0, 1.0, 0.1, 0.01]
+    assert rates("jigclu", 5) == pytest.approx([10, 10, 10, 1, 0.1])
 
 
 class Watched(Tiny):
@@ -188,15 +195,19 @@ def test_every_step_has_the_published_settings(monkeypatch, recipe):
 
 def test_an_epoch_shows_every_image_once_and_the_head_starts_as_published(monkeypatch):
     seen, starts = [], []
-    update = linear_module._update
+    fit = linear_module.fit
 
-    def watched(head, solver, backbone, batch):
-        seen.extend(batch.labels.tolist())
+    def watched(head, *args, **kwargs):
         starts.append((float(head.weight.detach().std()), float(head.bias.detach().abs().max())))
-        assert float(batch.weights.sum()) == pytest.approx(1.0)
-        update(head, solver, backbone, batch)
+        return fit(head, *args, **kwargs)
 
-    monkeypatch.setattr(linear_module, "_update", watched)
+    def mean(batch, logits):
+        seen.extend(batch.labels.tolist())
+        assert float(batch.weights.sum()) == pytest.approx(1.0)
+        return torch.nn.functional.cross_entropy(logits, batch.labels)
+
+    monkeypatch.setattr(linear_module, "fit", watched)
+    monkeypatch.setattr(LabelledBatch, "cross_entropy", mean)
     linear(Tiny(), eval_data(), LinearConfig("swav", epochs=1, batch_size=40))
     assert sorted(seen) == sorted(i % 3 for i in range(90))
     assert starts[0][0] == pytest.approx(0.01, rel=0.3) and starts[0][1] == 0.0
@@ -205,7 +216,7 @@ def test_an_epoch_shows_every_image_once_and_the_head_starts_as_published(monkey
 def test_lars_scales_both_tensors_by_their_norms():
     head = torch.nn.Linear(3, 2)
     before = {name: p.detach().clone() for name, p in head.named_parameters()}
-    solver = linear_module._solver(RECIPES["simsiam-lars"], head, 1.6)
+    solver = probe_optimizer(RECIPES["simsiam-lars"], head, 1.6)
     head(torch.randn(5, 3)).square().sum().backward()
     gradients = {name: p.grad.clone() for name, p in head.named_parameters()}
     solver.step()
@@ -304,13 +315,10 @@ def test_an_image_that_cannot_be_read_is_left_out_of_the_loss(monkeypatch):
 
     train.image = broken
     weights = []
-    update = linear_module._update
-
-    def watched(head, solver, backbone, batch):
-        weights.append(batch.weights)
-        update(head, solver, backbone, batch)
-
-    monkeypatch.setattr(linear_module, "_update", watched)
+    mean = LabelledBatch.cross_entropy
+    monkeypatch.setattr(
+        LabelledBatch, "cross_entropy", lambda batch, logits: weights.append(batch.weights) or mean(batch, logits)
+    )
     scores = linear(Tiny(), eval_data(train), LinearConfig("swav", epochs=1, batch_size=9))
     assert sorted(weights[0].tolist()) == [0.0, *[pytest.approx(1 / 8)] * 8]
     assert scores["notes"] == ["1 train images could not be read and were left out"]

@@ -11,7 +11,8 @@ from PIL import Image
 
 from tessella.data.masks.layouts import open_masks
 from tessella.data.sources.scenes import SIDE, draw_scenes
-from tessella.protocols.segmentation.protocol import SegmentationData, segmentation
+from tessella.protocols.segmentation.data import SegmentationData
+from tessella.protocols.segmentation.protocol import segmentation
 from tests.protocols.test_detection_files import NAMES, write_image
 from tests.protocols.test_segmentation import TINY, resnet
 

@@ -1,13 +1,14 @@
 """Annotated images as detectors see them: resized, mirrored, padded to one size, with boxes and masks moved along.
 
 What is random about an image (shorter side, mirroring, which anchors are drawn) is a function of the seed, the epoch
-and the image's id; which images make a batch is one of the seed and the step. So ranks share a batch without talking.
+and the image's id; which images make a batch is a function of the seed and the step. So ranks share a batch without
+communication.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +23,11 @@ from tessella.data.boxes.layouts import AnnotatedImages
 from tessella.data.boxes.outlines import paint
 from tessella.data.decode import Unreadable
 from tessella.data.threads import run_ahead
-from tessella.data.transform import resize_pixels as resize
+from tessella.data.transform import resize_pixels
 from tessella.errors import UserError
 from tessella.ops.augment import normalise
 from tessella.ops.philox import permutation, stream_key, uniforms
+from tessella.protocols.detection.data import DetectionData
 from tessella.text import printable
 
 _UNREADABLE_SHARE = 0.01  # of the training images that may turn out damaged; one always may
@@ -37,8 +39,11 @@ class Sample(NamedTuple):
     position: int  # in the annotated images
     height: int  # pixels after resizing
     width: int
-    mirror: bool
-    seed: int  # of the draw of anchors and regions
+    mirror: bool = False
+    seed: int = 0  # of the draw of anchors and regions
+
+
+Plan = tuple[list[Sample], list[Sample]]  # the samples of all ranks in a step, which decide its size, and of this rank
 
 
 class DetectionBatch(NamedTuple):
@@ -55,29 +60,43 @@ class DetectionBatch(NamedTuple):
 class Stream:
     """An endless order of training images: each once per epoch, epoch after epoch, batches across their borders."""
 
-    data: AnnotatedImages
+    images: AnnotatedImages
     positions: NDArray[np.int64]  # of the images that are trained on
     sizes: tuple[int, ...]  # shorter sides to draw from, pixels
     longest: int  # pixels of the longer side, at most
     mirror: float  # chance
     seed: int
-    _kept: tuple[int, NDArray[np.int64]] = field(default=(-1, np.empty(0, dtype=np.int64)), init=False, repr=False)
+    _order: tuple[int, NDArray[np.int64]] = field(default=(-1, np.empty(0, dtype=np.int64)), init=False, repr=False)
 
     def batch(self, step: int, batch_size: int) -> list[Sample]:
         """The images of one step over all ranks."""
         return [self._sample(number) for number in range(step * batch_size, (step + 1) * batch_size)]
 
+    def plans(self, first: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[Plan]:
+        """The samples of every step from `first` on; `batch_size` counts those of all ranks."""
+        share = batch_size // ranks
+        for step in itertools.count(first):
+            samples = self.batch(step, batch_size)
+            yield samples, samples[rank * share : (rank + 1) * share]
+
     def _sample(self, number: int) -> Sample:
         epoch, place = divmod(number, len(self.positions))
-        if self._kept[0] != epoch:
+        if self._order[0] != epoch:
             order = permutation(stream_key(self.seed, "dord"), np.arange(len(self.positions)), epoch)
-            self._kept = epoch, self.positions[order]
-        position = int(self._kept[1][place])
-        image_id = self.data.images.ids[self.data.rows[position]]
+            self._order = epoch, self.positions[order]
+        position = int(self._order[1][place])
+        image_id = self.images.images.ids[self.images.rows[position]]
         size, mirror, draw = uniforms(stream_key(self.seed, "dett"), [image_id], epoch, [0], 3)[0, 0].tolist()
         shorter = self.sizes[int(size * len(self.sizes))]
-        height, width = resized(self.data.size(position), shorter, self.longest)
+        height, width = resized(self.images.size(position), shorter, self.longest)
         return Sample(position, height, width, mirror < self.mirror, int(draw * 2**32))
+
+
+def test_plans(images: AnnotatedImages, positions: Iterable[int], shorter: int, longest: int) -> Iterator[Plan]:
+    """One image at a time, so that what is found in it does not depend on its neighbours' sizes."""
+    for position in positions:
+        sample = Sample(int(position), *resized(images.size(position), shorter, longest))
+        yield [sample], [sample]
 
 
 def resized(size: tuple[int, int], shorter: int, longest: int) -> tuple[int, int]:
@@ -94,38 +113,36 @@ def resized(size: tuple[int, int], shorter: int, longest: int) -> tuple[int, int
 
 
 def batches(
-    data: AnnotatedImages,
-    plans: Iterator[tuple[list[Sample], list[Sample]]],
+    images: AnnotatedImages,
+    plans: Iterable[Plan],
+    data: DetectionData,
     *,
     divisor: int,
     masks: bool,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
-    workers: int,
     skipped: dict[str, str],
-) -> Iterator[DetectionBatch]:
-    """Execute plans on threads, some batches ahead.
-
-    A damaged image is shown black and without objects, and told in `skipped`.
+    allowed: int | None = None,
+) -> Generator[DetectionBatch, None, None]:
+    """Decode on threads, some batches ahead. A damaged image is shown black and without objects.
 
     Args:
-        data: what to read.
-        plans: per step, the samples of all ranks, which decide the padded size, and those of this rank.
+        images: what to read.
+        plans: of the steps.
+        data: mean and deviation of each channel, device and threads.
         divisor: padded sides are multiples of it.
         masks: also paint the masks.
-        mean: of each channel, values in [0, 1].
-        std: of each channel.
-        device: where the batches go.
-        workers: threads that decode.
         skipped: receives key -> reason of what could not be decoded.
+        allowed: of so many images, 1 % may be damaged, or one; default: any number.
+
+    Raises:
+        UserError: more are damaged than allowed.
     """
 
     def drafts() -> Iterator[tuple[Any, Sequence[Callable[[], None]]]]:
-        for everyone, mine in plans:
-            height = max(-(-sample.height // divisor) * divisor for sample in everyone)
-            width = max(-(-sample.width // divisor) * divisor for sample in everyone)
-            pixels = torch.zeros(len(mine), height, width, 3, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        for samples, mine in plans:
+            height = max(-(-sample.height // divisor) * divisor for sample in samples)
+            width = max(-(-sample.width // divisor) * divisor for sample in samples)
+            pinned = data.device.type == "cuda"
+            pixels = torch.zeros(len(mine), height, width, 3, dtype=torch.uint8, pin_memory=pinned)
             targets: list[dict[str, Any]] = [{} for _ in mine]
             readable = [True] * len(mine)
             tasks = [partial(fill, pixels, targets, readable, sample, i) for i, sample in enumerate(mine)]
@@ -133,53 +150,29 @@ def batches(
 
     def fill(pixels: Tensor, targets: list[dict[str, Any]], readable: list[bool], sample: Sample, i: int) -> None:
         try:
-            shown = _pixels(data, sample)
-            pixels[i, : sample.height, : sample.width] = shown
+            pixels[i, : sample.height, : sample.width] = _pixels(images, sample)
         except Unreadable as error:
             readable[i] = False
-            skipped[data.key(sample.position)] = error.reason
-        targets[i] = _target(data, sample, masks, empty=not readable[i])
+            skipped[images.key(sample.position)] = error.reason
+        targets[i] = _target(images, sample, masks, empty=not readable[i])
 
-    with closing(run_ahead(drafts(), max(1, workers))) as done:
+    with closing(run_ahead(drafts(), max(1, data.workers))) as done:
         for pixels, targets, readable, mine in done:
-            images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32).div_(255)
-            images = normalise(images, mean, std)
+            _check_damage(skipped, allowed)
+            x = pixels.to(data.device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+            x = normalise(x, data.mean, data.std)
             for i, sample in enumerate(mine):
-                images[i, :, sample.height :] = 0
-                images[i, :, :, sample.width :] = 0
+                x[i, :, sample.height :] = 0
+                x[i, :, :, sample.width :] = 0
             on_device = [
-                {name: x.to(device) if isinstance(x, Tensor) else x for name, x in target.items()} for target in targets
+                {name: value.to(data.device) if isinstance(value, Tensor) else value for name, value in target.items()}
+                for target in targets
             ]
-            sizes = [(sample.height, sample.width) for sample in mine]
-            yield DetectionBatch(images, sizes, on_device, mine, readable)
+            yield DetectionBatch(x, [(sample.height, sample.width) for sample in mine], on_device, mine, readable)
 
 
-def training_plans(
-    stream: Stream, first: int, steps: int, batch_size: int, rank: int, ranks: int
-) -> Iterator[tuple[list[Sample], list[Sample]]]:
-    """The samples of all ranks and of one, for each of some steps."""
-    share = batch_size // ranks
-    for step in range(first, first + steps):
-        everyone = stream.batch(step, batch_size)
-        yield everyone, everyone[rank * share : (rank + 1) * share]
-
-
-def test_plans(
-    data: AnnotatedImages, positions: NDArray[np.int64], shorter: int, longest: int
-) -> Iterator[tuple[list[Sample], list[Sample]]]:
-    """One image at a time, so that what is found in it does not depend on its neighbours' sizes."""
-    for position in positions.tolist():
-        one = [Sample(position, *resized(data.size(position), shorter, longest), mirror=False, seed=0)]
-        yield one, one
-
-
-def check_damage(skipped: dict[str, str], images: int) -> None:
-    """Refuse a training set of which too much is damaged.
-
-    Raises:
-        UserError: more than one image and more than 1 % could not be decoded.
-    """
-    if len(skipped) > max(1, _UNREADABLE_SHARE * images):
+def _check_damage(skipped: dict[str, str], images: int | None) -> None:
+    if images is not None and len(skipped) > max(1, _UNREADABLE_SHARE * images):
         examples = "; ".join(f"{printable(key)}: {why}" for key, why in itertools.islice(skipped.items(), 3))
         raise UserError(
             f"{len(skipped)} of {images} training images could not be decoded, more than the allowed "
@@ -187,21 +180,21 @@ def check_damage(skipped: dict[str, str], images: int) -> None:
         )
 
 
-def _pixels(data: AnnotatedImages, sample: Sample) -> Tensor:
-    image = data.images.image(int(data.rows[sample.position]))
-    width, height = data.size(sample.position)
+def _pixels(images: AnnotatedImages, sample: Sample) -> Tensor:
+    image = images.images.image(int(images.rows[sample.position]))
+    width, height = images.size(sample.position)
     if image.shape != (height, width, 3):
         raise Unreadable(f"{image.shape[1]} x {image.shape[0]} pixels, but {width} x {height} when it was indexed")
-    shown = resize(image, sample.height, sample.width)
-    return shown.flip(1) if sample.mirror else shown
+    pixels = resize_pixels(image, sample.height, sample.width)
+    return pixels.flip(1) if sample.mirror else pixels
 
 
-def _target(data: AnnotatedImages, sample: Sample, masks: bool, empty: bool) -> dict[str, Any]:
+def _target(images: AnnotatedImages, sample: Sample, masks: bool, empty: bool) -> dict[str, Any]:
     """Boxes, labels, seed and masks of an image as it is shown."""
-    boxes, labels, outlines = data.objects(sample.position)
+    boxes, labels, outlines = images.objects(sample.position)
     if empty:
         boxes, labels, outlines = boxes[:0], labels[:0], []
-    width, height = data.size(sample.position)
+    width, height = images.size(sample.position)
     boxes = boxes * np.tile([sample.width / width, sample.height / height], 2)
     if sample.mirror:
         boxes = np.stack([sample.width - boxes[:, 2], boxes[:, 1], sample.width - boxes[:, 0], boxes[:, 3]], axis=1)

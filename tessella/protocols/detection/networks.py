@@ -5,7 +5,8 @@
 
 A plain transformer has maps of one scale only: a simple pyramid makes four of its last map. Regions are aligned (half a
 pixel, adaptive sampling), losses are L1 and divided as in detectron2. Randomness (which anchors and regions are trained
-on) comes from a seed per image, and sums are divided by the counts of all ranks, so several ranks learn what one does.
+on) comes from a seed per image, and sums are divided by the counts of all ranks, so several ranks learn what one does:
+the losses of the ranks add up.
 
 What differs from detectron2: anchors are rounded to whole pixels, and targets of masks are sampled from painted masks,
 not from polygons.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,27 +37,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from tessella import dist
 from tessella.errors import UserError
 from tessella.modules.resnet import ResNet
+from tessella.protocols.dense import stage_shapes
+from tessella.protocols.detection.recipes import DetectionConfig
 
-_TRIAL_SIDE = 224  # pixels of the image that tells a backbone's maps; 14, 16 and 32 divide it
 _FPN_BOX_SIDE, _FPN_MASK_SIDE, _C4_SIDE = 7, 14, 14  # positions along a region
-
-
-class Widths(NamedTuple):
-    """What makes a detector large or small; the defaults are detectron2's."""
-
-    neck: str = "fpn"  # or "c4"
-    box_head: str = "4conv1fc"  # of fpn, with batch norm; or "2fc"
-    fpn_norm: bool = True  # batch norm in the pyramid
-    masks: bool = False
-    channels: int = 256  # of the pyramid, of the box head's and of the mask head's convolutions
-    fc_dim: int = 1024  # of the box head's fully connected layers
-    anchor_scale: float = 8.0  # side of a level's anchors, in strides of the level
-    rpn_samples: int = 256  # anchors trained on per image
-    box_samples: int = 512  # regions trained on per image
-    pre_nms: tuple[int, int] = (2000, 1000)  # proposals per level before suppression: in training, in evaluation
-    post_nms: tuple[int, int] = (1000, 1000)  # and per image after it
-    score_threshold: float = 0.05
-    detections: int = 100  # per image, at most
 
 
 class Detector(nn.Module):
@@ -96,38 +80,36 @@ class Detector(nn.Module):
         return rpn_losses | head_losses, detections
 
 
-def build_detector(backbone: nn.Module, classes: int, widths: Widths) -> Detector:
+def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -> Detector:
     """A detector around a copy of the backbone, new parts from torch's global generator.
 
     Args:
         backbone: has `stage_maps`; c4 wants one of our ResNets.
         classes: without the background.
-        widths: its size.
+        config: its parts and sizes.
 
     Raises:
         UserError: the backbone has no maps of inner stages, or not the stages that c4 needs.
     """
-    if not hasattr(backbone, "stage_maps"):
-        raise UserError("detection needs a backbone with feature maps of its stages: a ResNet, or a network of timm")
-    backbone = copy.deepcopy(backbone).cpu()
-    return (_c4_detector if widths.neck == "c4" else _pyramid_detector)(backbone, classes, widths)
+    build = _c4_detector if config.neck == "c4" else _pyramid_detector
+    return build(copy.deepcopy(backbone).cpu(), classes, config)
 
 
-def _pyramid_detector(backbone: nn.Module, classes: int, widths: Widths) -> Detector:
-    channels, strides = _shapes_of_maps(backbone)
+def _pyramid_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -> Detector:
+    channels, strides = stage_shapes(backbone)
     if len(set(strides)) == 1:
-        trunk: nn.Module = SimplePyramid(backbone, channels[-1], widths.channels)
+        trunk: nn.Module = SimplePyramid(backbone, channels[-1], config.channels)
         strides = [strides[0] // 4, strides[0] // 2, strides[0], 2 * strides[0]]
     else:
-        trunk = Pyramid(backbone, channels, widths.channels, norm=widths.fpn_norm)
+        trunk = Pyramid(backbone, channels, config.channels, norm=config.fpn_norm)
     all_strides = [*strides, 2 * strides[-1]]  # and the level above, for proposals only
-    rpn = _proposals(widths.channels, [(stride * widths.anchor_scale,) for stride in all_strides], widths)
-    box_pool = RoiAlign(_FPN_BOX_SIDE, strides, widths.anchor_scale)
-    convolutions, connected = (4, 1) if widths.box_head == "4conv1fc" else (0, 2)
+    rpn = _proposals(config.channels, [(stride * config.anchor_scale,) for stride in all_strides], config)
+    box_pool = RoiAlign(_FPN_BOX_SIDE, strides, config.anchor_scale)
+    convolutions, connected = (4, 1) if config.box_head == "4conv1fc" else (0, 2)
     head = FastRCNNConvFCHead(
-        (widths.channels, _FPN_BOX_SIDE, _FPN_BOX_SIDE),
-        [widths.channels] * convolutions,
-        [widths.fc_dim] * connected,
+        (config.channels, _FPN_BOX_SIDE, _FPN_BOX_SIDE),
+        [config.channels] * convolutions,
+        [config.fc_dim] * connected,
         norm_layer=nn.BatchNorm2d,
     )
     for layer in head.modules():
@@ -135,30 +117,30 @@ def _pyramid_detector(backbone: nn.Module, classes: int, widths: Widths) -> Dete
             nn.init.kaiming_uniform_(layer.weight, a=1)
             nn.init.zeros_(layer.bias)
     masks: dict[str, Any] = {}
-    if widths.masks:
-        masks["mask_roi_pool"] = RoiAlign(_FPN_MASK_SIDE, strides, widths.anchor_scale)
-        masks["mask_head"] = MaskRCNNHeads(widths.channels, [widths.channels] * 4, 1)
-        masks["mask_predictor"] = _mask_predictor(widths.channels, widths.channels, classes)
-    heads = RegionHeads(box_pool, head, _box_predictor(widths.fc_dim, classes), widths, masks)
+    if config.masks:
+        masks["mask_roi_pool"] = RoiAlign(_FPN_MASK_SIDE, strides, config.anchor_scale)
+        masks["mask_head"] = MaskRCNNHeads(config.channels, [config.channels] * 4, 1)
+        masks["mask_predictor"] = _mask_predictor(config.channels, config.channels, classes)
+    heads = RegionHeads(box_pool, head, _box_predictor(config.fc_dim, classes), config, masks)
     return Detector(trunk, rpn, heads, all_strides[-1], strides[0])
 
 
-def _c4_detector(backbone: nn.Module, classes: int, widths: Widths) -> Detector:
+def _c4_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -> Detector:
     if not isinstance(backbone, ResNet):
         raise UserError("the c4 detector takes a ResNet apart, and this backbone is none of ours: use an fpn recipe")
-    channels, strides = _shapes_of_maps(backbone)
+    channels, strides = stage_shapes(backbone)
     stage = backbone.get_submodule("layer4")
     backbone.add_module("layer4", nn.Identity())  # its place is the box head now
     stride = strides[2]
-    sizes = tuple(stride * widths.anchor_scale * share for share in (0.25, 0.5, 1, 2, 4))
-    rpn = _proposals(channels[2], [sizes], widths)
+    sizes = tuple(stride * config.anchor_scale * share for share in (0.25, 0.5, 1, 2, 4))
+    rpn = _proposals(channels[2], [sizes], config)
     masks: dict[str, Any] = {}
-    if widths.masks:
-        masks["mask_predictor"] = _mask_predictor(channels[3], widths.channels, classes)
+    if config.masks:
+        masks["mask_predictor"] = _mask_predictor(channels[3], config.channels, classes)
     # The published detectors have this extra norm: the stage's own maps are not normalised.
     head = nn.Sequential(OrderedDict(stage=stage, norm=nn.BatchNorm2d(channels[3])))
-    pool = RoiAlign(_C4_SIDE, [stride], widths.anchor_scale)
-    heads = RegionHeads(pool, head, _box_predictor(channels[3], classes), widths, masks)
+    pool = RoiAlign(_C4_SIDE, [stride], config.anchor_scale)
+    heads = RegionHeads(pool, head, _box_predictor(channels[3], classes), config, masks)
     return Detector(FirstStages(backbone), rpn, heads, stride, strides[0])
 
 
@@ -296,7 +278,7 @@ class RegionProposals(RegionProposalNetwork):
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Losses of objectness and of boxes; arguments as in torchvision."""
-        count = self.fg_bg_sampler.count * len(labels)
+        count = self.fg_bg_sampler.count * len(labels) * dist.world_size()
         positive, negative = (torch.cat(masks) > 0 for masks in self.fg_bg_sampler(labels))
         drawn, scores = positive | negative, objectness.flatten()
         targets = torch.cat(regression_targets)
@@ -311,7 +293,7 @@ class RegionHeads(RoIHeads):
     fg_bg_sampler: SeededSampler
 
     def __init__(
-        self, pool: nn.Module, head: nn.Module, predictor: nn.Module, widths: Widths, masks: dict[str, Any]
+        self, pool: nn.Module, head: nn.Module, predictor: nn.Module, config: DetectionConfig, masks: dict[str, Any]
     ) -> None:
         super().__init__(
             pool,
@@ -319,15 +301,15 @@ class RegionHeads(RoIHeads):
             predictor,
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
-            batch_size_per_image=widths.box_samples,
+            batch_size_per_image=config.box_samples,
             positive_fraction=0.25,
             bbox_reg_weights=None,
-            score_thresh=widths.score_threshold,
+            score_thresh=config.score_threshold,
             nms_thresh=0.5,
-            detections_per_img=widths.detections,
+            detections_per_img=config.detections,
             **masks,
         )
-        self.fg_bg_sampler = SeededSampler(widths.box_samples, 0.25, stream=0x5A17)
+        self.fg_bg_sampler = SeededSampler(config.box_samples, 0.25, stream=0x5A17)
 
     def has_mask(self) -> bool:
         """Whether masks are predicted."""
@@ -371,8 +353,8 @@ class RegionHeads(RoIHeads):
         chosen = deltas.unflatten(1, (-1, 4))[positive, classes[positive]]
         box_loss = F.l1_loss(chosen, torch.cat(regression)[positive], reduction="sum")
         losses = {
-            "loss_classifier": _mean_over_ranks(F.cross_entropy(scores, classes, reduction="sum"), len(classes)),
-            "loss_box_reg": _mean_over_ranks(box_loss, len(classes)),
+            "loss_classifier": _part_of_mean(F.cross_entropy(scores, classes, reduction="sum"), len(classes)),
+            "loss_box_reg": _part_of_mean(box_loss, len(classes)),
         }
         if self.has_mask():
             inside = [label > 0 for label in labels]
@@ -383,7 +365,7 @@ class RegionHeads(RoIHeads):
             wanted = _mask_targets(masks, boxes, numbers, logits.shape[-1])
             of_class = logits[torch.arange(len(logits), device=logits.device), classes[positive]]
             loss = F.binary_cross_entropy_with_logits(of_class, wanted, reduction="sum")
-            losses["loss_mask"] = _mean_over_ranks(loss, wanted.numel())
+            losses["loss_mask"] = _part_of_mean(loss, wanted.numel())
         return losses
 
     def _classify(
@@ -419,28 +401,12 @@ def _mask_targets(masks: list[Tensor], boxes: list[Tensor], matched: list[Tensor
     return (torch.cat(parts) >= 0.5).to(boxes[0]) if parts else boxes[0].new_zeros(0, side, side)
 
 
-def _mean_over_ranks(total: Tensor, count: int) -> Tensor:
-    """A loss whose mean over the ranks is the mean over the rows of all ranks.
-
-    Args:
-        total: sum over this rank's rows.
-        count: how many they are.
-    """
-    everywhere = dist.all_reduce_sum(torch.tensor(float(count), device=total.device))
-    return total * dist.world_size() / everywhere.clamp(min=1)
+def _part_of_mean(total: Tensor, count: int) -> Tensor:
+    """This rank's part of the mean over the rows of all ranks, from the sum over its `count` rows."""
+    return total / dist.all_reduce_sum(torch.tensor(float(count), device=total.device)).clamp(min=1)
 
 
-def _shapes_of_maps(backbone: nn.Module) -> tuple[list[int], list[int]]:
-    """Channels and strides of the stages' maps, found by trying."""
-    training = backbone.training
-    backbone.eval()
-    with torch.no_grad():
-        maps: Any = backbone.stage_maps(torch.zeros(1, 3, _TRIAL_SIDE, _TRIAL_SIDE))  # type: ignore[operator]
-    backbone.train(training)
-    return [x.shape[1] for x in maps], [_TRIAL_SIDE // x.shape[2] for x in maps]
-
-
-def _proposals(channels: int, sizes: list[tuple[float, ...]], widths: Widths) -> RegionProposals:
+def _proposals(channels: int, sizes: list[tuple[float, ...]], config: DetectionConfig) -> RegionProposals:
     anchors: Any = AnchorGenerator(tuple(sizes), ((0.5, 1.0, 2.0),) * len(sizes))
     head = RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=1)
     rpn = RegionProposals(
@@ -448,13 +414,13 @@ def _proposals(channels: int, sizes: list[tuple[float, ...]], widths: Widths) ->
         head,
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
-        batch_size_per_image=widths.rpn_samples,
+        batch_size_per_image=config.rpn_samples,
         positive_fraction=0.5,
-        pre_nms_top_n=dict(zip(("training", "testing"), widths.pre_nms, strict=True)),
-        post_nms_top_n=dict(zip(("training", "testing"), widths.post_nms, strict=True)),
+        pre_nms_top_n=dict(zip(("training", "testing"), config.pre_nms, strict=True)),
+        post_nms_top_n=dict(zip(("training", "testing"), config.post_nms, strict=True)),
         nms_thresh=0.7,
     )
-    rpn.fg_bg_sampler = SeededSampler(widths.rpn_samples, 0.5, stream=0x0A2C)
+    rpn.fg_bg_sampler = SeededSampler(config.rpn_samples, 0.5, stream=0x0A2C)
     return rpn
 
 

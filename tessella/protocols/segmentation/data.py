@@ -1,11 +1,11 @@
-"""What the protocol of segmentation is given, and the one look at all masks before hours of training."""
+"""What the segmentation protocol is given, and the one look at all masks before hours of training."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,28 +16,20 @@ from tessella import dist
 from tessella.data.decode import Unreadable
 from tessella.data.masks.layouts import IGNORE, MaskedImages
 from tessella.data.threads import portions, run_ahead
-from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD
 from tessella.errors import UserError
+from tessella.protocols.dense import DenseData
 from tessella.protocols.features import progress, rank_rows
-from tessella.protocols.training import from_all_ranks
 from tessella.text import printable
 
 
 @dataclass
-class SegmentationData:
-    """What the protocol is given besides the backbone.
+class SegmentationData(DenseData[MaskedImages]):
+    """Images with masks.
 
     Raises:
         UserError: train and test name other classes.
     """
 
-    train: MaskedImages
-    test: MaskedImages
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    workers: int = 2
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    predictions: Path | None = None  # folder that receives the predicted mask of every test image
     _survey: Survey | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,29 +71,22 @@ class Survey(NamedTuple):
 def _count_pixels(images: MaskedImages, data: SegmentationData) -> NDArray[np.int64]:
     """Pixels of each stored class over all masks, (256,) int64; every rank reads its share."""
     counts = torch.zeros(256, dtype=torch.long)
-    problems: list[str] = []
     rows = rank_rows(len(images))
 
     def count(found: list[NDArray[np.int64]], positions: list[int]) -> None:
         for row in rows[positions].tolist():
-            with contextlib.suppress(Unreadable):  # told when it is met
+            with contextlib.suppress(Unreadable):  # reported when it is used
                 found.append(np.bincount(images.mask(row).ravel(), minlength=256))
 
     def drafts() -> Iterator[tuple[list[NDArray[np.int64]], list[Any]]]:
         for positions in portions(len(rows)):
             found: list[NDArray[np.int64]] = []
-            yield found, [lambda found=found, positions=positions: count(found, positions)]
+            yield found, [partial(count, found, positions)]
 
-    try:
-        with contextlib.closing(run_ahead(drafts(), max(1, data.workers))) as done:
-            for found in progress(done, "checking masks", len(portions(len(rows)))):
-                for one in found:
-                    counts += torch.from_numpy(one)
-    except UserError as error:  # every rank must hear of it, or the others wait for ever
-        problems.append(str(error))
-    problems = from_all_ranks(problems)
-    if problems:
-        raise UserError(problems[0])
+    with dist.shared_errors(), contextlib.closing(run_ahead(drafts(), max(1, data.workers))) as done:
+        for found in progress(done, "checking masks", len(portions(len(rows)))):
+            for one in found:
+                counts += torch.from_numpy(one)
     return dist.all_reduce_sum(counts.to(data.device)).cpu().numpy()
 
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ from tessella import dist
 from tessella.errors import UserError
 from tessella.modules.backbone import Backbone
 from tessella.modules.resnet import ResNet
-
-Head = Literal["fcn", "upernet", "linear"]
+from tessella.protocols.dense import stage_shapes
+from tessella.protocols.segmentation.recipes import SegmentationConfig
 
 _POOLS = (1, 2, 3, 6)  # bins per side of UPerNet's pooled context
 _CLASSES_AT_A_TIME = 16  # that are enlarged to an image's size: all classes of a photo would be gigabytes
@@ -36,51 +35,32 @@ class Segmenter(nn.Module):
     Args:
         backbone: its parts are used, not copied.
         classes: number of classes.
-        head: which.
-        channels: of the head.
-        convs: 3x3 convolutions of an FCN, at least 1.
-        concatenate: whether an FCN sees the backbone's map again behind them, by one more convolution.
-        head_dilation: of an FCN's convolutions.
-        auxiliary_channels: of an FCN with one convolution on the third map that only training uses; 0 for none.
-        dropout: chance that a channel is dropped in front of the classes.
-        align_corners: whether enlarging maps corner pixels to corner pixels, as settings with sizes 8 k + 1 do.
+        config: says what the heads are.
 
     Raises:
         UserError: the backbone has no maps of its stages.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        classes: int,
-        head: Head,
-        *,
-        channels: int = 512,
-        convs: int = 2,
-        concatenate: bool = True,
-        head_dilation: int = 1,
-        auxiliary_channels: int = 0,
-        dropout: float = 0.1,
-        align_corners: bool = False,
-    ) -> None:
+    def __init__(self, backbone: Backbone, classes: int, config: SegmentationConfig) -> None:
         super().__init__()
-        self.backbone, self.classes, self.align_corners = backbone, classes, align_corners
+        self.backbone, self.classes, self.align_corners = backbone, classes, config.align_corners
         self.multiple = _multiple(backbone)
-        self.frozen = head == "linear"
-        widths, strides = _maps_of(backbone)
+        self.frozen = config.head == "linear"
+        widths, strides = stage_shapes(backbone)
+        channels = config.channels
         self.head: nn.Module
-        if head == "linear":
-            self.head = nn.BatchNorm2d(int(backbone.feature_dim))
+        if config.head == "linear":
             channels = int(backbone.feature_dim)
-        elif head == "fcn":
-            self.head = FcnHead(widths[3], channels, convs, concatenate, head_dilation)
+            self.head = nn.BatchNorm2d(channels)
+        elif config.head == "fcn":
+            self.head = FcnHead(widths[3], channels, config.convs, config.concatenate, config.head_dilation)
         else:
             self.head = UperHead(widths, channels, flat=len(set(strides)) == 1)
-        self.classifier = _classifier(channels, classes, dropout)
+        self.classifier = _classifier(channels, classes, config.dropout)
         self.auxiliary: nn.Module | None = None
-        if auxiliary_channels and not self.frozen:
-            inner = FcnHead(widths[2], auxiliary_channels, 1, False, 1)
-            self.auxiliary = nn.Sequential(inner, _classifier(auxiliary_channels, classes, dropout))
+        if config.auxiliary and not self.frozen:
+            inner = FcnHead(widths[2], config.auxiliary_channels, 1, False, 1)
+            self.auxiliary = nn.Sequential(inner, _classifier(config.auxiliary_channels, classes, config.dropout))
 
     def train(self, mode: bool = True) -> Segmenter:
         """A frozen backbone stays in eval mode."""
@@ -99,13 +79,13 @@ class Segmenter(nn.Module):
         if self.frozen:
             with torch.no_grad():
                 last = self.backbone.feature_map(x)
-            found = [self.classifier(self.head(last))]
+            scores = [self.classifier(self.head(last))]
         else:
             maps = self.backbone.stage_maps(x)
-            found = [self.classifier(self.head(maps))]
+            scores = [self.classifier(self.head(maps))]
             if self.training and self.auxiliary is not None:
-                found.append(self.auxiliary(maps[:3]))
-        return [self.enlarge(scores, x.shape[-2:])[..., :height, :width] for scores in found]
+                scores.append(self.auxiliary(maps[:3]))
+        return [self.enlarge(score, x.shape[-2:])[..., :height, :width] for score in scores]
 
     def enlarge(self, scores: Tensor, size: Any) -> Tensor:
         """Scores at another size, bilinear."""
@@ -262,20 +242,3 @@ def _multiple(backbone: Backbone) -> int:
         return 32
     side = int(patch[0] if isinstance(patch, tuple) else patch)
     return side if side > 4 else 32  # small patches are merged thrice
-
-
-def _maps_of(backbone: Backbone) -> tuple[list[int], list[int]]:
-    """Channels and strides of the four maps, found by trying."""
-    parameter = next(backbone.parameters())
-    side = 224 if not isinstance(backbone, ResNet) else 64
-    training = backbone.training
-    try:
-        with torch.no_grad():
-            maps = backbone.eval().stage_maps(torch.zeros(1, 3, side, side, device=parameter.device))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"this backbone gives no maps of an image of {side} x {side} pixels: {error}") from None
-    finally:
-        backbone.train(training)
-    return [x.shape[1] for x in maps], [math.ceil(side / x.shape[-1]) for x in maps]

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from tessella import dist
 from tessella.data.masks.layouts import IGNORE
-from tessella.data.masks.views import WholeImage, whole_images
 from tessella.errors import UserError
 from tessella.ops.philox import stream_key, uniforms
-from tessella.protocols.features import gather_rows, progress, rank_rows
+from tessella.protocols.features import from_all_ranks, gather_rows, progress, rank_rows
+from tessella.protocols.segmentation.batches import WholeImage, whole_images
 from tessella.protocols.segmentation.data import SegmentationData
-from tessella.protocols.segmentation.files import write_mask
 from tessella.protocols.segmentation.networks import Segmenter
-from tessella.protocols.training import from_all_ranks
+from tessella.protocols.segmentation.predictions import write_mask
+from tessella.protocols.segmentation.recipes import SegmentationConfig
 from tessella.text import printable
 
 _DRAWS = 1000  # of test sets, for the interval
@@ -56,64 +56,45 @@ def intersection_over_union(counts: NDArray[np.number]) -> NDArray[np.float64]:
 
 
 def judge(
-    segmenter: Segmenter,
-    data: SegmentationData,
-    classes: int,
-    resize: tuple[int, int] | None,
-    window: int | None = None,
-    stride: int = 0,
-    folder: Path | None = None,
+    segmenter: Segmenter, data: SegmentationData, config: SegmentationConfig, folder: Path | None = None
 ) -> Judgement:
     """Count what is right and wrong in every test image; ranks share the images.
 
     Args:
         segmenter: put into eval mode.
         data: its test images are judged.
-        classes: number of classes.
-        resize: bounds that an image is fitted to before it is seen, as in `mask_views.fitted`.
-        window: side of square windows in pixels, or None for whole images.
-        stride: of the windows.
+        config: how images are resized, and the windows in which they are seen.
         folder: receives the predicted masks.
 
     Raises:
         UserError: no image with a label can be read.
     """
-    rows = rank_rows(len(data.test))
+    rows, classes = rank_rows(len(data.test)), segmenter.classes
     confusion = torch.zeros(classes * classes, dtype=torch.long, device=data.device)
     per_image = torch.zeros(len(rows), 3, classes, dtype=torch.long)
     skipped: dict[str, str] = {}
-    images = whole_images(
-        data.test,
-        rows,
-        resize,
-        mean=data.mean,
-        std=data.std,
-        device=data.device,
-        workers=data.workers,
-        skipped=skipped,
-    )
     segmenter.eval()
-    with contextlib.closing(images):
+    with contextlib.closing(whole_images(data, rows, config.crops.resize, skipped)) as images:
         for item in progress(images, "judging masks", len(rows)):
             with torch.inference_mode():
-                predicted = predict(segmenter, item, window, stride)
+                predicted = predict(segmenter, item, config.window, config.window_stride)
             if folder is not None:
                 write_mask(folder, data.test.keys[item.row], predicted.cpu().numpy())
             truth = torch.from_numpy(item.mask).to(data.device).long()
             counted = truth != IGNORE
-            found = torch.bincount(truth[counted] * classes + predicted[counted], minlength=classes * classes)
-            confusion += found
-            table = found.view(classes, classes).cpu()
+            cells = torch.bincount(truth[counted] * classes + predicted[counted], minlength=classes * classes)
+            confusion += cells
+            table = cells.view(classes, classes).cpu()
             place = int(np.searchsorted(rows, item.row))
             per_image[place] = torch.stack([table.diagonal(), table.sum(dim=1), table.sum(dim=0)])
     whole = dist.all_reduce_sum(confusion).view(classes, classes).cpu().numpy()
-    everywhere = from_all_ranks(list(skipped.items()))
+    unreadable = from_all_ranks(list(skipped.items()))
     if not whole.any():
-        key, reason = min(everywhere)
+        key, reason = min(unreadable)
         raise UserError(
             f"none of the labelled images of {data.test.name} can be read, such as {printable(key)}: {reason}"
         )
-    return Judgement(whole, gather_rows(per_image, len(data.test), data.device).numpy(), dict(everywhere))
+    return Judgement(whole, gather_rows(per_image, len(data.test), data.device).numpy(), dict(unreadable))
 
 
 def predict(segmenter: Segmenter, image: WholeImage, window: int | None = None, stride: int = 0) -> Tensor:

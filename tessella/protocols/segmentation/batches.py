@@ -9,11 +9,11 @@ cannot change them. What pads a crop is the mean colour for the image and `IGNOR
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+import itertools
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,38 +23,23 @@ from torch import Tensor
 
 from tessella.data.decode import Unreadable
 from tessella.data.masks.layouts import IGNORE, MaskedImages
-from tessella.data.sampler import Sampler, check_shares, share
+from tessella.data.sampler import EpochSampler, check_shares, share
 from tessella.data.threads import portions, run_ahead
 from tessella.data.transform import resize_pixels
 from tessella.errors import UserError
 from tessella.ops.augment import normalise, turn_hue
 from tessella.ops.philox import stream_key, uniforms
-from tessella.ranges import Fraction, Pixels, PositiveFraction, Range
+from tessella.protocols.segmentation.data import SegmentationData
+from tessella.protocols.segmentation.recipes import CropSpec, SegmentationConfig
 
 _TRIES = 10  # of a crop before one that a single class fills is accepted
 _NUMBERS = 2 + 2 * _TRIES + 9  # uniforms per image; the order in which they are read is part of a figure
 
 
-_Factor: TypeAlias = Annotated[float, Range(0.01, 100)]
-
-
-@dataclass(frozen=True)
-class CropSpec:
-    """What a segmenter sees of a training image, and the size at which it sees a test image."""
-
-    size: Pixels = 512  # pixels of the square crop
-    # Longest and shortest side, in pixels, that an image is fitted to, before the random factor and for the test; None:
-    # images keep their size.
-    resize: tuple[Pixels, Pixels] | None = (2048, 512)
-    scale: tuple[_Factor, _Factor] = (0.5, 2.0)  # random factor
-    flip: Fraction = 0.5  # chance of a horizontal flip
-    most: PositiveFraction = 0.75  # share of the crop's labelled pixels that one class may fill; 1: any
-    distort: bool = True  # brightness, contrast, saturation and hue, each with a chance of one half
-
-
 class MaskBatch(NamedTuple):
     """Training crops of one rank."""
 
+    step: int  # of the training
     pixels: Tensor  # (b, 3, size, size) float32, normalised
     labels: Tensor  # (b, size, size) int64
 
@@ -157,90 +142,54 @@ def distort(pixels: Tensor, numbers: NDArray[np.float64]) -> Tensor:
 
 
 def training_batches(
-    images: MaskedImages,
-    spec: CropSpec,
-    order: Sampler,
-    steps: int,
-    *,
-    seed: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
-    workers: int,
-    first: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    data: SegmentationData, config: SegmentationConfig, first: int = 0, rank: int = 0, ranks: int = 1
 ) -> Generator[MaskBatch, None, None]:
-    """This rank's part of every step's global batch, epoch after epoch.
+    """One rank's part of every step's global batch, from step `first` on, epoch after epoch.
 
     An image or mask that cannot be read is replaced by the next that can be, with the numbers drawn for that one.
-
-    Args:
-        images: what to learn from.
-        spec: what to see of it.
-        order: which rows make up each step of an epoch.
-        steps: up to this one, which is not made.
-        seed: of the protocol.
-        mean: of each channel, values in [0, 1].
-        std: of each channel.
-        device: where the batches go.
-        workers: threads that decode.
-        first: step, from 0, that is made.
-        rank: of this process.
-        world_size: number of processes.
 
     Raises:
         UserError: the batch cannot be shared equally, a mask is wrong, or nothing can be read.
     """
-    check_shares(order.batch_size, world_size, 1)
+    images, spec, device = data.train, config.crops, data.device
+    order = EpochSampler(len(images), config.batch_size, config.seed)
+    check_shares(config.batch_size, ranks, 1)
 
     def fill(batch: MaskBatch, rows: NDArray[np.int64], epoch: int, positions: list[int]) -> None:
         for position in positions:
             row, image, mask = _readable_from(images, int(rows[position]))
-            crop, labels = crop_with_mask(image, mask, draw_numbers(seed, epoch, images.ids[[row]])[0], spec)
+            crop, labels = crop_with_mask(image, mask, draw_numbers(config.seed, epoch, images.ids[[row]])[0], spec)
             _, h, w = crop.shape
-            batch.pixels[position, :, :h, :w] = normalise(crop[None] / 255, mean, std)[0]
+            batch.pixels[position, :, :h, :w] = normalise(crop[None] / 255, data.mean, data.std)[0]
             batch.labels[position, :h, :w] = torch.from_numpy(labels)
 
     def drafts() -> Iterator[tuple[MaskBatch, list[partial[None]]]]:
         pinned = device.type == "cuda"
-        for step in range(first, steps):
+        for step in itertools.count(first):
             epoch, within = divmod(step, order.steps_per_epoch)
-            [rows] = share(order.batch(epoch, within), rank, world_size, 1)
+            [rows] = share(order.batch(epoch, within), rank, ranks, 1)
             shape = len(rows), spec.size, spec.size
             pixels = torch.zeros(shape[0], 3, *shape[1:], pin_memory=pinned)
-            labels = torch.full(shape, IGNORE, dtype=torch.uint8, pin_memory=pinned)
-            batch = MaskBatch(pixels, labels)
+            batch = MaskBatch(step, pixels, torch.full(shape, IGNORE, dtype=torch.uint8, pin_memory=pinned))
             yield batch, [partial(fill, batch, rows, epoch, positions) for positions in portions(len(rows))]
 
-    with closing(run_ahead(drafts(), max(1, workers))) as done:
-        for pixels, labels in done:
-            yield MaskBatch(pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True).long())
+    with closing(run_ahead(drafts(), max(1, data.workers))) as done:
+        for step, pixels, labels in done:
+            yield MaskBatch(step, pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True).long())
 
 
 def whole_images(
-    images: MaskedImages,
-    rows: NDArray[np.int64],
-    resize: tuple[int, int] | None,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
-    workers: int,
-    skipped: dict[str, str],
+    data: SegmentationData, rows: NDArray[np.int64], resize: tuple[int, int] | None, skipped: dict[str, str]
 ) -> Generator[WholeImage, None, None]:
-    """Whole images, one by one, each decoded ahead; memory holds a few at a time.
+    """Whole test images, one by one, each decoded ahead; memory holds a few at a time.
 
     Args:
-        images: what to read.
+        data: its test images are read.
         rows: (n,) which, in this order.
         resize: bounds as in `fitted`.
-        mean: of each channel, values in [0, 1].
-        std: of each channel.
-        device: where the pixels go.
-        workers: threads that decode.
         skipped: receives key -> reason of what cannot be read.
     """
+    images = data.test
 
     def read(row: int, found: list[tuple[Tensor, NDArray[np.uint8]]]) -> None:
         try:
@@ -257,11 +206,11 @@ def whole_images(
             found: list[tuple[Tensor, NDArray[np.uint8]]] = []
             yield (row, found), [partial(read, row, found)]
 
-    with closing(run_ahead(drafts(), max(1, workers))) as done:
+    with closing(run_ahead(drafts(), max(1, data.workers))) as done:
         for row, found in done:
             for pixels, mask in found:
-                on_device = pixels.to(device).permute(2, 0, 1)[None].float().div_(255)
-                yield WholeImage(row, normalise(on_device, mean, std), mask)
+                on_device = pixels.to(data.device).permute(2, 0, 1)[None].float().div_(255)
+                yield WholeImage(row, normalise(on_device, data.mean, data.std), mask)
 
 
 def _is_mixed(labels: NDArray[np.uint8], most: float) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import colorsys
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
 from tessella.data.masks.layouts import IGNORE, ArrayMasks
-from tessella.data.masks.views import (
-    CropSpec,
+from tessella.errors import UserError
+from tessella.protocols.segmentation.batches import (
     crop_with_mask,
     distort,
     draw_numbers,
@@ -18,8 +19,8 @@ from tessella.data.masks.views import (
     training_batches,
     whole_images,
 )
-from tessella.data.sampler import EpochSampler
-from tessella.errors import UserError
+from tessella.protocols.segmentation.data import SegmentationData
+from tessella.protocols.segmentation.recipes import CropSpec, SegmentationConfig
 
 PLAIN = CropSpec(size=16, resize=None, scale=(1.0, 1.0), flip=0.0, most=1.0, distort=False)
 
@@ -73,10 +74,8 @@ def test_image_and_mask_move_together_whatever_the_scale_and_flip(scale, flip):
 def test_a_small_image_fills_a_part_of_the_crop_and_the_rest_does_not_count():
     image, mask = picture(10, 12)
     images = ArrayMasks("x", image[None], mask[None], [str(i) for i in range(7)])
-    order = EpochSampler(len(images), 1, 0)
-    [batch] = training_batches(
-        images, PLAIN, order, 1, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3, device=torch.device("cpu"), workers=1
-    )
+    data = SegmentationData(images, images, mean=(0.5,) * 3, std=(0.25,) * 3, workers=1)
+    batch = next(training_batches(data, SegmentationConfig(crops=PLAIN, batch_size=1)))
     np.testing.assert_array_equal(batch.labels[0, :10, :12].numpy(), mask)
     assert (batch.labels[0, 10:] == IGNORE).all() and (batch.labels[0, :, 12:] == IGNORE).all()
     assert not batch.pixels[0, :, 10:].any()  # the mean colour
@@ -139,12 +138,9 @@ def test_two_ranks_see_the_halves_of_what_one_sees():
     spec = CropSpec(size=16, resize=None)
 
     def batches(rank, world_size, workers):
-        order = EpochSampler(len(images), 4, 3)
-        found = training_batches(
-            images, spec, order, 3, seed=3, mean=(0, 0, 0), std=(1, 1, 1), device=torch.device("cpu"),
-            workers=workers, rank=rank, world_size=world_size,
-        )  # fmt: skip
-        return list(found)
+        data = SegmentationData(images, images, workers=workers)
+        config = SegmentationConfig(crops=spec, batch_size=4, seed=3)
+        return list(islice(training_batches(data, config, 0, rank, world_size), 3))
 
     for whole, *halves in zip(batches(0, 1, 2), batches(0, 2, 1), batches(1, 2, 3), strict=True):
         assert torch.equal(whole.pixels, torch.cat([half.pixels for half in halves]))
@@ -156,9 +152,9 @@ def test_two_ranks_see_the_halves_of_what_one_sees():
 def test_whole_images_keep_their_masks_as_stored():
     image, mask = picture()
     images = ArrayMasks("x", image[None], mask[None], [str(i) for i in range(7)])
-    options = {"mean": (0, 0, 0), "std": (1, 1, 1), "device": torch.device("cpu"), "workers": 1, "skipped": {}}
-    [same] = whole_images(images, np.array([0]), None, **options)
+    data = SegmentationData(images, images, mean=(0, 0, 0), std=(1, 1, 1), workers=1)
+    [same] = whole_images(data, np.array([0]), None, {})
     torch.testing.assert_close(same.pixels[0] * 255, torch.from_numpy(image).permute(2, 0, 1).float())
-    [larger] = whole_images(images, np.array([0]), (200, 80), **options)
+    [larger] = whole_images(data, np.array([0]), (200, 80), {})
     assert larger.pixels.shape == (1, 3, 80, 100)
     np.testing.assert_array_equal(larger.mask, mask)
