@@ -134,12 +134,12 @@ def test_crowds_are_not_trained_on_and_images_without_objects_are_known(tmp_path
     assert len(data.objects(0).boxes) == len(data.objects(2).boxes) == 0
 
 
-def test_annotation_ids_that_pycocotools_would_misread_are_numbered_anew(tmp_path):
+def test_annotation_ids_that_pycocotools_would_misread_are_renumbered(tmp_path):
     document = coco_document()
     for i, annotation in enumerate(document["annotations"]):
         annotation["id"] = i  # from 0
     data = open_annotations(str(write_coco(tmp_path, document)), "train")
-    assert data.table.ids.tolist() == [1, 2, 3] and "numbered anew" in data.notes[0]
+    assert data.table.ids.tolist() == [1, 2, 3] and "renumbered" in data.notes[0]
 
 
 def test_missing_and_damaged_images_are_left_out_with_a_note(tmp_path):

@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from tessella.data.boxes.objects import AnnotatedImages, ObjectTable, Problems, positive_ids, unique_names
+from tessella.data.boxes.images import AnnotatedImages, ObjectTable, Problems, positive_ids, unique_names
 from tessella.data.boxes.outlines import Broken, Outline, read_outline
 from tessella.data.sources import ImageSet, open_images
-from tessella.data.texts import TextFiles
+from tessella.data.texts import AnnotationFiles
 from tessella.errors import UserError
 from tessella.text import printable
 
-_MEND = "Repair the file, or remove what is wrong."
+_ADVICE = "Repair the file, or remove what is wrong."
 
 
 def read_coco(
-    files: TextFiles, json_name: str, folders: Sequence[str], elsewhere: str | None = None
+    files: AnnotationFiles, json_name: str, folders: Sequence[str], elsewhere: str | None = None
 ) -> AnnotatedImages:
     """Images and objects of one annotation file.
 
@@ -40,29 +40,29 @@ def read_coco(
     Raises:
         UserError: it is not COCO's format, what it says is wrong, or none of its images is there.
     """
-    encoded = files.read(json_name)
+    encoded = files.texts.read(json_name)
     document = _parse(encoded, json_name)
     problems, notes = Problems(json_name), list[str]()
     classes, category_ids = _read_categories(document["categories"], problems)
     records = _read_images(document["images"], problems)
-    problems.refuse(_MEND)
+    problems.refuse(_ADVICE)
     images, rows = _find_images(files, folders, elsewhere, [record["file_name"] for record in records], json_name)
-    there = [i for i, row in enumerate(rows) if row is not None]
-    if len(there) < len(records):
+    kept = [(record, row) for record, row in zip(records, rows, strict=True) if row is not None]
+    if len(kept) < len(records):
         missing = next(record["file_name"] for record, row in zip(records, rows, strict=True) if row is None)
         notes.append(
-            f"{len(records) - len(there)} of {len(records)} images of {printable(json_name)} are not there or cannot "
+            f"{len(records) - len(kept)} of {len(records)} images of {printable(json_name)} are not there or cannot "
             f"be read, and are left out (the first: {printable(missing)})"
         )
-    chosen = np.array([rows[i] for i in there], dtype=np.int64)
-    kept = [records[i] for i in there]
-    _check_sizes(kept, images, chosen, problems)
-    table = _read_annotations(
-        document["annotations"], records, kept, images.sizes[chosen], category_ids, problems, notes
-    )
-    problems.refuse(_MEND)
+    chosen = np.array([row for _, row in kept], dtype=np.int64)
+    sizes = {record["id"]: tuple(images.sizes[row].tolist()) for record, row in kept}
+    for record, _ in kept:
+        _check_size(record, sizes[record["id"]], problems)
+    entries = _check_entries(document["annotations"], {record["id"] for record in records}, category_ids, problems)
+    table = _object_table(document["annotations"], entries, sizes, category_ids, notes)
+    problems.refuse(_ADVICE)
     source = hashlib.sha256(encoded).hexdigest()
-    ids = [record["id"] for record in kept]
+    ids = [record["id"] for record, _ in kept]
     name = files.data if files.data.endswith(".json") else f"{files.data} ({PurePosixPath(json_name).name})"
     return AnnotatedImages(name, images, chosen, ids, classes, category_ids, table, source, notes)
 
@@ -121,7 +121,7 @@ def _read_images(entries: list[dict[str, Any]], problems: Problems) -> list[dict
 
 
 def _find_images(
-    files: TextFiles, folders: Sequence[str], elsewhere: str | None, names: list[str], json_name: str
+    files: AnnotationFiles, folders: Sequence[str], elsewhere: str | None, names: list[str], json_name: str
 ) -> tuple[ImageSet, list[int | None]]:
     """The images of the first folder that holds any of them, and the row of each; None for one that is not there."""
     for folder in folders if elsewhere is None else [elsewhere]:
@@ -148,39 +148,27 @@ def _plain(name: str) -> str:
     return name.replace("\\", "/").removeprefix("./")
 
 
-def _check_sizes(records: list[dict[str, Any]], images: ImageSet, rows: Any, problems: Problems) -> None:
-    for record, row in zip(records, rows, strict=True):
-        width, height = (int(side) for side in images.sizes[row])
-        said = record.get("width", width), record.get("height", height)
-        if said != (width, height):
-            problems.add(
-                "an image of another size than the file says, so that its boxes would lie elsewhere",
-                f"{record['file_name']}: {said[0]} x {said[1]} in the file, {width} x {height} upright pixels",
-            )
+def _check_size(record: dict[str, Any], size: tuple[int, int], problems: Problems) -> None:
+    width, height = size
+    said = record.get("width", width), record.get("height", height)
+    if said != size:
+        problems.add(
+            "an image of another size than the file says, so that its boxes would lie elsewhere",
+            f"{record['file_name']}: {said[0]} x {said[1]} in the file, {width} x {height} upright pixels",
+        )
 
 
-def _read_annotations(
-    entries: list[dict[str, Any]],
-    records: list[dict[str, Any]],
-    kept: list[dict[str, Any]],
-    sizes: Any,
-    category_ids: list[int],
-    problems: Problems,
-    notes: list[str],
-) -> ObjectTable:
-    """The objects of the images that are there, sorted by image, within an image as in the file."""
-    known = {record["id"] for record in records}
-    position_of = {record["id"]: i for i, record in enumerate(kept)}
-    label_of = {number: i for i, number in enumerate(category_ids)}
-    ids = positive_ids([entry.get("id") for entry in entries], notes)
-    found: list[tuple[int, int, dict[str, Any], Outline | None]] = []  # position, id, entry, mask
-    broken = Problems("masks")
-    for entry, number in zip(entries, ids.tolist(), strict=True):
+def _check_entries(
+    entries: list[dict[str, Any]], image_ids: set[Any], category_ids: list[int], problems: Problems
+) -> list[int]:
+    """Positions of the annotations that are well-formed."""
+    known, valid = set(category_ids), list[int]()
+    for position, entry in enumerate(entries):
         where = f"annotation {entry.get('id')}"
         image_id, category = entry.get("image_id"), entry.get("category_id")
-        if type(image_id) not in (int, str) or image_id not in known:
+        if type(image_id) not in (int, str) or image_id not in image_ids:
             problems.add("an annotation of an image_id that no image has", f"{where}: {image_id}")
-        elif type(category) is not int or category not in label_of:
+        elif type(category) is not int or category not in known:
             problems.add("an annotation of a category_id that no category has", f"{where}: {category}")
         elif not _is_box(entry.get("bbox")):
             problems.add("a bbox that is not four finite numbers", f"{where}: {entry.get('bbox')}")
@@ -188,32 +176,44 @@ def _read_annotations(
             problems.add("an area that is no number", where)
         elif entry.get("iscrowd") not in (None, 0, 1):
             problems.add("an iscrowd that is neither 0 nor 1", where)
-        elif image_id in position_of:
-            position = position_of[image_id]
-            outline: Outline | None = None
-            try:
-                outline = read_outline(entry.get("segmentation"), *(int(side) for side in sizes[position]))
-            except Broken as error:
-                broken.add(str(error), where)
-                outline = np.array([int(sizes[position].prod())], dtype=np.int64)  # a mask of no pixel
-            found.append((position, number, entry, outline))
+        else:
+            valid.append(position)
+    return valid
+
+
+def _object_table(
+    annotations: list[dict[str, Any]],
+    valid: list[int],
+    sizes: dict[Any, tuple[int, int]],
+    category_ids: list[int],
+    notes: list[str],
+) -> ObjectTable:
+    """The objects of the images in `sizes`, sorted by image, within an image as in the file."""
+    ids = positive_ids([entry.get("id") for entry in annotations], notes)
+    valid = [position for position in valid if annotations[position]["image_id"] in sizes]
+    entries = [annotations[position] for position in valid]
+    broken, outlines = Problems("masks"), list[Outline | None]()
+    for entry in entries:
+        width, height = sizes[entry["image_id"]]
+        try:
+            outlines.append(read_outline(entry.get("segmentation"), width, height))
+        except Broken as error:
+            broken.add(str(error), f"annotation {entry.get('id')}")
+            outlines.append(np.array([width * height]))  # a mask of no pixel
     notes += [f"masks that nothing can match: {sentence}" for sentence in broken.sentences()]
-    found.sort(key=lambda item: item[0])
-    counts = np.bincount([position for position, *_ in found], minlength=len(kept)).astype(np.int64)
-    boxes = np.array([entry["bbox"] for _, _, entry, _ in found], dtype=np.float64).reshape(-1, 4)
-    areas = [
-        box[2] * box[3] if entry.get("area") is None else entry["area"]
-        for (_, _, entry, _), box in zip(found, boxes, strict=True)
-    ]
-    return ObjectTable(
-        boxes=boxes,
-        labels=np.array([label_of[entry["category_id"]] for _, _, entry, _ in found], dtype=np.int64),
-        ids=np.array([number for _, number, _, _ in found], dtype=np.int64),
-        areas=np.array(areas, dtype=np.float64),
-        crowd=np.array([entry.get("iscrowd") == 1 for _, _, entry, _ in found], dtype=bool),
-        difficult=np.zeros(len(found), dtype=bool),
-        outlines=[outline for *_, outline in found],
-        first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    label_of = {number: label for label, number in enumerate(category_ids)}
+    position_of = {image_id: position for position, image_id in enumerate(sizes)}
+    boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
+    areas = np.array([np.nan if entry.get("area") is None else entry["area"] for entry in entries], dtype=np.float64)
+    return ObjectTable.of(
+        np.array([position_of[entry["image_id"]] for entry in entries], dtype=np.int64),
+        len(sizes),
+        boxes,
+        np.array([label_of[entry["category_id"]] for entry in entries], dtype=np.int64),
+        ids=ids[valid],
+        areas=areas,
+        crowd=np.array([entry.get("iscrowd") == 1 for entry in entries], dtype=bool),
+        outlines=outlines,
     )
 
 

@@ -22,9 +22,9 @@ from typing import Literal
 
 from tessella.data.boxes.coco import read_coco
 from tessella.data.boxes.generated import open_shapes
-from tessella.data.boxes.objects import AnnotatedImages, Objects
+from tessella.data.boxes.images import AnnotatedImages, Objects
 from tessella.data.boxes.voc import find_lists, is_voc, read_voc
-from tessella.data.texts import TextFiles, open_files
+from tessella.data.texts import AnnotationFiles, join
 from tessella.errors import UserError
 from tessella.text import printable
 
@@ -49,7 +49,7 @@ def open_annotations(data: str, split: Split, images: str | None = None) -> Anno
     """
     if data.partition("::")[0] == "shapes":
         return open_shapes(data, split)
-    files = open_files(data)
+    files = AnnotationFiles(data)
     lists = find_lists(files, split)
     if lists and images is None:
         return read_voc(files, lists, split)
@@ -64,7 +64,7 @@ def holds_annotations(data: str) -> bool:
         data: as there, but for the embedded shapes, which are images of one class each as well.
     """
     try:
-        files = open_files(data)
+        files = AnnotationFiles(data)
         if is_voc(files, files.part) or find_lists(files, "train") or find_lists(files, "test"):
             return True
         _find_coco(files, "train")
@@ -73,31 +73,38 @@ def holds_annotations(data: str) -> bool:
     return True
 
 
-def _find_coco(files: TextFiles, split: Split) -> tuple[str, list[str]]:
+def _find_coco(files: AnnotationFiles, split: Split) -> tuple[str, list[str]]:
     """Name of the annotation file, and folders where its images may lie, the likeliest first."""
-    if files.part.endswith(".json"):
-        return files.part, _image_folders(files.part)
-    here = files.part
-    for folder in (_join(here, "annotations"), here, *(_join(here, name) for name in _SPLIT_NAMES[split])):
-        found = _of_split([name for name in files.names(folder) if name.endswith(".json")], split)
-        if found:
-            return _join(folder, found), _image_folders(_join(folder, found))
-    parent, name = str(PurePosixPath(here).parent), PurePosixPath(here).name
-    parent = "" if parent == "." else parent
-    beside = _join(parent, "annotations")  # the part is one of COCO's image folders
-    for json_name in files.names(beside):
-        if name and json_name == f"instances_{name}.json":
-            return _join(beside, json_name), [here]
-    raise UserError(_not_found(files))
+    here, texts = files.part, files.texts
+    if here.endswith(".json"):
+        return here, _image_folders(here)
+    for folder in (join(here, "annotations"), here, *(join(here, name) for name in _SPLIT_NAMES[split])):
+        file = _of_split([name for name in texts.names(folder) if name.endswith(".json")], split)
+        if file:
+            return join(folder, file), _image_folders(join(folder, file))
+    parent, _, name = here.rpartition("/")
+    file = f"instances_{name}.json"  # the part is one of COCO's image folders
+    if name and file in texts.names(join(parent, "annotations")):
+        return join(parent, "annotations", file), [here]
+    if is_voc(files, here):
+        raise UserError(
+            f"{printable(files.data)} has no list of its images for this split: expected ImageSets/Main/train.txt, "
+            "trainval.txt, val.txt or test.txt; or name a list as a part, such as ::VOC2007/trainval"
+        )
+    raise UserError(
+        f"{printable(files.data)} holds no annotations of objects that are known here: give a folder (or a .tar, or a "
+        "part of one behind ::) with annotations/instances_*.json in COCO's format, or with Annotations, JPEGImages "
+        "and ImageSets/Main in VOC's format; or a COCO .json file; or shapes"
+    )
 
 
 def _of_split(names: list[str], split: Split) -> str | None:
     """The file of a split among the .json files of a folder; instances first, because COCO has captions as well."""
     names = [name for name in names if name.startswith("instances")] or names
     for word in _SPLIT_NAMES[split]:
-        found = [name for name in names if re.search(rf"(^|[^a-z]){word}([^a-z]|$)", name.lower())]
-        if found:
-            return sorted(found)[0]
+        matching = [name for name in names if re.search(rf"(^|[^a-z]){word}([^a-z]|$)", name.lower())]
+        if matching:
+            return min(matching)
     return names[0] if len(names) == 1 else None
 
 
@@ -108,20 +115,3 @@ def _image_folders(json_name: str) -> list[str]:
     name = path.stem.removeprefix("instances_")
     folders = [root / name, root / "images" / name, root / "images", root]
     return ["" if str(folder) == "." else str(folder) for folder in folders]
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
-
-
-def _not_found(files: TextFiles) -> str:
-    if is_voc(files, files.part):
-        return (
-            f"{printable(files.data)} has no list of its images for this split: expected ImageSets/Main/train.txt, "
-            "trainval.txt, val.txt or test.txt; or name a list as a part, such as ::VOC2007/trainval"
-        )
-    return (
-        f"{printable(files.data)} holds no annotations of objects that are known here: give a folder (or a .tar, or a "
-        "part of one behind ::) with annotations/instances_*.json in COCO's format, or with Annotations, JPEGImages "
-        "and ImageSets/Main in VOC's format; or a COCO .json file; or shapes"
-    )

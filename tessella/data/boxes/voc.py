@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from pathlib import PurePosixPath
 from typing import NamedTuple
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 import numpy as np
 
-from tessella.data.boxes.objects import AnnotatedImages, ObjectTable, Problems
-from tessella.data.texts import TextFiles
+from tessella.data.boxes.images import AnnotatedImages, ObjectTable, Problems
+from tessella.data.texts import AnnotationFiles, join
 from tessella.errors import UserError
 from tessella.text import printable
 
 _LISTS = "ImageSets/Main"
-_MEND = "Repair the files, or take their names out of the list."
+_ADVICE = "Repair the files, or take their names out of the list."
 # With a test list, train on train and val together, as the papers do; without one, val is what is left for the test.
 _WITH_TEST = {"train": ("trainval", "train"), "test": ("test",)}
 _WITHOUT_TEST = {"train": ("train",), "test": ("val",)}
@@ -41,12 +40,12 @@ class _Object(NamedTuple):
     difficult: bool
 
 
-def is_voc(files: TextFiles, folder: str) -> bool:
+def is_voc(files: AnnotationFiles, folder: str) -> bool:
     """Whether a folder is laid out as VOC's."""
-    return files.has_folder(_join(folder, "Annotations"))
+    return "Annotations" in files.texts.folders(folder)
 
 
-def find_lists(files: TextFiles, split: str) -> list[ImageList]:
+def find_lists(files: AnnotationFiles, split: str) -> list[ImageList]:
     """The lists of a split in a VOC folder, or in a folder of several; those that the part names, if it does.
 
     Returns:
@@ -57,9 +56,9 @@ def find_lists(files: TextFiles, split: str) -> list[ImageList]:
     if all(named):
         return [found for found in named if found]
     here = files.part
-    roots = [here] if is_voc(files, here) else [_join(here, name) for name in files.folders(here)]
+    roots = [here] if is_voc(files, here) else [join(here, name) for name in files.texts.folders(here)]
     roots = [root for root in roots if is_voc(files, root)]
-    available = {root: set(files.names(_join(root, _LISTS))) for root in roots}
+    available = {root: set(files.texts.names(join(root, _LISTS))) for root in roots}
     choices = _WITH_TEST if any("test.txt" in names for names in available.values()) else _WITHOUT_TEST
     lists = []
     for root, names in available.items():
@@ -67,43 +66,41 @@ def find_lists(files: TextFiles, split: str) -> list[ImageList]:
         if found:
             lists.append(_read_list(files, root, found))
         elif not names:  # no lists at all: every annotated image
-            stems = [name.removesuffix(".xml") for name in files.names(_join(root, "Annotations"))]
+            stems = [name.removesuffix(".xml") for name in files.texts.names(join(root, "Annotations"))]
             lists.append(ImageList(root, tuple(stems)))
     return lists
 
 
-def read_voc(files: TextFiles, lists: list[ImageList], split: str) -> AnnotatedImages:
+def read_voc(files: AnnotationFiles, lists: list[ImageList], split: str) -> AnnotatedImages:
     """Images and objects of some lists, joined; the split is for their name.
 
     Raises:
         UserError: an annotation is damaged or wrong, or an image has none; or no image is there.
     """
-    common = lists[0].root if len(lists) == 1 else str(PurePosixPath(lists[0].root).parent)
-    common = "" if common == "." else common
+    common = lists[0].root if len(lists) == 1 else lists[0].root.rpartition("/")[0]
     images = files.images(common)
-    prefix = f"{common}/" if common else ""
     row_of: dict[str, int] = {}
     for row in range(len(images)):
-        folder, _, file = f"{prefix}{images.key(row)}".rpartition("/")
-        if PurePosixPath(folder).name == "JPEGImages":
+        folder, _, file = join(common, str(images.key(row))).rpartition("/")
+        if folder.rpartition("/")[2] == "JPEGImages":
             row_of[f"{folder}/{file.rpartition('.')[0]}"] = row
     problems, digest = Problems(files.data), hashlib.sha256()
     rows, missing, objects = list[int](), list[str](), list[_Object]()
     for root, names in lists:
-        annotated = set(files.names(_join(root, "Annotations")))
+        annotated = set(files.texts.names(join(root, "Annotations")))
         for name in dict.fromkeys(names):
             if f"{name}.xml" not in annotated:
-                problems.add("an image of the list without an annotation", _join(root, f"Annotations/{name}.xml"))
+                problems.add("an image of the list without an annotation", join(root, f"Annotations/{name}.xml"))
                 continue
-            encoded = files.read(_join(root, f"Annotations/{name}.xml"))
+            encoded = files.texts.read(join(root, f"Annotations/{name}.xml"))
             digest.update(f"{root}/{name} {len(encoded)} ".encode("utf-8", "surrogateescape") + encoded)
-            found = row_of.get(_join(root, f"JPEGImages/{name}"))
+            found = row_of.get(join(root, f"JPEGImages/{name}"))
             if found is None:
                 missing.append(name)
             else:
                 objects += _read_objects(encoded, name, len(rows), tuple(images.sizes[found].tolist()), problems)
                 rows.append(found)
-    problems.refuse(_MEND)
+    problems.refuse(_ADVICE)
     if not rows:
         raise UserError(f"{printable(files.data)}: none of the {len(missing)} images of the list is in JPEGImages")
     notes = []
@@ -112,13 +109,19 @@ def read_voc(files: TextFiles, lists: list[ImageList], split: str) -> AnnotatedI
             f"{len(missing)} of {len(missing) + len(rows)} images of the list are not there or cannot be read, and are "
             f"left out (the first: {printable(missing[0])})"
         )
-    classes = sorted({found.name for found in objects})
-    numbers = list(range(1, len(classes) + 1))
-    table = _table(objects, classes, len(rows))
+    classes = sorted({entry.name for entry in objects})
+    table = ObjectTable.of(
+        np.array([entry.image for entry in objects], dtype=np.int64),
+        len(rows),
+        np.array([entry.box for entry in objects], dtype=np.float64).reshape(-1, 4),
+        np.array([classes.index(entry.name) for entry in objects], dtype=np.int64),
+        difficult=np.array([entry.difficult for entry in objects], dtype=bool),
+    )
     ids: list[int | str] = list(range(1, len(rows) + 1))
-    chosen = np.array(rows, dtype=np.int64)
-    name = f"{files.data} ({split})"
-    return AnnotatedImages(name, images, chosen, ids, classes, numbers, table, digest.hexdigest(), notes)
+    numbers, chosen = list(range(1, len(classes) + 1)), np.array(rows, dtype=np.int64)
+    return AnnotatedImages(
+        f"{files.data} ({split})", images, chosen, ids, classes, numbers, table, digest.hexdigest(), notes
+    )
 
 
 def parse_xml(encoded: bytes) -> Element:
@@ -173,35 +176,19 @@ def _read_objects(encoded: bytes, name: str, image: int, size: tuple[int, ...], 
     return objects
 
 
-def _table(objects: list[_Object], classes: list[str], images: int) -> ObjectTable:
-    label_of = {name: i for i, name in enumerate(classes)}
-    boxes = np.array([found.box for found in objects], dtype=np.float64).reshape(-1, 4)
-    counts = np.bincount([found.image for found in objects], minlength=images)
-    return ObjectTable(
-        boxes=boxes,
-        labels=np.array([label_of[found.name] for found in objects], dtype=np.int64),
-        ids=np.arange(1, len(objects) + 1, dtype=np.int64),
-        areas=boxes[:, 2] * boxes[:, 3],
-        crowd=np.zeros(len(objects), dtype=bool),
-        difficult=np.array([found.difficult for found in objects], dtype=bool),
-        outlines=[None] * len(objects),
-        first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-    )
-
-
-def _named_list(files: TextFiles, piece: str) -> ImageList | None:
+def _named_list(files: AnnotationFiles, piece: str) -> ImageList | None:
     """VOC2007/trainval, or the whole name of the list file."""
     root, _, name = piece.rpartition("/")
     root, name = root.removesuffix(_LISTS).rstrip("/"), name.removesuffix(".txt")
-    if name and f"{name}.txt" in files.names(_join(root, _LISTS)):
+    if name and f"{name}.txt" in files.texts.names(join(root, _LISTS)):
         return _read_list(files, root, name)
     return None
 
 
-def _read_list(files: TextFiles, root: str, name: str) -> ImageList:
+def _read_list(files: AnnotationFiles, root: str, name: str) -> ImageList:
     """One name per line. The lists of single classes have a number behind it, which says nothing about boxes."""
-    text = files.read(_join(root, f"{_LISTS}/{name}.txt")).decode("utf-8-sig", "surrogateescape")
-    annotated = set(files.names(_join(root, "Annotations")))
+    text = files.texts.read(join(root, f"{_LISTS}/{name}.txt")).decode("utf-8-sig", "surrogateescape")
+    annotated = set(files.texts.names(join(root, "Annotations")))
     names = []
     for line in text.splitlines():
         whole = line.strip()
@@ -215,7 +202,3 @@ def _number(text: str | None) -> float:
         return float(text or "nan")
     except ValueError:
         return math.nan
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name

@@ -14,24 +14,21 @@ one per line; without it they are numbered.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tessella.data.decode import Unreadable
+from tessella.data.masks.generated import open_shapes
 from tessella.data.masks.images import IGNORE, ArrayMasks, FileMasks, MaskedImages, Meaning
-from tessella.data.sources import ImageSet, open_images
+from tessella.data.sources import open_images
 from tessella.data.sources.archives import TarImages
-from tessella.data.sources.embedded import EMBEDDED
-from tessella.data.sources.files import FileImages, read_file
-from tessella.data.sources.messages import check_split, shown
-from tessella.data.sources.tars import Archives, walk_tar
+from tessella.data.sources.files import FileImages
+from tessella.data.sources.messages import shown
+from tessella.data.texts import ArchiveTexts, FolderTexts, Texts, first_text, part_of
 from tessella.errors import UserError
 
 __all__ = ["IGNORE", "ArrayMasks", "MaskedImages", "open_masks"]
@@ -83,29 +80,12 @@ def open_masks(data: str, split: str = "train", *, cache: Path | None = None) ->
     Raises:
         UserError: nothing there, no such layout, no such split, or an image without its mask.
     """
-    base, _, part = data.partition("::")
-    if base.lower() in EMBEDDED:
-        return _open_embedded(data, base.lower(), part or split)
+    if data.partition("::")[0].lower() == "shapes":
+        return open_shapes(data, split)
     files = open_images(data, cache=cache)
     if not isinstance(files, FileImages | TarImages):
         raise UserError(f"{shown(data)} has a class per image, not per pixel: give {_LAYOUTS_IN_WORDS}")
-    layout, found = _recognise(data, files, split)
-    texts = _Texts(data, files)
-    chosen, wanted = _choose_split(data, layout, found, texts, split)
-    pairs, unreadable = _pair(data, layout, found, chosen, wanted)
-    name = data if chosen is None else f"{data} [{chosen}]"
-    if not pairs:
-        first = f"; the first that cannot be read is {': '.join(map(shown, unreadable[0]))}" if unreadable else ""
-        raise UserError(f"{shown(name)} holds no image with a mask{first}. Give {_LAYOUTS_IN_WORDS}")
-    masks = FileMasks(
-        name,
-        files,
-        pairs,
-        Meaning(layout.name, layout.table, layout.accepted),
-        _classes_of(data, layout, found, texts, pairs),
-    )
-    masks.unreadable = unreadable
-    return masks
+    return _Set(data, files, split).open()
 
 
 @dataclass(frozen=True)
@@ -166,198 +146,166 @@ _LAYOUTS_IN_WORDS = (
 )
 
 
-class _Place(NamedTuple):
-    """What a file's path says."""
-
-    split: str | None
-    key: str  # without the layout's folder, the split and the suffix
-    root: str  # of the layout: what lies above its folder, "" or ending in "/"
+Slot = tuple[str, str | None, str]  # folder of masks, or "" for images; split; key: the rest of the path, no suffix
 
 
-class _Found(NamedTuple):
-    """The files of a layout."""
+class _Set:
+    """The files of one data set, sorted by what their paths say."""
 
-    images: dict[tuple[str | None, str], int]  # (split, key) -> row
-    masks: dict[str, dict[tuple[str | None, str], int]]  # folder -> (split, key) -> row
-    unreadable: dict[tuple[bool, str | None, str], str]  # (is a mask, split, key) -> reason
-    root: str
-    sources: Callable[[int], str]  # row -> path as stored
+    def __init__(self, data: str, files: FileImages | TarImages, split: str) -> None:
+        self.data, self.files, self.split = data, files, split
+        self.texts: Texts = (
+            FolderTexts(Path(files._root))
+            if isinstance(files, FileImages)
+            else ArchiveTexts(files._archives, part_of(data).strip("/"))
+        )
+        paths = [files.key(row) for row in range(len(files))]
+        self.layout = _recognise(data, paths)
+        self.found: dict[Slot, int | str] = {}  # row, or why the file cannot be read
+        roots: set[str] = set()
+        for row, path in enumerate(paths):
+            slot, root = self._slot(path) or (None, "")
+            if slot in self.found:
+                both = f"{shown(paths[int(self.found[slot])])} and {shown(path)}"
+                raise UserError(f"{shown(data)} has two files that go by one name, {both}: keep one")
+            if slot is not None:
+                self.found[slot] = row
+                roots.add(root)
+        for path, reason in files.unreadable:
+            slot, _ = self._slot(path) or (None, "")
+            if slot is not None:
+                self.found.setdefault(slot, reason)
+        # What lies above the layout's folder; with several sets in one, their folders stay in the names.
+        self.root = roots.pop() if len(roots) == 1 else ""
+        self.found = {
+            (folder, part, key.removeprefix(self.root)): value for (folder, part, key), value in self.found.items()
+        }
+
+    def open(self) -> FileMasks:
+        """The split that was asked for."""
+        part, lines = self._choose_split()
+        name = self.data if part is None else f"{self.data} [{part}]"
+        if lines is None:
+            keys = [key for folder, split, key in self.found if folder == "" and split == part]
+        else:
+            keys = [self._listed_key(line, part) for line in lines]
+        pairs, unreadable = dict[str, tuple[int, int]](), dict[str, str]()
+        for key in keys:
+            image, mask = self._find("", part, key, ("",)), self._mask(part, key)
+            if isinstance(image, str):
+                unreadable[key] = f"the image: {image}"
+            elif isinstance(mask, str):
+                unreadable[key] = f"the mask: {mask}"
+            elif image is not None and mask is not None:
+                pairs[key] = image, mask
+            elif image is not None and (self.layout.all_have_masks or lines is not None):
+                raise UserError(
+                    f"{shown(self.data)} has no mask of {shown(self.files.key(image))}: a mask goes by its image's "
+                    f"name, in a folder called {' or '.join(self.layout.masks[:3])}; add it, or take the image away"
+                )
+        failed = sorted(unreadable.items())
+        if not pairs:
+            first = f"; the first that cannot be read is {': '.join(map(shown, failed[0]))}" if failed else ""
+            raise UserError(f"{shown(name)} holds no image with a mask{first}. Give {_LAYOUTS_IN_WORDS}")
+        meaning = Meaning(self.layout.name, self.layout.table, self.layout.accepted)
+        masks = FileMasks(name, self.files, pairs, meaning, self._classes(pairs))
+        masks.unreadable = failed
+        return masks
+
+    def _slot(self, path: str) -> tuple[Slot, str] | None:
+        """Where a file belongs, and what lies above the layout's folder; None if it lies in no such folder."""
+        layout, (*folders, file) = self.layout, path.split("/")
+        at = next((i for i, name in enumerate(folders) if name.lower() in layout.images + layout.masks), None)
+        if at is None:
+            return None
+        before, folder, after = folders[:at], folders[at].lower(), folders[at + 1 :]
+        known, part = {*_TRAIN, *_VAL, *_TEST, self.split.lower()}, None
+        if after and after[0].lower() in known:
+            part, *after = after
+        elif before and before[-1].lower() in known:
+            *before, part = before
+        stem, root = file.rsplit(".", 1)[0], "".join(f"{name}/" for name in before)
+        if folder in layout.images:
+            folder, stem = "", stem.removesuffix(layout.image_ending)
+        return (folder, part, root + "".join(f"{name}/" for name in after) + stem), root
+
+    def _find(self, folder: str, part: str | None, key: str, endings: Iterable[str]) -> int | str | None:
+        """A file of the split, or of no split, by the first of some endings; one that can be read before others."""
+        slots = [(folder, split, key + ending) for split in dict.fromkeys((part, None)) for ending in endings]
+        values = [self.found[slot] for slot in slots if slot in self.found]
+        return next((value for value in values if isinstance(value, int)), values[0] if values else None)
+
+    def _mask(self, part: str | None, key: str) -> int | str | None:
+        values = [self._find(folder, part, key, self.layout.mask_endings) for folder in self.layout.masks]
+        found = [value for value in values if value is not None]
+        return next((value for value in found if isinstance(value, int)), found[0] if found else None)
+
+    def _choose_split(self) -> tuple[str | None, list[str] | None]:
+        """The split's own name (None: the set has no splits), and the lines of its list (None: it is a folder)."""
+        folders = {part for folder, part, _ in self.found if folder == "" and part is not None}
+        for name in self._names():
+            for part in sorted(folders):
+                if part.lower() == name.lower():
+                    return part, None
+            text = self._list(name)
+            if text is not None:
+                return name, [line.strip() for line in text.splitlines() if line.strip()]
+        lists = {name for name in (*_TRAIN, *_VAL, *_TEST, "trainval", "trainaug") if self._list(name) is not None}
+        if folders or lists:
+            there = ", ".join(sorted(folders | lists))
+            raise UserError(f"{shown(self.data)} has no split {shown(self.split)!r}: there are {shown(there)}")
+        return None, None
+
+    def _names(self) -> list[str]:
+        """What the split may be called, the best first."""
+        if self.split == "train":
+            return [*(("trainaug", "train_aug") if self.layout is _VOC_AUGMENTED else ()), *_TRAIN]
+        if self.split == "test":
+            own = self.layout.public_test and self.layout is not _VOC_AUGMENTED
+            return [*_TEST, *_VAL] if own else [*_VAL, *_TEST]
+        return [self.split, *(_VAL if self.split in _VAL else ())]
+
+    def _list(self, split: str) -> str | None:
+        """The text that lists a split's images."""
+        return first_text(self.texts, [f"{self.root}{folder}{split}.txt" for folder in ("ImageSets/Segmentation/", "")])
+
+    def _listed_key(self, line: str, part: str | None) -> str:
+        """The key behind a line of a list: a name, a file name, or the two paths of image and mask."""
+        first = line.split()[0]
+        for name in (line, line.rsplit(".", 1)[0], first.rsplit(".", 1)[0].rsplit("/", 1)[-1]):
+            if self._find("", part, name, ("",)) is not None:
+                return name
+        raise UserError(
+            f"{shown(self.data)}: the list of {shown(str(part))} names {shown(line)!r}, and there is no such image"
+        )
+
+    def _classes(self, pairs: Iterable[str]) -> list[str] | None:
+        if self.layout.classes is not None:
+            return list(self.layout.classes)
+        if self.layout is _ADE20K:
+            return _ade_classes(first_text(self.texts, [f"{self.root}objectInfo150.txt"]))
+        text = first_text(self.texts, [self.root + name for name in _CLASS_FILES])
+        if text is not None:
+            return _class_names(self.data, text)
+        if self.layout.name == "VOC" and all(_VOC_NAME.fullmatch(key) for key in pairs):
+            return list(VOC_CLASSES)
+        return None
 
 
-def _recognise(data: str, files: ImageSet, split: str) -> tuple[_Layout, _Found]:
-    """The layout of the files, and which of them are images and masks."""
-    paths = [files.key(row) for row in range(len(files))]
+def _recognise(data: str, paths: list[str]) -> _Layout:
     folders = {part.lower() for path in paths for part in path.split("/")[:-1]}
     if {"leftimg8bit", "gtfine"} <= folders:
-        layout = _CITYSCAPES
-    elif {"jpegimages", "segmentationclass"} <= folders or {"jpegimages", "segmentationclassaug"} <= folders:
-        layout = _VOC_AUGMENTED if "segmentationclassaug" in folders else _VOC
-    elif {"images", "annotations", "training", "validation"} <= folders:
-        layout = _ADE20K
-    elif folders & set(_FOLDERS.images) and folders & set(_FOLDERS.masks):
-        layout = _FOLDERS
-    else:
-        seen = ", ".join(map(shown, sorted(folders)[:6])) or "no folders"
-        raise UserError(f"{shown(data)} has no masks that can be told from images (it holds {seen}): give "
-                        f"{_LAYOUTS_IN_WORDS}")  # fmt: skip
-    return layout, _sort_out(data, layout, files, paths, split)
-
-
-def _sort_out(data: str, layout: _Layout, files: ImageSet, paths: list[str], split: str) -> _Found:
-    images: dict[tuple[str | None, str], int] = {}
-    masks: dict[str, dict[tuple[str | None, str], int]] = {folder: {} for folder in layout.masks}
-    unreadable: dict[tuple[bool, str | None, str], str] = {}
-    roots: set[str] = set()
-    for row, path in enumerate(paths):
-        folder, place = _place(layout, path, split)
-        if place is None:
-            continue
-        roots.add(place.root)
-        kept = masks.get(folder, images)
-        other = kept.setdefault((place.split, place.key), row)
-        if other != row:
-            raise UserError(
-                f"{shown(data)} has two files that go by one name, {shown(paths[other])} and {shown(path)}: keep one"
-            )
-    for path, reason in files.unreadable:
-        folder, place = _place(layout, path, split)
-        if place is not None:
-            unreadable[folder in masks, place.split, place.key] = reason
-    root = min(roots, key=len, default="")
-    if len(roots) > 1:  # several sets in one: their folders stay in the names
-        root = ""
-    images = {(part, key.removeprefix(root)): row for (part, key), row in images.items()}
-    masks = {
-        folder: {(part, key.removeprefix(root)): row for (part, key), row in found.items()}
-        for folder, found in masks.items()
-    }
-    unreadable = {(mask, part, key.removeprefix(root)): why for (mask, part, key), why in unreadable.items()}
-    return _Found(images, masks, unreadable, root, lambda row: shown(paths[row]))
-
-
-def _place(layout: _Layout, path: str, split: str) -> tuple[str, _Place | None]:
-    """The layout's folder that a file lies in (lower case), and its place; None if it lies in none."""
-    *folders, file = path.split("/")
-    at = next((i for i, name in enumerate(folders) if name.lower() in layout.images + layout.masks), None)
-    if at is None:
-        return "", None
-    before, word, after = folders[:at], folders[at].lower(), folders[at + 1 :]
-    known = {*_TRAIN, *_VAL, *_TEST, split.lower()}
-    part = None
-    if after and after[0].lower() in known:
-        part, *after = after
-    elif before and before[-1].lower() in known:
-        *before, part = before
-    stem = file.rsplit(".", 1)[0]
-    if word in layout.images:
-        stem = stem.removesuffix(layout.image_ending)
-    root = "".join(f"{name}/" for name in before)
-    return word, _Place(part, root + "".join(f"{name}/" for name in after) + stem, root)
-
-
-def _choose_split(
-    data: str, layout: _Layout, found: _Found, texts: _Texts, split: str
-) -> tuple[str | None, list[str] | None]:
-    """The split's own name (None: the set has no splits), and the keys that a list gives it (None: its folder)."""
-    folders = {part for part, _ in found.images if part is not None}
-    for name in _names_of(layout, split):
-        for part in sorted(folders):
-            if part.lower() == name.lower():
-                return part, None
-        text = _list_of(found, texts, name)
-        if text is not None:
-            return name, [line.strip() for line in text.splitlines() if line.strip()]
-    lists = [
-        name for name in (*_TRAIN, *_VAL, *_TEST, "trainval", "trainaug") if _list_of(found, texts, name) is not None
-    ]
-    if folders or lists:
-        there = ", ".join(sorted(folders | set(lists)))
-        raise UserError(f"{shown(data)} has no split {shown(split)!r}: there are {shown(there)}")
-    return None, None
-
-
-def _list_of(found: _Found, texts: _Texts, split: str) -> str | None:
-    """The text that lists a split's images."""
-    texts_of_split = (texts.read(f"{found.root}{folder}{split}.txt") for folder in ("ImageSets/Segmentation/", ""))
-    return next((text for text in texts_of_split if text is not None), None)
-
-
-def _names_of(layout: _Layout, split: str) -> list[str]:
-    """What a split may be called, the best first."""
-    if split == "train":
-        return [*(("trainaug", "train_aug") if layout is _VOC_AUGMENTED else ()), *_TRAIN]
-    if split == "test":
-        return [*_TEST, *_VAL] if layout.public_test and layout is not _VOC_AUGMENTED else [*_VAL, *_TEST]
-    return [split, *(_VAL if split in _VAL else ())]
-
-
-def _pair(
-    data: str, layout: _Layout, found: _Found, split: str | None, wanted: list[str] | None
-) -> tuple[dict[str, tuple[int, int]], list[tuple[str, str]]]:
-    """Key -> (row of the image, row of the mask); and (key, reason) of pairs that cannot be read."""
-    if wanted is None:
-        keys = [key for part, key in found.images if part == split]
-        keys += [key for mask, part, key in found.unreadable if not mask and part == split]
-    else:
-        keys = [_listed_key(data, found, line, split) for line in wanted]
-    pairs: dict[str, tuple[int, int]] = {}
-    unreadable: dict[str, str] = {}
-    for key in keys:
-        places = [(part, key) for part in dict.fromkeys((split, None))]
-        image = next((found.images[place] for place in places if place in found.images), None)
-        mask = _mask_of(layout, found, places)
-        if image is None:
-            reasons = [found.unreadable[False, *place] for place in places if (False, *place) in found.unreadable]
-            unreadable[key] = f"the image: {reasons[0]}"
-        elif isinstance(mask, int):
-            pairs[key] = image, mask
-        elif mask is not None:
-            unreadable[key] = f"the mask: {mask}"
-        elif layout.all_have_masks or wanted is not None:
-            raise UserError(
-                f"{shown(data)} has no mask of {found.sources(image)}: a mask goes by its image's name, in a folder "
-                f"called {' or '.join(layout.masks[:3])}; add it, or take the image away"
-            )
-    return pairs, sorted(unreadable.items())
-
-
-def _mask_of(layout: _Layout, found: _Found, places: list[tuple[str | None, str]]) -> int | str | None:
-    """Row of an image's mask, or why it cannot be read, or None."""
-    for folder in layout.masks:
-        for part, key in places:
-            for ending in layout.mask_endings:
-                if (part, key + ending) in found.masks[folder]:
-                    return found.masks[folder][part, key + ending]
-    for part, key in places:
-        for ending in layout.mask_endings:
-            if (True, part, key + ending) in found.unreadable:
-                return found.unreadable[True, part, key + ending]
-    return None
-
-
-def _listed_key(data: str, found: _Found, line: str, split: str | None) -> str:
-    """The key behind a line of a list: a name, a file name, or the two paths of image and mask."""
-    first = line.split()[0]
-    for name in (line, line.rsplit(".", 1)[0], first.rsplit(".", 1)[0].rsplit("/", 1)[-1]):
-        if any((part, name) in found.images or (False, part, name) in found.unreadable for part in (split, None)):
-            return name
-    raise UserError(f"{shown(data)}: the list of {shown(str(split))} names {shown(line)!r}, and there is no such image")
-
-
-def _classes_of(
-    data: str, layout: _Layout, found: _Found, texts: _Texts, pairs: dict[str, tuple[int, int]]
-) -> list[str] | None:
-    if layout.classes is not None:
-        return list(layout.classes)
-    if layout is _ADE20K:
-        return _ade_classes(texts.read(f"{found.root}objectInfo150.txt"))
-    for name in _CLASS_FILES:
-        text = texts.read(found.root + name)
-        if text is not None:
-            return _class_names(data, name, text)
-    if layout.name == "VOC" and all(_VOC_NAME.fullmatch(key) for key in pairs):
-        return list(VOC_CLASSES)
-    return None
+        return _CITYSCAPES
+    if "jpegimages" in folders and folders & {"segmentationclass", "segmentationclassaug"}:
+        return _VOC_AUGMENTED if "segmentationclassaug" in folders else _VOC
+    if {"images", "annotations", "training", "validation"} <= folders:
+        return _ADE20K
+    if folders & set(_FOLDERS.images) and folders & set(_FOLDERS.masks):
+        return _FOLDERS
+    seen = ", ".join(map(shown, sorted(folders)[:6])) or "no folders"
+    raise UserError(
+        f"{shown(data)} has no masks that can be told from images (it holds {seen}): give {_LAYOUTS_IN_WORDS}"
+    )
 
 
 def _ade_classes(table: str | None) -> list[str]:
@@ -368,7 +316,7 @@ def _ade_classes(table: str | None) -> list[str]:
     return [str(value) for value in range(1, _ADE_CLASSES + 1)]
 
 
-def _class_names(data: str, file: str, text: str) -> list[str]:
+def _class_names(data: str, text: str) -> list[str]:
     """One name per line; lines may begin with their own number."""
     names = [line.strip() for line in text.rstrip().splitlines()]
     numbered = [re.match(r"(\d+)\s*[\s:,=]\s*(\S.*)", name) for name in names]
@@ -383,54 +331,7 @@ def _class_names(data: str, file: str, text: str) -> list[str]:
         problem = f"{len(names)} classes"
     if problem:
         raise UserError(
-            f"{file} of {shown(data)} has {problem}: give one name per line, at most {IGNORE}; line 1 names value 0"
+            f"the list of classes of {shown(data)} has {problem}: give one name per line, at most {IGNORE}; line 1 "
+            "names value 0"
         )
     return names
-
-
-class _Texts:
-    """Small text files beside the images, in a folder or an archive."""
-
-    def __init__(self, data: str, files: FileImages | TarImages) -> None:
-        self._root: str | None = None
-        self._members: dict[str, tuple[Archives, int, int, int]] = {}
-        if isinstance(files, FileImages):
-            self._root = files._root
-            return
-        below = data.rpartition("::")[2].strip("/") + "/" if "::" in data and not os.path.exists(data) else ""  # noqa: PTH110
-        reader = files._archives
-        for number, path in enumerate(reader.paths):
-            members, _ = walk_tar(path, (".txt",))
-            for member in members:
-                if member.name.startswith(below):
-                    self._members[member.name.removeprefix(below)] = reader, number, member.offset, member.size
-
-    def read(self, name: str) -> str | None:
-        """A file's text, None if it is not there. Bytes that are not UTF-8 are kept as in file names."""
-        try:
-            if self._root is not None:
-                path = Path(self._root) / name
-                raw = read_file(str(path)) if path.is_file() else None
-            else:
-                member = self._members.get(name)
-                raw = member[0].read(*member[1:]) if member else None
-        except Unreadable as error:
-            raise UserError(f"{shown(name)} cannot be read: {error.reason}") from None
-        return None if raw is None else raw.decode("utf-8-sig", "surrogateescape")
-
-
-def _open_embedded(data: str, name: str, split: str) -> MaskedImages:
-    """Drawn scenes of one to four shapes, 400 for training and 100 for testing; class 0 is the background."""
-    from tessella.data.sources.scenes import CLASSES, draw_scenes
-
-    if name != "shapes":
-        raise UserError(f"{data} has a class per image, not per pixel: give shapes, or {_LAYOUTS_IN_WORDS}")
-    check_split(data, split, ("train", "test"))
-    rows = np.arange(400) if split == "train" else np.arange(400, 500)
-    scenes = draw_scenes(rows)
-    masks = np.zeros((len(rows), *scenes[0].pixels.shape[:2]), dtype=np.uint8)
-    for mask, scene in zip(masks, scenes, strict=True):
-        for shape, label in zip(scene.masks, scene.labels, strict=True):
-            mask[shape] = label + 1
-    pixels, keys = np.stack([scene.pixels for scene in scenes]), [f"{row:04d}" for row in rows]
-    return ArrayMasks(f"shapes [{split}]", pixels, masks, ["background", *CLASSES], keys)

@@ -58,13 +58,13 @@ def paste(mask: Tensor, box: Tensor, height: int, width: int) -> NDArray[np.uint
     """
     left, top, right, bottom = box.tolist()
     whole = np.zeros((height, width), dtype=np.uint8)
-    rows = torch.arange(max(0, math.floor(top)), max(0, min(height, math.ceil(bottom))))
-    columns = torch.arange(max(0, math.floor(left)), max(0, min(width, math.ceil(right))))
-    if not len(rows) or not len(columns) or right <= left or bottom <= top:
+    rows = range(max(0, math.floor(top)), min(height, math.ceil(bottom)))
+    columns = range(max(0, math.floor(left)), min(width, math.ceil(right)))
+    if not rows or not columns or right <= left or bottom <= top:
         return whole
-    x = (columns + 0.5 - left) / (right - left) * 2 - 1
-    y = (rows + 0.5 - top) / (bottom - top) * 2 - 1
+    x = (torch.tensor(columns) + 0.5 - left) / (right - left) * 2 - 1
+    y = (torch.tensor(rows) + 0.5 - top) / (bottom - top) * 2 - 1
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]
     shares = nn.functional.grid_sample(mask[None, None].float(), grid.float(), align_corners=False)[0, 0]
-    whole[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1] = (shares >= 0.5).numpy()
+    whole[rows.start : rows.stop, columns.start : columns.stop] = (shares >= 0.5).numpy()
     return whole

@@ -55,8 +55,9 @@ def segmentation(backbone: Any, data: SegmentationData, config: SegmentationConf
     Returns:
         `miou` with `miou_interval` (95 %, over draws of test images), `pixel_accuracy`, `mean_accuracy`, `per_class`
         (intersection over union of each class that is there or predicted), `loss` (means over equal parts of the
-        training, the auxiliary head's part included), `recipe`, sizes, and `notes`. With several evaluations also `best_test_miou` at
-        `best_test_iteration`, which was picked on the test set and is there for comparison with papers only.
+        training, the auxiliary head's part included), `recipe`, sizes, and `notes`. With several evaluations also
+        `best_test_miou` at `best_test_iteration`, which was picked on the test set and is there for comparison with
+        papers only.
 
     Raises:
         UserError: masks that do not fit, a batch larger than the training set, or a backbone without maps.

@@ -36,8 +36,32 @@ class ObjectTable(NamedTuple):
     areas: NDArray[np.float64]  # (n,) square pixels: the file's, which COCO measures on the mask; else the box's
     crowd: NDArray[np.bool_]  # (n,) regions of many objects: not trained on, in scoring neither found nor missed
     difficult: NDArray[np.bool_]  # (n,) trained on, in scoring neither found nor missed (VOC)
-    outlines: list[Outline | None]
+    outlines: list[Outline | None]  # masks; None where there is none
     first: NDArray[np.int64]  # (images + 1,) where each image's objects begin
+
+    @classmethod
+    def of(
+        cls, image: NDArray[np.int64], images: int, boxes: NDArray[np.float64], labels: NDArray[np.int64], **more: Any
+    ) -> ObjectTable:
+        """The objects sorted by image.
+
+        Args:
+            image: (n,) position of each object's image, below `images`.
+            images: how many there are.
+            boxes: (n, 4).
+            labels: (n,).
+            more: other columns; default: ids from 1, neither crowd nor difficult, no masks. An area that is NaN is the
+                box's.
+        """
+        count, order, no = len(image), np.argsort(image, kind="stable"), np.zeros(len(image), dtype=bool)
+        columns = {"ids": np.arange(1, count + 1), "areas": np.full(count, np.nan), "crowd": no, "difficult": no}
+        columns |= {"boxes": boxes, "labels": labels} | more
+        with np.errstate(over="ignore"):  # of boxes far outside their image
+            columns["areas"] = np.where(np.isnan(columns["areas"]), boxes[:, 2] * boxes[:, 3], columns["areas"])
+        outlines: Any = columns.pop("outlines", [None] * count)
+        first = np.concatenate([[0], np.bincount(image, minlength=images).cumsum()]).astype(np.int64)
+        sorted_columns: dict[str, Any] = {name: column[order] for name, column in columns.items()}
+        return cls(outlines=[outlines[i] for i in order], first=first, **sorted_columns)
 
 
 @dataclass
@@ -73,38 +97,29 @@ class AnnotatedImages:
 
     def objects(self, position: int) -> Objects:
         """What a detector learns from an image: no crowd regions, boxes cut at the border, none without an area."""
-        span = self._span(position)
-        boxes, usable = self._trained_boxes(span, np.array(self.size(position), dtype=np.float64))
-        chosen = np.flatnonzero(usable)
-        outlines = [self.table.outlines[span.start + int(i)] for i in chosen]
-        return Objects(boxes[usable], self.table.labels[span][usable], outlines)
+        first, last = self.table.first[position : position + 2].tolist()
+        boxes, usable = self._trainable(slice(first, last), self.images.sizes[self.rows[[position]]])
+        outlines = [self.table.outlines[first + i] for i in np.flatnonzero(usable)]
+        return Objects(boxes[usable], self.table.labels[first:last][usable], outlines)
 
     def with_objects(self) -> NDArray[np.int64]:
         """Positions of the images that `objects` gives anything for, ascending."""
-        counts = np.diff(self.table.first)
-        usable = self._trained_boxes(slice(None), self.images.sizes[self.rows].repeat(counts, axis=0))[1]
-        images = np.arange(len(self)).repeat(counts)
-        return np.unique(images[usable])
+        return np.unique(np.arange(len(self)).repeat(np.diff(self.table.first))[self._trainable()[1]])
 
     def classes_present(self) -> set[str]:
         """Names of the classes that have an object with an area inside its image."""
-        sizes = self.images.sizes[self.rows].repeat(np.diff(self.table.first), axis=0)
-        usable = self._trained_boxes(slice(None), sizes)[1]
-        return {self.classes[label] for label in np.unique(self.table.labels[usable]).tolist()}
+        return {self.classes[label] for label in np.unique(self.table.labels[self._trainable()[1]]).tolist()}
 
     def flaws(self) -> list[str]:
         """Sentences about objects that are not trained on, with counts."""
-        sizes = self.images.sizes[self.rows].repeat(np.diff(self.table.first), axis=0).astype(np.float64)
-        boxes, usable = self._trained_boxes(slice(None), sizes)
+        boxes, usable = self._trainable()
         empty = int((~usable & ~self.table.crowd).sum())
         whole = np.concatenate([self.table.boxes[:, :2], self.table.boxes[:, :2] + self.table.boxes[:, 2:]], axis=1)
         cut = int((usable & (np.abs(whole - boxes) > 1).any(axis=1)).sum())
-        found = []
-        if empty:
-            found.append(f"{empty} boxes without an area inside their image are not trained on")
+        sentences = [f"{empty} boxes without an area inside their image are not trained on"] if empty else []
         if cut:
-            found.append(f"{cut} boxes that reach outside their image are cut at its border for training")
-        return found
+            sentences.append(f"{cut} boxes that reach outside their image are cut at its border for training")
+        return sentences
 
     def lacking_masks(self, with_crowd: bool) -> int:
         """How many objects have no mask."""
@@ -126,8 +141,7 @@ class AnnotatedImages:
             width, height = self.size(position)
             image_id = self.image_ids[position]
             images.append({"id": image_id, "file_name": self.key(position), "width": width, "height": height})
-            span = self._span(position)
-            for row in range(span.start, span.stop):
+            for row in range(*self.table.first[position : position + 2].tolist()):
                 annotation: dict[str, Any] = {
                     "id": int(self.table.ids[row]),
                     "image_id": image_id,
@@ -145,11 +159,12 @@ class AnnotatedImages:
         ]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
-    def _span(self, position: int) -> slice:
-        return slice(int(self.table.first[position]), int(self.table.first[position + 1]))
-
-    def _trained_boxes(self, span: slice, sizes: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Corners cut at the border, (n, 4), and which of them are trained on."""
+    def _trainable(
+        self, span: slice = slice(None), sizes: NDArray[Any] | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Corners cut at the border, (n, 4), and which of the boxes are trained on; default: of all images."""
+        if sizes is None:
+            sizes = self.images.sizes[self.rows].repeat(np.diff(self.table.first), axis=0)
         corner, extent = self.table.boxes[span, :2], self.table.boxes[span, 2:]
         boxes = np.concatenate([np.clip(corner, 0, sizes), np.clip(corner + extent, 0, sizes)], axis=1)
         usable = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & ~self.table.crowd[span]
@@ -178,34 +193,34 @@ class Problems:
         """One text per kind."""
         return [f"{n} x {kind} (the first: {self._examples[kind]})" for kind, n in self._counts.items()]
 
-    def refuse(self, mend: str) -> None:
+    def refuse(self, advice: str) -> None:
         """Stop here if anything was noted.
 
         Args:
-            mend: what to do about it.
+            advice: what to do about it.
 
         Raises:
             UserError: all that was noted.
         """
         if self._counts:
-            raise UserError(f"{printable(self.name)} is wrong: {'; '.join(self.sentences())}. {mend}")
+            raise UserError(f"{printable(self.name)} is wrong: {'; '.join(self.sentences())}. {advice}")
 
 
 def unique_names(names: Sequence[str], numbers: Sequence[int]) -> list[str]:
-    """Names of classes, equal ones told apart by their numbers."""
+    """Names of classes; equal ones get their numbers behind them."""
     counts = Counter(names)
     return [name if counts[name] == 1 else f"{name} ({number})" for name, number in zip(names, numbers, strict=True)]
 
 
-def positive_ids(ids: Sequence[Any], problems: list[str]) -> NDArray[np.int64]:
-    """Annotation ids as the file has them; numbered anew, with a note, when they are not distinct and positive.
+def positive_ids(ids: Sequence[Any], notes: list[str]) -> NDArray[np.int64]:
+    """Annotation ids as the file has them; new numbers, with a note, when they are not distinct and positive.
 
     pycocotools takes id 0 for "nothing found", and of two equal ids it knows one.
     """
     if all(type(i) is int and 0 < i < 2**62 for i in ids) and len(set(ids)) == len(ids):
         return np.array(ids, dtype=np.int64)
-    problems.append(
-        "annotation ids that were missing, equal, zero or negative have been numbered anew for scoring: pycocotools "
+    notes.append(
+        "annotation ids that were missing, equal, zero or negative have been renumbered for scoring: pycocotools "
         "counts an object with id 0 as never found"
     )
     return np.arange(1, len(ids) + 1, dtype=np.int64)
