@@ -21,8 +21,6 @@ from tessella.errors import UserError
 from tessella.evaluation.plan import Source, Task
 from tessella.protocols import DetectionData, EvalData, MultiLabelData, SegmentationData
 from tessella.protocols.duplicates import DuplicatesConfig, duplicates
-from tessella.protocols.features import ImageData
-from tessella.protocols.lowshot import ChosenImages
 from tessella.run.config import to_dict
 
 _PAIRS = 12  # near-copies that a record names
@@ -45,7 +43,7 @@ class Shelf:
         self.device, self.workers, self.batch_size = device, workers, batch_size
         self._sets: dict[tuple[Any, ...], Any] = {}
         self._made: dict[tuple[Any, ...], Data] = {}
-        self._copies: dict[tuple[str, str], dict[str, Any] | None] = {}
+        self._copies: dict[tuple[str, str], dict[str, Any]] = {}
         self._said: set[str] = set()
 
     def data(self, task: Task, transform: EvalTransform) -> Data:
@@ -76,12 +74,11 @@ class Shelf:
         label_map = None if source.label_map is None else read_label_map(Path(source.label_map))
         return EvalData(train, test, transform, label_map=label_map, **shared)
 
-    def near_copies(self, data: Data) -> dict[str, Any] | None:
-        """How many test images are near-copies of train images, for the record; None where it cannot be seen."""
+    def near_copies(self, data: Data) -> dict[str, Any]:
+        """How many test images are near-copies of train images, for the record."""
         place = data.train.fingerprint, data.test.fingerprint
         if place not in self._copies:
-            images = _plain(data, self.batch_size)
-            self._copies[place] = None if images is None else duplicates(None, images, DuplicatesConfig(listed=_PAIRS))
+            self._copies[place] = duplicates(None, data, DuplicatesConfig(listed=_PAIRS))
         return self._copies[place]
 
     def _warn(self, text: str) -> None:
@@ -101,17 +98,6 @@ class Shelf:
             self._sets[place] = opener(name, split, task.source)
             _tell_unreadable(self._sets[place])
         return self._sets[place]
-
-
-def _plain(data: Data, batch_size: int) -> ImageData | None:
-    """The images of an evaluation without what is known about them."""
-    if isinstance(data, ImageData):
-        return data
-    if isinstance(data, SegmentationData):
-        return None
-    train, test = ChosenImages(data.train), ChosenImages(data.test)
-    options: dict[str, Any] = {"device": data.device, "workers": data.workers, "batch_size": batch_size}
-    return ImageData(train, test, EvalTransform.of(32), cache=cache_folder(), **options)
 
 
 def _tell_unreadable(images: Any) -> None:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tessella import dist, files
+from tessella import dist
 from tessella.console import note
 from tessella.data.sources import ImageSet
 from tessella.data.transform import Interpolation
@@ -36,6 +36,7 @@ from tessella.protocols import EvalData, Protocol, protocol_of, record_name
 from tessella.protocols.clustering import score_assignments
 from tessella.protocols.duplicates import DuplicatesConfig
 from tessella.protocols.features import ImageData, frozen
+from tessella.protocols.scoring import save_predictions
 from tessella.run.config import to_dict
 from tessella.run.folder import versions
 from tessella.weights.resolve import Loaded, random_twin, resolve_backbone, weights_sha256
@@ -70,29 +71,10 @@ def evaluate(
 ) -> list[Record]:
     """Score a backbone by some protocols; the images pass through it once for all that need its features.
 
-    Under torchrun the ranks share the work, and every rank returns the same records. A method that clusters
-    is also scored by its own assignments, whenever clustering is asked for.
-
-    Args:
-        backbone: a run folder, a weights file, random:NETWORK, or one already loaded.
-        train: images to learn from, or their name; what must be known about them, the protocols say.
-        test: images to be judged on, or their name.
-        data: instead of both, a file that says which data serve which protocol; see `plan`.
-        label_map: file of classes that count instead of the images' own; see `data.label_map`.
-        images: of COCO files that do not lie near them: their folder or archive.
-        protocols: names as in `protocols.default_config`, configs of protocols, or "all" for the quick ones that the
-            data allow. Default: all with `data`, else kNN, linear, few labels and clustering.
-        out: folder of `evaluation.json` and `predictions/`; records of other questions stay.
-        baseline: add the scores of the same network at random init to each record.
-        supervised: a second backbone to compare with, for example torchvision:resnet50.
-        device: auto, cpu, cuda or mps.
-        workers: decoding threads; default: the cores at hand.
-        seed: of every random choice of the protocols, and of the random init.
-        seeds: trainings of each protocol that trains a network, from `seed` on; default: as its setting says.
-        image_size: pixels of the evaluated crop; default: the run's.
-        interpolation: bilinear or bicubic, for every backbone; default: each network's own.
-        batch_size: images per forward pass of a rank.
-        again: ask anew what the file of `out` has answered.
+    Arguments are those of `tessella.evaluate`; `backbone`, `train` and `test` may also be what is loaded or open
+    already, and `protocols` configs of protocols. Under torchrun the ranks share the work, and every rank returns the
+    same records. A method that clusters is also scored by its own assignments, whenever clustering is asked for.
+    Everything is checked before the first protocol runs and before anything is written.
 
     Returns:
         One record per protocol, and per seed where each is a training of its own: protocol, changed (from the
@@ -114,13 +96,11 @@ def evaluate(
     source = None if file else Source(train, test, None if label_map is None else str(label_map), images)
     tasks = plan(protocols, source, file, seed=seed, seeds=seeds)
     on = join_ranks(device)
-    with Watch(_RANK_TIMEOUT, "The same command goes on after the last record"), _full_float32():
+    with Watch(_RANK_TIMEOUT, "The same command continues after the last record"), _full_float32():
         with dist.shared_errors():
-            loaded = (
-                backbone
-                if isinstance(backbone, Loaded)
-                else resolve_backbone(backbone, image_size=image_size, seed=seed)
-            )
+            loaded = backbone
+            if not isinstance(loaded, Loaded):
+                loaded = resolve_backbone(loaded, image_size=image_size, seed=seed)
             loaded = _resized(loaded, interpolation)
             others: dict[str, Callable[[int], _Judged]] = {}
             if baseline:
@@ -128,10 +108,11 @@ def evaluate(
             if supervised is not None:
                 second = _Judged.of(_resized(resolve_backbone(supervised, image_size=image_size), interpolation))
                 others["supervised"] = lambda one: second
-        tasks += _own_clusters(loaded, tasks)
-        with RecordFile.opened(out) as records:
-            shelf = Shelf(on, workers or cores_at_hand(), batch_size)
-            return _Judging(records, shelf, _Judged.of(loaded), others, again).answers(tasks)
+        shelf = Shelf(on, workers or cores_at_hand(), batch_size)
+        judging = _Judging(RecordFile.read(out), shelf, _Judged.of(loaded), others, again)
+        possible = judging.check(tasks + _own_clusters(loaded, tasks))
+        with RecordFile.opened(out) as judging.records:
+            return judging.answers(possible)
 
 
 def score(loaded: Loaded, data: EvalData, configs: Sequence[Any], seed: int) -> list[Record]:
@@ -159,57 +140,40 @@ class _Judged(NamedTuple):
         return cls(loaded, weights_sha256(loaded.backbone))
 
 
+@dataclass
 class _Judging:
     """Tasks on one shelf of data, answered into one file."""
 
-    def __init__(
-        self,
-        records: RecordFile,
-        shelf: Shelf,
-        judged: _Judged,
-        others: Mapping[str, Callable[[int], _Judged]],
-        again: bool,
-    ) -> None:
-        """Prepare.
+    records: RecordFile  # what was answered before, and where answers go
+    shelf: Shelf
+    judged: _Judged  # the backbone in question
+    others: Mapping[str, Callable[[int], _Judged]]  # part of a record -> for a seed, the backbone that it is about
+    again: bool  # ask what was answered before
 
-        Args:
-            records: what was answered before, and where answers go.
-            shelf: opens data.
-            judged: the backbone in question.
-            others: part of a record -> for a seed, the backbone whose figures stand there.
-            again: ask what was answered before.
-        """
-        self.records, self.shelf, self.judged, self.others, self.again = records, shelf, judged, others, again
-
-    def answers(self, tasks: Sequence[Task]) -> list[Record]:
-        """One record per task that the data allow; those that were asked for by name must be among them.
-
-        Everything is checked before the first protocol runs.
-        """
+    def check(self, tasks: Sequence[Task]) -> list[Task]:
+        """The tasks that the data allow, opened and checked; those asked for by name must be among them."""
         possible, known = [], []
         for task in tasks:
             with _leaving_out(task):
-                answered = self._check(task)
+                data = self.shelf.data(task, self.judged.loaded.transform)
+                if self._known(_question(task, self.judged, data)) is not None:
+                    known.append(task.name)
+                elif task.protocol.check is not None:
+                    task.protocol.check(data, task.config)
                 possible.append(task)
-                known += [task.name] if answered else []
         if not possible:
             raise UserError("the data allow none of these protocols: the lines above say why")
         if known:
             _say(f"already in {self.records.out}, not asked again (--again does): {', '.join(dict.fromkeys(known))}")
-        found = []
-        for number, task in enumerate(possible, 1):
-            with _leaving_out(task):
-                found.append(self._judge(task, f"({number} of {len(possible)})"))
-        return found
+        return possible
 
-    def _check(self, task: Task) -> bool:
-        """Refuse data that do not fit the protocol; whether the task was answered before."""
-        data = self.shelf.data(task, self.judged.loaded.transform)
-        if self._known(_question(task, self.judged, data)) is not None:
-            return True
-        if task.protocol.check is not None:
-            task.protocol.check(data, task.config)
-        return False
+    def answers(self, tasks: Sequence[Task]) -> list[Record]:
+        """One record per task; one that was not asked for by name is left out when its protocol refuses the data."""
+        records = []
+        for number, task in enumerate(tasks, 1):
+            with _leaving_out(task):
+                records.append(self._judge(task, f"({number} of {len(tasks)})"))
+        return records
 
     def _judge(self, task: Task, place: str) -> Record:
         """The task's record, with the figures of the other backbones beside it; each is written when it is there."""
@@ -219,8 +183,9 @@ class _Judging:
         if record is None:
             _say(f"{task.name} {place}")
             predictions = self.records.predictions(question)
-            answer = _answer(task, self.judged, data, question, self.records.out, predictions)
-            record = dist.broadcast_object(answer | {"near_copies": self.shelf.near_copies(data)})
+            answer = _answer(task, self.judged, data, question, self.records.folder(predictions))
+            answer |= {"predictions": predictions, "near_copies": self.shelf.near_copies(data)}
+            record = dist.broadcast_object(answer)
             self.records.put(record)
         for part, other in self.others.items():
             if not isinstance(task.config, _ALONE):
@@ -232,15 +197,13 @@ class _Judging:
         """Put another backbone's figures into the record, under the name `part`."""
         data = self.shelf.data(task, other.loaded.transform)
         own = {"network": to_dict(other.loaded.config), "weights": other.weights, "transform": transform_of(data)}
-        found = None if self.again else self.records.find_part(identity(record | own))
-        if found is None:
+        answer = None if self.again else self.records.find_part(identity(record | own))
+        if answer is None:
             _say(f"{task.name} of {other.loaded.name}")
-            start = time.perf_counter()
-            place = record.get("predictions")
-            data.predictions = self.records.folder(f"{place}/{_FOLDERS[part]}") if place else None
-            scores = finite(task.protocol.function(other.loaded.backbone, data, task.config))
-            found = dist.broadcast_object({"scores": scores, "seconds": round(time.perf_counter() - start, 3)})
-        record[part] = found | own | {"name": other.loaded.name}
+            predictions = record.get("predictions")
+            folder = self.records.folder(f"{predictions}/{_FOLDERS[part]}") if predictions else None
+            answer = dist.broadcast_object(_scores(task, other, data, folder))
+        record[part] = answer | own | {"name": other.loaded.name}
         self.records.write()
 
     def _known(self, question: Record) -> Record | None:
@@ -289,8 +252,6 @@ def _score_own(method: Method, backbone: nn.Module, data: EvalData, config: _Own
     present, labels = features.labels.unique(return_inverse=True)
     found = assign(method, features.x, data.device)
     if data.predictions is not None:
-        from tessella.protocols.scoring import save_predictions
-
         columns = {"label": [data.classes[i] for i in features.labels.tolist()], "cluster": found.tolist()}
         save_predictions(data.predictions, "own-clusters", data.test, features.rows, columns)
     scores = score_assignments(found, labels, method.clusters)
@@ -320,43 +281,35 @@ def _question(task: Task, judged: _Judged, data: Data) -> Record:
     }
 
 
-def _answer(
-    task: Task, judged: _Judged, data: Data, question: Record, out: Path | None = None, predictions: str | None = None
-) -> Record:
-    """The scores with everything that they depend on.
+def _answer(task: Task, judged: _Judged, data: Data, question: Record, folder: Path | None = None) -> Record:
+    """The scores with everything that they depend on; predictions go to `folder`."""
+    answer = _scores(task, judged, data, folder)
+    return (
+        {"protocol": task.name, "version": task.config.version, "scores": answer["scores"]}
+        | question
+        | {
+            "changed": task.changed,
+            "kind": task.kind,
+            "backbone": judged.loaded.name,
+            "train": described(data, "train"),
+            "test": described(data, "test"),
+            "device": torch.cuda.get_device_name(data.device) if data.device.type == "cuda" else data.device.type,
+            "ranks": dist.world_size(),
+            "warnings": list(getattr(data, "warnings", ())),
+            "libraries": versions(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": answer["seconds"],
+        }
+    )
 
-    Args:
-        task: what to run.
-        judged: on which backbone.
-        data: of the task.
-        question: as `_question` says it.
-        out: folder of the evaluation.
-        predictions: folder below it for what is predicted.
-    """
+
+def _scores(task: Task, judged: _Judged, data: Data, folder: Path | None) -> Record:
     start = time.perf_counter()
-    if out is not None and predictions is not None:
-        files.refuse_link(out / predictions, inside=out)
-        data.predictions = out / predictions
-    else:
-        data.predictions = None
+    data.predictions = folder
     if isinstance(data, ImageData):
         data.title = task.name
     scores = finite(task.protocol.function(judged.loaded.backbone, data, task.config))
-    facts = {
-        "changed": task.changed,
-        "kind": task.kind,
-        "backbone": judged.loaded.name,
-        "train": described(data, "train"),
-        "test": described(data, "test"),
-        "device": torch.cuda.get_device_name(data.device) if data.device.type == "cuda" else data.device.type,
-        "ranks": dist.world_size(),
-        "warnings": list(getattr(data, "warnings", ())),
-        "libraries": versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - start, 3),
-        "predictions": predictions,
-    }
-    return {"protocol": task.name, "version": task.config.version, "scores": scores} | question | facts
+    return {"scores": scores, "seconds": round(time.perf_counter() - start, 3)}
 
 
 def _say(text: str) -> None:

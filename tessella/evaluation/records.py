@@ -33,26 +33,37 @@ def identity(record: Record) -> str:
 
 
 class RecordFile:
-    """`evaluation.json` of a folder; without one, records are only held.
+    """`evaluation.json` of a folder; without one, records are only held."""
 
-    Raises:
-        UserError: the folder cannot be used, or holds something else of that name.
-    """
+    def __init__(self, out: Path | None, records: list[Record]) -> None:
+        self.out, self.records = out, records
 
-    def __init__(self, out: Path | None) -> None:
-        self.out = out
-        self.records = [] if out is None else read_records(out)
+    @classmethod
+    def read(cls, out: Path | None) -> Self:
+        """What the folder holds now, the same on every rank; nothing is written.
+
+        Raises:
+            UserError: the folder cannot be used, holds something else of that name, or another evaluation writes there.
+        """
+        records: list[Record] = []
+        with dist.shared_errors():
+            if out is not None and dist.rank() == 0:
+                if (out / LOCK).exists():
+                    with only_writer(out, LOCK):
+                        pass
+                records = read_records(out)
+        return cls(out, dist.broadcast_object(records))
 
     @classmethod
     @contextmanager
     def opened(cls, out: Path | None) -> Iterator[Self]:
-        """The file of a folder in which no other evaluation writes as long as the block runs; the same on every rank.
+        """The file of a folder in which no other evaluation writes as long as the block runs.
 
         Args:
             out: the folder, made if it is missing; None for none.
 
         Raises:
-            UserError: as above, or another evaluation writes there.
+            UserError: as `read`.
         """
         with ExitStack() as held:
             with dist.shared_errors():
@@ -60,9 +71,8 @@ class RecordFile:
                     _make(out)
                     held.enter_context(only_writer(out, LOCK))
                     files.remove_unfinished(out, older_than=_ABANDONED)  # a run may be writing there
-                file = cls(out if dist.rank() == 0 else None)
-            file.out, file.records = out, dist.broadcast_object(file.records)
-            yield file
+                records = read_records(out) if out is not None and dist.rank() == 0 else []
+            yield cls(out, dist.broadcast_object(records))
             dist.barrier()  # no rank goes on before the file is complete
 
     def find(self, asked: str) -> Record | None:
@@ -97,13 +107,13 @@ class RecordFile:
         names = (f"predictions/{record['protocol']}" + (f"-{i}" if i > 1 else "") for i in range(1, len(taken) + 2))
         return next(name for name in names if name not in taken)
 
-    def folder(self, place: str) -> Path | None:
+    def folder(self, place: str | None) -> Path | None:
         """The folder that a record names; the record may come from somebody else.
 
         Raises:
             UserError: it leads out of `out`, or a folder on the way is a link.
         """
-        if self.out is None:
+        if self.out is None or place is None:
             return None
         files.refuse_link(self.out / place, inside=self.out)
         return self.out / place

@@ -12,9 +12,12 @@ from typing import Annotated, Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tessella.data.index import cache_folder
 from tessella.data.transform import EvalTransform
 from tessella.ops.near_copies import CUTS, SIDE, near_copies, signatures, threshold_for
+from tessella.protocols.dense import DenseData
 from tessella.protocols.features import ImageData
+from tessella.protocols.lowshot import ChosenImages
 from tessella.protocols.protocol import Protocol
 from tessella.ranges import NonNegativeInt, Range
 
@@ -47,7 +50,9 @@ class Signatures(nn.Module):
         return signatures(F.interpolate(gray, (SIDE, SIDE), mode="bilinear", antialias=True)[:, 0]).flatten(1)
 
 
-def duplicates(backbone: nn.Module | None, data: ImageData, config: DuplicatesConfig) -> dict[str, Any]:
+def duplicates(
+    backbone: nn.Module | None, data: ImageData | DenseData[Any], config: DuplicatesConfig
+) -> dict[str, Any]:
     """Compare every test image with every train image.
 
     When both are the same images, an image is not its own copy.
@@ -62,6 +67,9 @@ def duplicates(backbone: nn.Module | None, data: ImageData, config: DuplicatesCo
         `near_duplicate_share`; `pairs`: those that are most alike, by name, with their similarity; `similarity`, from
         which on two images are called near-copies.
     """
+    if isinstance(data, DenseData):
+        sets = ChosenImages(data.train), ChosenImages(data.test)
+        data = ImageData(*sets, _SQUASHED, device=data.device, workers=data.workers, cache=cache_folder())
     train, test = (data.features(_SIGNATURES, split, _SQUASHED) for split in ("train", "test"))
     ours, theirs = (found.x.unflatten(1, (len(CUTS), -1)) for found in (test, train))
     least = threshold_for(theirs, data.device) if config.similarity is None else config.similarity
@@ -92,5 +100,6 @@ DUPLICATES = Protocol(
     DuplicatesConfig,
     duplicates,
     {"duplicates": DuplicatesConfig()},
+    kinds=("classes", "boxes", "masks"),
     quick={"classes": ("duplicates",)},
 )

@@ -28,6 +28,7 @@ from torch import nn
 from tessella import dist
 from tessella.data.boxes.layouts import AnnotatedImages
 from tessella.data.index import Index
+from tessella.data.masks.layouts import MaskedImages
 from tessella.data.sources import ImageSet
 from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
@@ -71,14 +72,13 @@ class MultiLabelData(ImageData):
 class ChosenImages(ImageSet):
     """The annotated ones among a folder's images, in their order."""
 
-    def __init__(self, annotated: AnnotatedImages) -> None:
-        all_images, self._order = annotated.images, np.argsort(annotated.rows, kind="stable")
-        self._all, self._rows = all_images, annotated.rows[self._order]
+    def __init__(self, annotated: AnnotatedImages | MaskedImages) -> None:
+        self._all, self._rows = annotated.images, np.sort(annotated.rows)
         if (np.diff(self._rows) == 0).any():
             raise UserError(f"{annotated.name} names an image twice: keep one of the lines")
-        keys = [all_images.key(int(row)) for row in self._rows]
+        keys = [self._all.key(int(row)) for row in self._rows]
         index = Index.of_arrays(keys, (1, 1), labels=None, classes=[], fingerprint=annotated.fingerprint)
-        index.sizes, index.ids = all_images.sizes[self._rows], all_images.ids[self._rows]
+        index.sizes, index.ids = self._all.sizes[self._rows], self._all.ids[self._rows]
         super().__init__(annotated.name, index, False)
 
     def read(self, row: int) -> bytes | NDArray[np.uint8]:  # noqa: D102

@@ -170,6 +170,14 @@ def test_train_and_test_without_a_common_class_are_refused():
         evaluate(loaded(), *sets, protocols=["clustering"], workers=1, device="cpu")
 
 
+def test_a_refused_evaluation_leaves_nothing_behind(tmp_path):
+    sets = named(30, list("abc")), named(24, list("xyz"), "other")
+    for out in (tmp_path / "new", tmp_path):
+        with pytest.raises(UserError, match="no class in common"):
+            evaluate(loaded(), *sets, protocols=["clustering"], workers=1, device="cpu", out=out)
+        assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
 def test_what_is_strange_about_the_classes_is_said_once_and_stands_in_the_record(capsys):
     sets = named(30, list("abc")), named(24, list("abd"), "other")
     records = evaluate(loaded(), *sets, protocols=["knn", "clustering"], workers=1, device="cpu")
@@ -199,6 +207,20 @@ def test_near_copies_of_train_images_are_counted_beside_every_score(tmp_path):
     copies = records_in(tmp_path)[0]["near_copies"]
     assert copies == record["near_copies"] and copies["near_duplicates"] == 2
     assert [pair["test"] for pair in copies["pairs"]] == [test.key(3), test.key(11)]
+
+
+def test_near_copies_among_images_with_masks_are_found_too(tmp_path):
+    random = np.random.default_rng(0)
+    pixels, masks = random.integers(0, 256, (12, 32, 32, 3), np.uint8), np.zeros((12, 32, 32), np.uint8)
+    masks[:, :16] = 1
+    pixels[8] = pixels[2]
+    train, test = (
+        ArrayMasks(name, pixels[rows], masks[rows], ["a", "b"])
+        for name, rows in (("train", slice(0, 6)), ("test", slice(6, 12)))
+    )
+    (record,) = evaluate(TINY_RESNET, train, test, protocols=["duplicates"], workers=1, device="cpu")
+    assert record["kind"] == "masks" and record["scores"]["near_duplicates"] == 1
+    assert [pair["test"] for pair in record["near_copies"]["pairs"]] == [test.keys[2]]
 
 
 def test_images_may_be_resized_by_another_rule():

@@ -36,21 +36,31 @@ class MaskedImages:
 
     Attributes:
         name: as given, with the split.
+        images: the set that holds the images.
+        rows: (N,) row of `images` of each image.
         keys: (N,) names within the split, '/' between folders, without suffix.
         ids: (N,) int64, stable, distinct, non-negative.
         sizes: (N, 2) int32 width and height in pixels of images and masks.
         classes: names in the order of the mask's numbers; None where nothing but the masks tells how many there are.
         unreadable: (key, reason) of what belongs to the split and cannot be read.
-        fingerprint: changes when an image or mask comes, goes, is renamed or encoded anew.
+        fingerprint: changes when an image or mask comes, goes, is renamed or encoded again.
     """
 
-    name: str
-    keys: list[str]
-    ids: NDArray[np.int64]
-    sizes: NDArray[np.int32]
-    classes: list[str] | None
-    unreadable: list[tuple[str, str]]
     fingerprint: str
+
+    def __init__(
+        self,
+        name: str,
+        images: ImageSet,
+        rows: NDArray[np.int64],
+        keys: list[str],
+        classes: list[str] | None,
+        meaning: Meaning,
+    ) -> None:
+        self.name, self.images, self.rows, self.keys = name, images, rows, keys
+        self.classes, self.meaning = classes, meaning
+        self.ids, self.sizes = images.ids[rows], images.sizes[rows]
+        self.unreadable: list[tuple[str, str]] = []
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -61,7 +71,7 @@ class MaskedImages:
         Raises:
             Unreadable: the image cannot be read or decoded whole.
         """
-        raise NotImplementedError
+        return self.images.image(int(self.rows[row]))
 
     def mask(self, row: int) -> NDArray[np.uint8]:
         """The class of every pixel, (height, width) uint8: a number below `len(classes)`, or `IGNORE`.
@@ -70,6 +80,21 @@ class MaskedImages:
             Unreadable: the mask cannot be read or decoded whole.
             UserError: it is not a mask of this image, or holds a value that is no class; names file and value.
         """
+        values, (image, name) = self.stored(row), self.source_names(row)
+        width, height = (int(side) for side in self.sizes[row])
+        if values.shape != (height, width):
+            raise UserError(
+                f"the mask {name} has {values.shape[1]} x {values.shape[0]} pixels and its image {image}, upright, "
+                f"{width} x {height}: a mask needs a pixel for every pixel of its image"
+            )
+        count, table, accepted = IGNORE if self.classes is None else len(self.classes), *self.meaning[1:]
+        if table is None:
+            table = np.where((count > _ANY) | (_ANY == IGNORE), _ANY, -1)
+        accepted = accepted or f"0 to {count - 1} for the classes and 255 for pixels that do not count"
+        return _to_classes(values, table, name, accepted)
+
+    def stored(self, row: int) -> NDArray[np.integer]:
+        """The numbers of a mask as they are stored."""
         raise NotImplementedError
 
     def source_names(self, row: int) -> tuple[str, str]:
@@ -99,76 +124,56 @@ class ArrayMasks(MaskedImages):
         classes: list[str],
         keys: list[str] | None = None,
     ) -> None:
-        self._images = ArrayImages(name, images, keys=keys)
-        self._masks = np.asarray(masks)
-        if self._masks.shape != np.asarray(images).shape[:3] or self._masks.dtype != np.uint8:
+        held, self._masks = ArrayImages(name, images, keys=keys), np.asarray(masks)
+        shape = np.asarray(images).shape[:3]
+        if self._masks.shape != shape or self._masks.dtype != np.uint8:
             raise UserError(
-                f"masks of {name} are an array of {self._masks.dtype} {self._masks.shape}: give uint8 "
-                f"{np.asarray(images).shape[:3]}, one class number per pixel"
+                f"masks of {name} are an array of {self._masks.dtype} {self._masks.shape}: give uint8 {shape}, one "
+                "class number per pixel"
             )
-        self.name, self.classes, self.unreadable = name, list(classes), []
-        self.keys = [self._images.key(row) for row in range(len(self._images))]
-        self.ids, self.sizes = self._images.ids, self._images.sizes
-        digest = hashlib.sha256(self._images.fingerprint.encode())
+        all_keys = [held.key(row) for row in range(len(held))]
+        super().__init__(name, held, np.arange(len(held)), all_keys, list(classes), Meaning())
+        digest = hashlib.sha256(held.fingerprint.encode())
         for mask in self._masks:
             digest.update(mask.tobytes())
         self.fingerprint = digest.hexdigest()
 
-    def image(self, row: int) -> NDArray[np.uint8]:  # noqa: D102
-        return self._images.image(row)
-
-    def mask(self, row: int) -> NDArray[np.uint8]:  # noqa: D102
-        table = _identity(self.classes)
-        return _to_classes(self._masks[row], table, f"{self.name}, mask {self.keys[row]}", _accepted(self.classes))
+    def stored(self, row: int) -> NDArray[np.integer]:  # noqa: D102
+        return self._masks[row]
 
 
 class FileMasks(MaskedImages):
-    """Images and masks that are files of one folder or archive."""
+    """Images and masks that are files of one folder or archive.
+
+    Args:
+        name: for reports.
+        files: holds images and masks.
+        pairs: key -> (row of the image, row of the mask).
+        meaning: of the masks' values.
+        classes: names, or None.
+    """
 
     def __init__(
         self, name: str, files: ImageSet, pairs: dict[str, tuple[int, int]], meaning: Meaning, classes: list[str] | None
     ) -> None:
-        """Keep the pairs.
-
-        Args:
-            name: for reports.
-            files: holds images and masks.
-            pairs: key -> (row of the image, row of the mask).
-            meaning: of the masks' values.
-            classes: names, or None.
-        """
-        self.name, self.classes, self.unreadable = name, classes, []
-        self.keys = sorted(pairs)
-        self._files, self._meaning = files, meaning
-        self._rows = np.array([pairs[key] for key in self.keys], dtype=np.int64).reshape(-1, 2)
-        self.ids, self.sizes = files.ids[self._rows[:, 0]], files.sizes[self._rows[:, 0]]
+        keys = sorted(pairs)
+        self._pairs = np.array([pairs[key] for key in keys], dtype=np.int64).reshape(-1, 2)
+        super().__init__(name, files, self._pairs[:, 0], keys, classes, meaning)
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
         """Of names, encoded sizes, pixel sizes and classes."""
-        digest = hashlib.sha256(json.dumps([self.keys, self.classes, self._meaning.name]).encode())
-        for column in (self._files.index.byte_sizes[self._rows], self._files.sizes[self._rows.ravel()]):
+        digest = hashlib.sha256(json.dumps([self.keys, self.classes, self.meaning.name]).encode())
+        for column in (self.images.index.byte_sizes[self._pairs], self.images.sizes[self._pairs.ravel()]):
             digest.update(np.ascontiguousarray(column, dtype="<i8").tobytes())
         return digest.hexdigest()
 
-    def image(self, row: int) -> NDArray[np.uint8]:  # noqa: D102
-        return self._files.image(int(self._rows[row, 0]))
-
-    def mask(self, row: int) -> NDArray[np.uint8]:  # noqa: D102
-        stored = self._files.read(int(self._rows[row, 1]))
-        image, name = self.source_names(row)
-        values = decode_mask(stored, name) if isinstance(stored, bytes) else stored
-        width, height = (int(side) for side in self.sizes[row])
-        if values.shape != (height, width):
-            raise UserError(
-                f"the mask {name} has {values.shape[1]} x {values.shape[0]} pixels and its image {image}, upright, "
-                f"{width} x {height}: a mask needs a pixel for every pixel of its image"
-            )
-        table = _identity(self.classes) if self._meaning.table is None else self._meaning.table
-        return _to_classes(values, table, f"the mask {name}", self._meaning.accepted or _accepted(self.classes))
+    def stored(self, row: int) -> NDArray[np.integer]:  # noqa: D102
+        encoded = self.images.read(int(self._pairs[row, 1]))
+        return decode_mask(encoded, self.source_names(row)[1]) if isinstance(encoded, bytes) else encoded
 
     def source_names(self, row: int) -> tuple[str, str]:  # noqa: D102
-        image, mask = (self._files.key(int(number)) for number in self._rows[row])
+        image, mask = (self.images.key(int(number)) for number in self._pairs[row])
         return shown(image), shown(mask)
 
 
@@ -223,18 +228,6 @@ def _stretch(encoded: bytes) -> int:
     return {2: 85, 4: 17}.get(encoded[24], 1) if gray_png else 1
 
 
-def _identity(classes: list[str] | None) -> NDArray[np.int16]:
-    table = _ANY.copy()
-    if classes is not None:
-        table[len(classes) : IGNORE] = -1
-    return table
-
-
-def _accepted(classes: list[str] | None) -> str:
-    last = IGNORE - 1 if classes is None else len(classes) - 1
-    return f"0 to {last} for the classes and 255 for pixels that do not count"
-
-
 def _to_classes(values: NDArray[np.integer], table: NDArray[np.int16], name: str, accepted: str) -> NDArray[np.uint8]:
     """Look every stored value up; -1 in the table is no class."""
     counts = np.bincount(values.ravel()) if int(values.min(initial=0)) >= 0 else np.zeros(0, dtype=np.int64)
@@ -243,7 +236,7 @@ def _to_classes(values: NDArray[np.integer], table: NDArray[np.int16], name: str
     if len(wrong) or not len(counts):
         value = int(wrong[0]) if len(wrong) else int(values.min())
         raise UserError(
-            f"{shown(name)} holds the value {value} at {int((values == value).sum())} pixels, which is no class: "
-            f"accepted are {accepted}. Correct the mask, or name the class in classes.txt"
+            f"the mask {shown(name)} holds the value {value} at {int((values == value).sum())} pixels, which is no "
+            f"class: accepted are {accepted}. Correct the mask, or name the class in classes.txt"
         )
     return table.astype(np.uint8)[values]
