@@ -11,15 +11,16 @@ from markupsafe import Markup
 from tessella.text import printable
 
 
-def render(template: str, content: dict[str, Any]) -> str:
+def render(template: str, content: dict[str, Any], package: str = "tessella.report") -> str:
     """The text of a page.
 
     Args:
-        template: a file beside this one, in `templates`.
+        template: a file in the package's folder `templates`.
         content: all that it shows.
+        package: where the template is.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tessella.report"),
+        loader=jinja2.PackageLoader(package),
         autoescape=True,
         finalize=literal,
         undefined=jinja2.StrictUndefined,
