@@ -1,13 +1,13 @@
-"""The command line: words -> typed settings -> one engine call.
+"""The command line: words -> typed settings -> one call.
 
-Exit codes: 0 done; 2 something to change, said in one line; 75 interrupted by Ctrl-C or SIGTERM, and `tessella resume`
-goes on; 69 another rank was lost, and `tessella resume` goes on; 130 stopped where nothing was to be saved; 1 an
-internal error, with its traceback.
+Exit codes: 0 done; 2 an error that the user can correct, in one line; 75 interrupted by Ctrl-C or SIGTERM, `tessella
+resume` continues; 69 another rank was lost, `tessella resume` continues; 130 stopped where there was nothing to save;
+1 an internal error, with its traceback.
 
-Standard output and standard error may be closed, on a full disk, or a pipe whose reader has ended: work that goes into
-files is done all the same. Where the text itself is the result, a full disk is exit code 2.
+Standard output and standard error may be closed, on a full disk, or a pipe whose reader has ended: a command that
+writes files finishes all the same. Where the text is the result, a full disk is exit code 2.
 
-`tessella --help` answers at once: torch, tyro and all that needs them are imported within the commands.
+`tessella --help` must be quick: torch, tyro and everything that needs them are imported within the commands.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _SHOWN_UNREADABLE = 20  # files that `scan` lists with their reason
 
 
 class Command(NamedTuple):
-    """One row of the table of commands: its words in short, what it does, and who takes them."""
+    """One row of the table of commands."""
 
-    usage: str
+    usage: str  # its words in short
     summary: str
-    run: Callable[[list[str]], int]
+    run: Callable[[list[str]], int]  # words -> exit code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(f"cannot write to standard output: {lost.strerror}")
             code = EXIT_USER_ERROR
     for stream in (out, errors):
-        if stream.error is not None:  # else the interpreter fails at the same text when it ends
+        if stream.error is not None:  # otherwise the interpreter fails at the same text when it ends
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
@@ -84,7 +84,7 @@ def _exit_code(words: list[str]) -> int:
     except UserError as error:
         _say(str(error))
         return EXIT_USER_ERROR
-    except OSError as error:  # of the system, about a file that the user has named or that ought to be usable
+    except OSError as error:  # about a file that the user has named, or that should be usable
         _say(_about_file(error))
         return EXIT_USER_ERROR
     except (MemoryError, RuntimeError) as error:
@@ -92,7 +92,7 @@ def _exit_code(words: list[str]) -> int:
             raise
         _say("the machine has less memory than this needs: give a smaller network, or fewer images at a time")
         return EXIT_USER_ERROR
-    except RankLost:  # each rank has said it
+    except RankLost:  # each rank has printed it
         return EXIT_RANK_LOST
     except SystemExit as stop:  # after a command's help
         return stop.code if isinstance(stop.code, int) else 0
@@ -102,7 +102,7 @@ def _exit_code(words: list[str]) -> int:
 
 
 def _about_file(error: OSError) -> str:
-    """What the system says, about which file, and what to look at."""
+    """The system's reason, the file, and what to check."""
     reason = error.strerror or str(error) or type(error).__name__
     if error.filename is None:
         return f"the system refuses: {reason}"
@@ -113,8 +113,8 @@ def _about_file(error: OSError) -> str:
 def program() -> NoReturn:
     """`main` as the program that people start.
 
-    One that was stopped ends without the interpreter's own clean-up, in which libraries that were half loaded have been
-    seen to crash, and which may wait for a rank that is lost.
+    If it was stopped, it ends without the interpreter's clean-up: there, libraries that were half loaded have crashed,
+    and a thread may wait for a lost rank.
     """
     _open_closed_descriptors()
     code = main()
@@ -127,7 +127,8 @@ def program() -> NoReturn:
 def _open_closed_descriptors() -> None:
     """Point closed standard descriptors at /dev/null.
 
-    Otherwise the next file that is opened, such as a checkpoint, gets a closed one's number, and what a library prints.
+    Otherwise the next file that is opened, such as a checkpoint, gets the number of a closed one, and with it what
+    libraries print.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -186,37 +187,44 @@ def pretrain(words: list[str]) -> int:
     start = recipe(name)
     if not start.data:
         start = dataclasses.replace(start, data=tyro.MISSING_NONPROP)  # a setting that must be given
-    options = dataclasses.make_dataclass(
-        "Options",
-        [
-            ("out", Annotated[Path, tyro.conf.arg(help="run folder; missing or empty")]),
-            ("config", Annotated[type(start), tyro.conf.arg(name="")], start),
-        ],
-    )
-    options.__doc__ = "Train a backbone on unlabelled images. What is not given is as in the recipe."
-    given = _parse("pretrain", options, rest, prog=f"tessella pretrain {name}")
-    out, config = given.out, given.config
+    out = ("out", Annotated[Path, tyro.conf.arg(help="run folder; missing or empty")])
+    doc = "Train a backbone on unlabelled images. What is not given is as in the recipe."
+    options = _parse_settings("pretrain", start, out, rest, doc, prog=f"tessella pretrain {name}")
+    config: RunConfig = options.config
     if config.recipe != name:
         raise UserError(f"--recipe {config.recipe} contradicts the first word, {name}: leave --recipe out")
     if not any(word.startswith("--optimizer.lr") for word in rest):
-        _tell_batch_rule(recipe(name), config)
-    return _until_done(out, lambda: train(config, out))
+        _show_batch_rule(recipe(name), config)
+    return _until_done(options.out, lambda: train(config, options.out))
 
 
-def _tell_batch_rule(made: RunConfig, given: RunConfig) -> None:
-    """What a recipe's rule for another batch size says beyond what was given; nothing is scaled unasked."""
-    if (given.batch_size, given.accumulate) == (made.batch_size, made.accumulate) or _rank():
+def _parse_settings(
+    command: str, start: RunConfig, option: tuple[Any, ...], words: list[str], doc: str, prog: str | None = None
+) -> Any:
+    """Any field of a run, and one further option: an object with `config` and that option."""
+    import tyro
+
+    config = ("config", Annotated[type(start), tyro.conf.arg(name="")], start)
+    options = dataclasses.make_dataclass("Options", [option, config], kw_only=True)
+    options.__doc__ = doc
+    return _parse(command, options, words, prog=prog)
+
+
+def _show_batch_rule(original: RunConfig, config: RunConfig) -> None:
+    """What the recipe's rule for another batch size would change besides; nothing is scaled automatically."""
+    if (config.batch_size, config.accumulate) == (original.batch_size, original.accumulate) or place().rank:
         return
     from tessella.recipes.batch import at_batch_size, flags
 
-    chosen = flags(made, given)
-    rule = flags(made, at_batch_size(made, given.batch_size, given.accumulate))
+    chosen = flags(original, config)
+    rule = flags(original, at_batch_size(original, config.batch_size, config.accumulate))
     words = [flag for name, flag in rule.items() if name not in chosen]
     if words and "optimizer.name" not in chosen:
-        size = f"{given.batch_size}" + (f" in {given.accumulate} parts" if given.accumulate > 1 else "")
+        size = f"{config.batch_size}" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
         _say(
-            f"note: {made.recipe} is made for batches of {made.batch_size}, and nothing is scaled unasked; for {size} "
-            f"its rule would add {' '.join(words)} (`tessella recipes {made.recipe}` says why)"
+            f"note: {original.recipe} is made for batches of {original.batch_size}, and nothing is scaled "
+            f"automatically; for {size} its rule would add {' '.join(words)} (`tessella recipes {original.recipe}` "
+            "explains it)"
         )
 
 
@@ -234,49 +242,37 @@ example --epochs 3 --method.temperature 0.2; `tessella pretrain RECIPE --help` s
 
 
 def resume(words: list[str]) -> int:
-    """Go on with a run: RUN, and what may change about its execution."""
+    """Continue a run: RUN, and settings that may change."""
     if any(word in _HELP for word in words):
         print(_resume_help())
         return 0
     name, rest = _first_word("resume", "RUN", words)
-    return _until_done(Path(name), lambda: _go_on(Path(name), rest))
+    return _until_done(Path(name), lambda: _continue(Path(name), rest))
 
 
-def _go_on(run: Path, words: list[str]) -> None:
+def _continue(run: Path, words: list[str]) -> None:
     from tessella.run.lock import refuse_second_writer
 
     _require_run(run)  # both at once, before torch is imported
     refuse_second_writer(run)
-    from tessella.engine.pretrain import resume as go_on
+    import tyro
+
+    from tessella.engine.pretrain import resume as train
     from tessella.run.config import different_fields, load_config
 
     saved = load_config(run / "config.yaml")
-    allow, words = _taken_out("--allow", words)
-    given = _parse("resume", type(saved), words, default=saved)
-    allow = [name.replace("-", "_") for name in allow]
-    changes = different_fields(saved, given)
-    for name in ("data", "init_from"):  # typed, even if as in config.yaml: then it may be downloaded
+    allow = ("allow", tyro.conf.UseAppendAction[tuple[str, ...]], ())
+    options = _parse_settings("resume", saved, allow, words, "Continue a run.")
+    changes = different_fields(saved, options.config)
+    for name in ("data", "init_from"):  # if given at all, even as in config.yaml: then it may be downloaded
         if any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in words):
-            changes[name] = getattr(given, name)
-    go_on(run, changes, allow=allow)
+            changes[name] = getattr(options.config, name)
+    train(run, changes, allow=[name.replace("-", "_") for name in options.allow])
 
 
 def _require_run(folder: Path) -> None:
     if not any((folder / name).is_file() for name in ("config.yaml", "import.json")):  # imported weights: said later
         raise UserError(f"{folder} is not a run folder: it has no config.yaml; give the --out of a run")
-
-
-def _taken_out(flag: str, words: list[str]) -> tuple[list[str], list[str]]:
-    """The values of a flag that may be given several times, and the words without them."""
-    values, rest, left = [], [], iter(words)
-    for word in left:
-        if word.startswith(f"{flag}="):
-            values.append(word.partition("=")[2])
-        elif word == flag:
-            values.append(next(left, ""))
-        else:
-            rest.append(word)
-    return values, rest
 
 
 def _resume_help() -> str:
@@ -289,20 +285,20 @@ def _resume_help() -> str:
     return f"""\
 usage: tessella resume {COMMANDS["resume"].usage}
 
-Go on exactly where the run stopped, from its newest valid checkpoint. How the run is executed may change:
+Continue a run exactly where it stopped, from its newest valid checkpoint. How it is executed may change:
 {free}
 
-What changes the result has to be allowed by name as well, as in `--epochs 300 --allow epochs`, on the command line as
-in config.yaml. All else stays as it was:
+What changes the result must also be allowed by name, as in `--epochs 300 --allow epochs`, also where it was changed in
+config.yaml:
 {flag}
 
-Images that were added, removed or encoded again since are noticed, and refused.
+All other settings are fixed. A run whose images were added, removed or encoded again since is refused.
 
-A run that --max-steps cut short goes on to its end with --max-steps None."""
+A run that --max-steps cut short continues to its end with --max-steps None."""
 
 
 def _until_done(run: Path, train: Callable[[], object]) -> int:
-    """Train, and say what to do next.
+    """Train, and print what to do next.
 
     Args:
         run: the run folder.
@@ -315,11 +311,11 @@ def _until_done(run: Path, train: Callable[[], object]) -> int:
         _say(f"{stop}; `tessella resume {name}` goes on")
         return EXIT_INTERRUPTED
     except KeyboardInterrupt as stop:
-        if not (run / "config.yaml").exists():  # nothing was begun that could be gone on with
+        if not (run / "config.yaml").exists():  # there is no run to resume
             raise
         _say(f"{str(stop) or 'stopped by Ctrl-C'}; `tessella resume {name}` goes on from what was saved last")
         return EXIT_INTERRUPTED
-    if _rank() == 0:
+    if place().rank == 0:
         print(printable(f"Written:    {run}, with backbone.safetensors and the figures of its steps in metrics.jsonl"))
         print(f"Evaluate it: tessella evaluate {name} --train LABELLED --test LABELLED --baseline --out {name}")
         print(f"Look at it:  tessella report {name}")
@@ -341,17 +337,17 @@ def recipes(name: str | None = None) -> None:
     print("\n".join(listing() if name is None else page(recipe(name))))
 
 
-def _show_scan(found: Any, given: dict[str, Any]) -> None:
-    print("\n".join(map(printable, found.lines(_SHOWN_UNREADABLE if sys.stdout.isatty() else None))))
+def _show_scan(scan: Any, given: dict[str, Any]) -> None:
+    print("\n".join(map(printable, scan.lines(_SHOWN_UNREADABLE if sys.stdout.isatty() else None))))
 
 
-def _show_bench(measured: Any, given: dict[str, Any]) -> None:
-    print("\n".join(measured.lines()))
+def _show_bench(bench: Any, given: dict[str, Any]) -> None:
+    print("\n".join(bench.lines()))
 
 
 def _show_pack(packed: Any, given: dict[str, Any]) -> None:
     print("\n".join(packed.lines(given["out"])))
-    _tell_written(given["out"], "" if packed.written else " (before, and whole)")
+    _show_written(given["out"], given, "" if packed.written else " (before, and whole)")
 
 
 def _show_evaluation(records: Any, given: dict[str, Any]) -> None:
@@ -359,33 +355,33 @@ def _show_evaluation(records: Any, given: dict[str, Any]) -> None:
 
     leave_ranks()
     page = given["out"] / "evaluation.html"
-    _tell_written(page, ", and evaluation.json, evaluation.md and predictions beside it")
+    _show_written(page, given, ", and evaluation.json, evaluation.md and predictions beside it")
 
 
 def _show_features(features: Any, given: dict[str, Any]) -> None:
     count, dim = features.x.shape
     skipped = f"; {len(features.skipped)} could not be read" if features.skipped else ""
-    _tell_written(given["out"], f" ({count} images, {dim} values each{skipped})")
+    _show_written(given["out"], given, f" ({count} images, {dim} values each{skipped})")
 
 
 def _show_import(official: Any, given: dict[str, Any]) -> None:
     from tessella.weights.imported import report_lines
 
-    print("\n".join(map(printable, report_lines(official))))
-    print()
-    _tell_written(given["out"])
+    print("\n".join(map(printable, report_lines(official))) + "\n")
+    _show_written(given["out"], given)
     name = shlex.quote(str(given["out"]))
     print(f"Evaluate it:  tessella evaluate {name} --train LABELLED --test LABELLED --out DIR")
     print(f"Train on it:  tessella pretrain RECIPE --data DATA --out RUN --init-from {name}")
 
 
-def _show_comparison(found: Any, given: dict[str, Any]) -> None:
+def _show_comparison(comparison: Any, given: dict[str, Any]) -> None:
     if given.get("out") is not None:
-        _tell_written(given["out"])
+        _show_written(given["out"], given)
 
 
-def _show_page(page: Path, given: dict[str, Any]) -> None:
-    _tell_written(page)
+def _show_written(path: Path, given: dict[str, Any], more: str = "") -> None:
+    if place().rank == 0:
+        print(printable(f"Written: {path}{more}"))
 
 
 # --- words --------------------------------------------------------------------------------------------------
@@ -402,8 +398,8 @@ def _derived(
     Args:
         name: of the function.
         words: its arguments that are given without a flag.
-        show: prints the result; also gets the arguments.
-        required: options that the command line wants although the function does not.
+        show: prints the result; it also gets the arguments.
+        required: options that are optional in Python only.
     """
 
     def run(given: list[str]) -> int:
@@ -417,7 +413,7 @@ def _derived(
         try:
             result = call()
         except Interrupted:
-            raise KeyboardInterrupt from None  # a demo's run could go on, but a demo begins again
+            raise KeyboardInterrupt from None  # the run of a demo could be resumed, but a demo starts again
         show(result, call.keywords)
         return 0
 
@@ -431,18 +427,17 @@ def _first_word(command: str, what: str, words: list[str]) -> tuple[str, list[st
     return words[0], words[1:]
 
 
-def _parse(command: str, target: Any, words: list[str], *, prog: str | None = None, default: Any = None) -> Any:
+def _parse(command: str, target: Any, words: list[str], prog: str | None = None) -> Any:
     """Typed settings from words.
 
     Args:
         command: for the usage in messages.
         target: a function or a dataclass; its docstring and comments are the help.
         words: the options.
-        prog: what the help calls the command.
-        default: of a dataclass.
+        prog: the command's name in the help.
 
     Returns:
-        The function with its arguments bound, ready to be called, or an instance of the dataclass.
+        The result of the function, or an instance of the dataclass.
 
     Raises:
         UserError: the words do not fit.
@@ -454,13 +449,8 @@ def _parse(command: str, target: Any, words: list[str], *, prog: str | None = No
     boxes = io.StringIO()  # tyro shows an error in a box of many lines; a user error is one line
     try:
         with contextlib.redirect_stderr(boxes):
-            return tyro.cli(
-                target,
-                prog=prog,
-                args=words,
-                default=tyro.MISSING_NONPROP if default is None else default,
-                config=(tyro.conf.AvoidSubcommands,),  # a run's method is its recipe's
-            )
+            # Without subcommands: a run's method is that of its recipe.
+            return tyro.cli(target, prog=prog, args=words, config=(tyro.conf.AvoidSubcommands,))
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
@@ -471,7 +461,7 @@ def _parse(command: str, target: Any, words: list[str], *, prog: str | None = No
 def _recording(
     function: Callable[..., Any], words: tuple[str, ...], required: tuple[str, ...]
 ) -> Callable[..., functools.partial[Any]]:
-    """What tyro may call: it binds the arguments and leaves the command to be run outside of the parser."""
+    """A function for tyro that only binds the arguments: the command is run outside of the parser."""
     import tyro
 
     def record(*args: Any, **kwargs: Any) -> functools.partial[Any]:
@@ -497,7 +487,7 @@ def _recording(
 
 
 def _in_one_line(box: str) -> str:
-    """What a box of tyro says, without its frame; its sections behind semicolons."""
+    """The text in a box of tyro; its sections are separated by semicolons."""
     lines = [line.strip(" │|") for line in box.splitlines()[1:-1]]
     words = " ".join(line if line.strip("─-") else ";" for line in lines).replace(" ;", ";")
     return words.partition("; For full helptext")[0].strip(" ;").rstrip(".")
@@ -506,28 +496,18 @@ def _in_one_line(box: str) -> str:
 # --- console ------------------------------------------------------------------------------------------------
 
 
-def _tell_written(path: Path, more: str = "") -> None:
-    if _rank() == 0:
-        print(printable(f"Written: {path}{more}"))
-
-
 def _say(text: str) -> None:
     """One line on standard error, once per machine: another machine's trouble may be its own."""
     if place().local_rank == 0:
-        who = f"tessella (rank {_rank()})" if _rank() else "tessella"
+        who = f"tessella (rank {place().rank})" if place().rank else "tessella"
         print(f"{who}: {printable(text)}", file=sys.stderr)
-
-
-def _rank() -> int:
-    """This process's rank; torch may not be loaded."""
-    return place().rank
 
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "[--out DIR] [--seeds N]",
         "embedded digits, no network: pretrain, evaluate, report",
-        _derived("demo", show=_show_page),
+        _derived("demo", show=_show_written),
     ),
     "scan": Command(
         "DATA [--headers-only]",
@@ -556,7 +536,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "resume": Command(
         "RUN [--SETTING VALUE ...]",
-        "go on exactly where a run stopped",
+        "continue a run exactly where it stopped",
         resume,
     ),
     "evaluate": Command(
@@ -582,6 +562,6 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "RUN",
         "write a page about a run",
-        _derived("write_report", ("run",), _show_page),
+        _derived("write_report", ("run",), _show_written),
     ),
 }

@@ -40,7 +40,7 @@ Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's result, and how it is executed."""
+    """Everything that decides a run's result, and how it is executed. Each comment is the option's help."""
 
     method: MethodConfig
     backbone: BackboneConfig = BackboneConfig()
@@ -59,11 +59,11 @@ class RunConfig:
     precision: Literal["auto", "32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it, else 32
     compile: bool = False  # torch.compile the backbone
     nodes: Annotated[int, Range(1, 65_536)] = 1  # machines, under torchrun or SLURM
-    workers: Threads | None = None  # decoding threads per rank; default: the cores at hand
+    workers: Threads | None = None  # decoding threads per rank; default: the available cores
     max_unreadable: Fraction = 0.01  # share of images that may turn out unreadable before the run stops
-    # Steps that may be left out because they make NaN or infinite numbers; one more ends the run.
+    # Steps that may be left out because they produce NaN or infinite numbers; one more ends the run.
     max_left_out: NonNegativeInt = 3
-    rank_timeout: NonNegative = 40.0  # seconds without a sign of life after which the other ranks give one up; 0: never
+    rank_timeout: NonNegative = 40.0  # seconds without a sign of life after which a rank counts as lost; 0: never
     log_every: PositiveInt = 20  # steps between log lines
     # Between checkpoints; an epoch's end saves too, unless the last save is fresh.
     checkpoint_minutes: NonNegative = 10.0
@@ -71,64 +71,46 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.optimizer.zero_lr_epochs + self.optimizer.warmup_epochs > self.epochs:
-            first = self.optimizer.zero_lr_epochs
-            idle = f"optimizer.zero_lr_epochs={first} with " if first else ""
+            zero_lr = self.optimizer.zero_lr_epochs
+            first = f"optimizer.zero_lr_epochs={zero_lr} with " if zero_lr else ""
             raise UserError(
-                f"{idle}optimizer.warmup_epochs={self.optimizer.warmup_epochs} is longer than the run of {self.epochs} "
-                "epochs: shorten the warm-up or lengthen the run"
+                f"{first}optimizer.warmup_epochs={self.optimizer.warmup_epochs} is longer than the run of "
+                f"{self.epochs} epochs: shorten the warm-up or lengthen the run"
             )
 
 
 _LIMIT = 4 << 20  # bytes of config.yaml
 _SHOWN_CHARACTERS = 60  # of a value in a message; views take hundreds
+_RENAMED = {  # field in a config.yaml of an earlier version -> its name now
+    "start_from": "init_from",
+    "idle_epochs": "zero_lr_epochs",
+    "photometry": "colors",
+    "recompute": "activation_checkpointing",
+}
 
-# What a resumed run may be given anew. Every field is in one class; `*` stands for the rest of a part.
+# What may change when a run is resumed. Every field is in one class; `*` stands for the rest of a part.
 #   free: how the run is executed, not what it computes
-#   flag: changes what is computed from now on, so that it has to be allowed by name (`--allow epochs`)
+#   flag: changes what is computed from now on, so it must be allowed by name (`--allow epochs`)
 #   fixed: decides what the saved state means: its tensors, or which images make up a step
 OnResume: TypeAlias = Literal["free", "flag", "fixed"]
-ON_RESUME: dict[str, OnResume] = {
-    "method.*": "fixed",
-    "backbone.name": "fixed",
-    "backbone.width": "fixed",
-    "backbone.stem": "fixed",
-    "backbone.activation_checkpointing": "flag",
-    "backbone.drop_path": "flag",
-    "backbone.pool": "fixed",
-    "optimizer.name": "fixed",
-    "optimizer.lr": "flag",
-    "optimizer.momentum": "flag",
-    "optimizer.weight_decay": "flag",
-    "optimizer.decay_norm_and_bias": "flag",
-    "optimizer.trust": "flag",
-    "optimizer.zero_lr_epochs": "flag",
-    "optimizer.warmup_epochs": "flag",
-    "optimizer.warmup_lr": "flag",
-    "optimizer.warmup_end": "flag",
-    "optimizer.final_lr": "flag",
-    "optimizer.per_epoch": "flag",
-    "recipe": "fixed",
-    "data": "free",
-    "init_from": "fixed",
-    "freeze_backbone_steps": "flag",
-    "epochs": "flag",
-    "batch_size": "fixed",
-    "seed": "fixed",
-    "image_size": "fixed",
-    "max_steps": "free",
-    "accumulate": "fixed",
-    "device": "free",
-    "precision": "flag",
-    "compile": "flag",
-    "nodes": "free",
-    "workers": "free",
-    "max_unreadable": "free",
-    "max_left_out": "free",
-    "rank_timeout": "free",
-    "log_every": "free",
-    "checkpoint_minutes": "free",
+_CLASSES: dict[OnResume, tuple[str, ...]] = {
+    "free": (
+        *("data", "max_steps", "device", "nodes", "workers", "max_unreadable", "max_left_out", "rank_timeout"),
+        *("log_every", "checkpoint_minutes"),
+    ),
+    "flag": (
+        *("backbone.activation_checkpointing", "backbone.drop_path", "optimizer.lr", "optimizer.momentum"),
+        *("optimizer.weight_decay", "optimizer.decay_norm_and_bias", "optimizer.trust", "optimizer.zero_lr_epochs"),
+        *("optimizer.warmup_epochs", "optimizer.warmup_lr", "optimizer.warmup_end", "optimizer.final_lr"),
+        *("optimizer.per_epoch", "freeze_backbone_steps", "epochs", "precision", "compile"),
+    ),
+    "fixed": (
+        *("method.*", "backbone.name", "backbone.width", "backbone.stem", "backbone.pool", "optimizer.name"),
+        *("recipe", "init_from", "batch_size", "seed", "image_size", "accumulate"),
+    ),
 }
-FREE_FIELDS = tuple(name for name, kind in ON_RESUME.items() if kind == "free")
+ON_RESUME: dict[str, OnResume] = {name: kind for kind, names in _CLASSES.items() for name in names}
+FREE_FIELDS = _CLASSES["free"]
 
 
 def on_resume(field: str) -> OnResume:
@@ -164,7 +146,7 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:
 
 
 def refuse_changes(before: RunConfig, after: RunConfig, allowed: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """What a run that goes on may and may not change; see `ON_RESUME`.
+    """Refuse changes that a resumed run may not have; see `ON_RESUME`.
 
     Args:
         before: what the run's state was computed with.
@@ -172,37 +154,35 @@ def refuse_changes(before: RunConfig, after: RunConfig, allowed: Collection[str]
         allowed: dotted names of fields of the class "flag".
 
     Returns:
-        The allowed differences that change what is computed; those of free fields are left out.
+        The allowed differences that change what is computed, without those of free fields.
 
     Raises:
         UserError: other differences, all of them listed; or a name that cannot be allowed.
     """
     for name in allowed:
         if ON_RESUME.get(name) != "flag":
-            can = ", ".join(field for field, kind in ON_RESUME.items() if kind == "flag")
-            raise UserError(f"--allow {name}: what can be allowed is {can}")
+            raise UserError(f"--allow {name}: the fields that can be allowed are {', '.join(_CLASSES['flag'])}")
     changed = {name: values for name, values in differences(before, after).items() if on_resume(name) != "free"}
-    fixed = {name: values for name, values in changed.items() if on_resume(name) == "fixed"}
-    asked = {name: values for name, values in changed.items() if on_resume(name) == "flag" and name not in allowed}
-    if not (fixed or asked):
+    fixed = [name for name in changed if on_resume(name) == "fixed"]
+    flagged = [name for name in changed if on_resume(name) == "flag" and name not in allowed]
+    if not (fixed or flagged):
         return changed
-    told = (fixed | asked).items()
-    problems = [f"{name} would change from {_shown(old)} to {_shown(new)}" for name, (old, new) in told]
+    problems = [f"{name} would change from {_short(changed[name][0])} to {_short(changed[name][1])}"
+                for name in fixed + flagged]  # fmt: skip
     remedy = "put the old values back"
-    if asked:
-        remedy += ", or accept what may change with " + " ".join(f"--allow {name}" for name in asked)
+    if flagged:
+        remedy += ", or allow what may change with " + " ".join(f"--allow {name}" for name in flagged)
     if fixed:
         remedy += f", or start a new run ({', '.join(fixed)} cannot change within one; --init-from takes over weights)"
-    raise UserError(f"the run cannot go on as another one: {'; '.join(problems)}. Either {remedy}")
+    raise UserError(f"the run cannot be resumed as another one: {'; '.join(problems)}. Either {remedy}")
 
 
 def different_fields(before: RunConfig, after: RunConfig) -> dict[str, Any]:
-    """Fields of `after` that `before` has otherwise, as `dataclasses.replace` takes them."""
-    values = {field.name: getattr(after, field.name) for field in dataclasses.fields(after)}
-    return {name: value for name, value in values.items() if value != getattr(before, name)}
+    """Fields in which `after` differs from `before`, with their values, as `dataclasses.replace` takes them."""
+    return {name: value for name, value in vars(after).items() if value != getattr(before, name)}
 
 
-def _shown(value: Any) -> str:
+def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
@@ -231,37 +211,34 @@ def from_dict(kind: Any, value: Any, path: str = "config") -> Any:
         hints = _type_hints(typing.cast(Any, kind))
         names = [f.name for f in dataclasses.fields(kind)]
         if not isinstance(value, dict) or set(value) - set(names):
-            strange = sorted(map(str, set(value) - set(names))) if isinstance(value, dict) else value
-            raise UserError(f"{path} does not take {strange!r}; its fields are {', '.join(names)}")
+            unknown = sorted(map(str, set(value) - set(names))) if isinstance(value, dict) else value
+            raise UserError(f"{path} does not take {unknown!r}; its fields are {', '.join(names)}")
         try:
             return kind(**{k: from_dict(hints[k], v, f"{path}.{k}") for k, v in value.items()})  # type: ignore[operator]
         except TypeError as error:
             raise UserError(f"{path} is incomplete: {error}") from None
-    if typing.get_origin(kind) in (types.UnionType, typing.Union) and isinstance(
-        value, list | tuple
-    ):  # of int | tuple the tuple
-        kind = next((member for member in typing.get_args(kind) if typing.get_origin(member) is tuple), kind)
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)
-        if not isinstance(value, list | tuple) or (inner[-1] is not ... and len(value) != len(inner)):
-            raise UserError(f"{path} is {value!r}; expected a list of {len(inner)} values")
-        kinds = [inner[0]] * len(value) if inner[-1] is ... else inner
-        return tuple(from_dict(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    return _checked_scalar(kind, value, path)
+    members = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    sequence = next((member for member in members if typing.get_origin(member) is tuple), None)
+    if sequence is None or (len(members) > 1 and not isinstance(value, list | tuple)):  # of int | tuple the int
+        return _checked_scalar(members, value, path)
+    inner = typing.get_args(sequence)
+    if not isinstance(value, list | tuple) or (inner[-1] is not ... and len(value) != len(inner)):
+        raise UserError(f"{path} is {value!r}; expected a list of {len(inner)} values")
+    kinds = [inner[0]] * len(value) if inner[-1] is ... else inner
+    return tuple(from_dict(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
 
 
-_type_hints = functools.cache(typing.get_type_hints)  # of a tree's classes, which are few
+_type_hints = functools.cache(typing.get_type_hints)  # the classes of a configuration are few
 
 
-def _checked_scalar(kind: Any, value: Any, path: str) -> Any:
-    members = (kind,) if typing.get_origin(kind) is Literal else typing.get_args(kind) or (kind,)
+def _checked_scalar(members: tuple[Any, ...], value: Any, path: str) -> Any:
     words = [word for m in members if typing.get_origin(m) is Literal for word in typing.get_args(m)]
     kinds = [member for member in members if typing.get_origin(member) is not Literal]
     if float in kinds and type(value) is int:
         value = float(value) if abs(value) < 2**1000 else math.inf
     if value not in words and type(value) not in kinds:
-        allowed = [*(getattr(member, "__name__", str(member)) for member in kinds), *words]
-        raise UserError(f"{path} is {value!r}; expected {' or '.join(map(str, allowed))}")
+        expected = [*(getattr(member, "__name__", str(member)) for member in kinds), *words]
+        raise UserError(f"{path} is {value!r}; expected {' or '.join(map(str, expected))}")
     return value
 
 
@@ -283,18 +260,26 @@ def load_config(path: Path) -> RunConfig:
             raise
         if (path.parent / "import.json").exists():
             raise UserError(
-                f"{path.parent} holds imported weights, not a run: there is nothing to go on with. A new run starts "
-                f"from them with `tessella pretrain RECIPE --data DATA --out RUN --init-from {path.parent}`"
+                f"{path.parent} holds imported weights, not a run: there is nothing to resume. A new run starts from "
+                f"them with `tessella pretrain RECIPE --data DATA --out RUN --init-from {path.parent}`"
             ) from None
         raise UserError(f"{path.parent} is not a run folder: it has no {path.name}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as YAML: {textwrap.shorten(str(error), 300)}") from None
+    renamed = _RENAMED.keys() & {part for name in flat(value) for part in name.split(".")}
+    if renamed:
+        raise UserError(
+            f"{path} was written by an earlier version of Tessella: "
+            f"{', '.join(f'{name} is now called {_RENAMED[name]}' for name in sorted(renamed))}. This version cannot "
+            "resume the run, because other settings may have another meaning too: use the version that "
+            "environment.json names, or start a new run"
+        )
     try:
         return from_dict(RunConfig, value, path.name)
     except UserError as error:
         if str(error).startswith(path.name):
             raise
-        raise UserError(f"{path}: {error}") from None  # of a range, which names the field alone
+        raise UserError(f"{path}: {error}") from None  # of a range, which names the field only
 
 
 def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
@@ -328,7 +313,7 @@ def _member(part: Any, key: str, name: str) -> Any:
 
 
 def _put(part: Any, key: str, value: Any) -> None:
-    """Set one value; a dictionary only replaces what it names."""
+    """Set one value; a dictionary replaces only the fields that it names."""
     if isinstance(part, list):
         part[int(key)] = to_dict(value)
     elif isinstance(value, dict) and isinstance(part[key], dict):

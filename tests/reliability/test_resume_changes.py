@@ -96,7 +96,7 @@ def test_an_edit_is_taken_needs_a_flag_or_is_refused_as_the_table_says(field: st
         assert list(refuse_changes(before, after, [field])) == [field]
     else:
         assert "start a new run" in str(refused.value)
-        with pytest.raises(UserError, match="what can be allowed is"):
+        with pytest.raises(UserError, match="the fields that can be allowed are"):
             refuse_changes(before, after, [field])
 
 
@@ -187,6 +187,8 @@ def test_a_change_that_was_allowed_and_then_killed_is_asked_for_again_or_kept(
 
 def test_a_name_that_cannot_be_allowed_is_told(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]):
     assert main(["resume", str(runs["coke"]), "--allow", "seed"]) == 2
-    assert "--allow seed: what can be allowed is backbone.activation_checkpointing" in capsys.readouterr().err
+    assert (
+        "--allow seed: the fields that can be allowed are backbone.activation_checkpointing" in capsys.readouterr().err
+    )
     assert main(["resume", str(runs["coke"]), "--seed", "4"]) == 2
     assert "seed would change from 0 to 4" in capsys.readouterr().err
