@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tessella.methods.method import MethodOutput, Progress
+from tessella.methods.method import MethodOutput
 from tessella.ops import layout
 from tessella.ops.assignment import sinkhorn
 from tessella.ops.grouping import group_sums, moved_groups, nearest_group, spherical_kmeans
@@ -46,7 +46,7 @@ def test_the_monitor_reports_the_same_figures():
         for name, buffer in list(monitor._buffers.items()):
             monitor._buffers[name] = buffer.to(device)
         monitor.observe(MethodOutput(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in step)))
-        reports.append(monitor.report(Progress(1, 10, 10)))
+        reports.append(monitor.report())
     assert reports[0] == pytest.approx(reports[1]) and len(reports[0]) >= 4
 
 

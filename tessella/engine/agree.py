@@ -16,40 +16,36 @@ from tessella.errors import UserError
 from tessella.run.config import FREE_FIELDS, RunConfig, flat, load_config, to_dict
 from tessella.run.folder import versions
 
-_SHOWN = 5  # differences
+_MOST_SHOWN = 5  # differences
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
-def goes_on(config: RunConfig, out: Path) -> bool:
-    """Whether the launcher has started all ranks anew, after one failed, and there is this run to go on with.
+def was_restarted(config: RunConfig, out: Path) -> bool:
+    """Whether the launcher has restarted all ranks after one failed, and `out` holds this run; the same on every rank.
 
-    Then `pretrain` means `resume`. The same answer on every rank.
-
-    Args:
-        config: of the run that was asked for.
-        out: its folder.
+    Then `pretrain` means `resume`.
     """
-    again = any(os.environ.get(name, "0") != "0" for name in _RESTARTS)
-    return again and bool(
+    restarted = any(os.environ.get(name, "0") != "0" for name in _RESTARTS)
+    return restarted and bool(
         dist.broadcast_object((out / "config.yaml").exists() and load_config(out / "config.yaml") == config)
     )
 
 
-def require_agreement(config: RunConfig, images: ImageSet, order: Sampler, step: int) -> None:
-    """Compare what each rank is about to do. On all ranks together; nothing in a run of one.
+def require_agreement(config: RunConfig, images: ImageSet, sampler: Sampler, step: int) -> None:
+    """Compare what each rank is about to do. On all ranks together; fields that may change on resume may differ.
 
     Args:
-        config: of the run; what may change on resume may differ between ranks.
+        config: of the run.
         images: the data set.
-        order: which rows make up each step.
-        step: updates that are complete, by the checkpoint that this rank has read.
+        sampler: which rows make up each step.
+        step: complete updates, by the checkpoint that this rank has read.
 
     Raises:
-        UserError: on every rank, if ranks differ; the text says which, in what, and how.
+        UserError: on every rank, if ranks differ; the text names the ranks and the differences.
     """
     if dist.world_size() == 1:
         return
-    next_rows = order.batch(step // order.steps_per_epoch, step % order.steps_per_epoch)
+    next_rows = sampler.batch(step // sampler.steps_per_epoch, step % sampler.steps_per_epoch)
     facts: dict[str, Any] = {
         "the number of images": len(images),
         "the fingerprint of the data": images.fingerprint,
@@ -60,25 +56,16 @@ def require_agreement(config: RunConfig, images: ImageSet, order: Sampler, step:
         **{f"the version of {name}": version for name, version in versions().items()},
         **flat({name: value for name, value in to_dict(config).items() if name not in FREE_FIELDS}),
     }
-    disagreement = differences(dist.gather_objects((socket.gethostname(), facts)))
-    if disagreement:
-        more = f"; and {len(disagreement) - _SHOWN} more" if len(disagreement) > _SHOWN else ""
-        raise UserError(
-            f"ranks do not agree: {'; '.join(disagreement[:_SHOWN])}{more}. Give every machine the same command, the "
-            "same packages, the same images and the same run folder"
-        )
-
-
-def differences(ranks: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    """In what ranks differ from rank 0, one sentence each.
-
-    Args:
-        ranks: host and facts of each rank.
-    """
-    host, expected = ranks[0]
-    return [
-        f"{name} is {facts.get(name)!r} on rank {rank} ({there}) and {value!r} on rank 0 ({host})"
-        for rank, (there, facts) in enumerate(ranks)
-        for name, value in expected.items()
-        if facts.get(name) != value
+    ranks = dist.gather_objects((socket.gethostname(), facts))
+    differences = [
+        f"{name} is {theirs.get(name)!r} on rank {rank} ({host}) and {value!r} on rank 0 ({ranks[0][0]})"
+        for rank, (host, theirs) in enumerate(ranks)
+        for name, value in ranks[0][1].items()
+        if theirs.get(name) != value
     ]
+    if differences:
+        more = f"; and {len(differences) - _MOST_SHOWN} more" if len(differences) > _MOST_SHOWN else ""
+        raise UserError(
+            f"ranks do not agree: {'; '.join(differences[:_MOST_SHOWN])}{more}. Give every machine the same command, "
+            "packages, images and run folder"
+        )

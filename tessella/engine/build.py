@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 import torch
 from lightning_fabric import Fabric
 
@@ -24,11 +26,7 @@ from tessella.run.monitor import Monitor
 
 
 def try_network(config: RunConfig) -> None:
-    """Refuse a network that cannot take the run's views, before any image is looked for.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Raise a UserError if the network cannot process the run's views, before any image is looked for."""
     groups = views_of(config.method).groups
     montages = {group.tiles * group.size for group in groups if group.tiles > 1}
     try_backbone(config.backbone, {group.size for group in groups if group.tiles == 1} | {config.image_size}, montages)
@@ -48,12 +46,12 @@ def require_fit(config: RunConfig, images: ImageSet, fabric: Fabric) -> None:
     refuse_too_large(config, method, fabric.world_size, fabric.device)
 
 
-def _setting(config: RunConfig, images: ImageSet) -> Setting:
+def _setting(config: RunConfig, images: Sized) -> Setting:
     return Setting(len(images), config.batch_size // config.accumulate, config.seed, config.accumulate)
 
 
-def build_state(config: RunConfig, images: ImageSet, device: torch.device) -> State:
-    """Freshly initialised method, optimiser and monitor, alike on every rank."""
+def build_state(config: RunConfig, images: Sized, device: torch.device) -> State:
+    """Freshly initialised method, optimiser and monitor, the same on every rank."""
     torch.manual_seed(config.seed)
     method = build_method(config.method, build_backbone(config.backbone), _setting(config, images))
     if dist.world_size() > 1:

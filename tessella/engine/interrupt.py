@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM, from the first moment to the last.
+"""Ctrl-C and SIGTERM during the whole life of the program.
 
-    around every command (`stoppable`)      the program is left where it is: nothing there needs an orderly end
-    around the training loop (`StopRequest`)  the step is finished and saved first
+    in every command (`stoppable`)         the program ends where it is: nothing there needs an orderly end
+    in the training loop (`StopRequest`)   the step is finished and saved first
 
-A second signal quits at once. That is safe too, as SIGKILL is: what is written is written whole or not at all.
+A second signal quits at once. That is as safe as SIGKILL, because files are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     import torch
 
-EXIT_INTERRUPTED = 75  # "temporary failure, try again" of sysexits.h: `tessella resume` goes on
-EXIT_STOPPED = 130  # as shells say it of Ctrl-C: there is nothing to go on with
+EXIT_INTERRUPTED = 75  # "temporary failure, try again" of sysexits.h: `tessella resume` continues
+EXIT_STOPPED = 130  # the code of Ctrl-C in shells: there is nothing to resume
 
-_RANKS_ASK_EVERY = 10  # steps between two questions among ranks; one rank alone looks at every step
+_RANKS_ASK_EVERY = 10  # steps between two exchanges among ranks; one rank alone checks at every step
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _SHOW_CURSOR = b"\x1b[?25h\n"  # a progress bar may have hidden it
 
@@ -34,15 +34,15 @@ class Interrupted(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """The program was asked to stop where nothing needs an orderly end; the text names the signal."""
+    """The program was stopped where nothing needs an orderly end; the text names the signal."""
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the body with `Stopped`, wherever it is.
+    """Let Ctrl-C and SIGTERM end the body with `Stopped`.
 
     Raises:
-        Stopped: also for an error that the signal has led to, as when it comes in the middle of an import.
+        Stopped: also for an error that the signal has caused, for example in the middle of an import.
     """
     global _asked
     _asked = None
@@ -59,7 +59,7 @@ class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a request that all ranks see at the same step; the second one quits."""
 
     def __init__(self) -> None:
-        self._signal = _asked  # one that came before, if what it interrupted took no notice
+        self._signal = _asked  # an earlier one whose exception was swallowed
         self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -78,7 +78,7 @@ class StopRequest:
 
     def seen_by_any_rank(self, step: int, device: torch.device) -> bool:
         """Whether to stop after this step. The same answer on every rank."""
-        import torch  # within, because the command line needs this module before it needs torch
+        import torch  # here, because the command line imports this module before torch
 
         from tessella import dist
 
@@ -99,7 +99,7 @@ def _stop_here(number: int, frame: FrameType | None) -> None:
 
 def _quit(number: int, code: int) -> None:
     """End the process without waiting for threads, which may hang in a decoder or on a network file system."""
-    with contextlib.suppress(OSError):  # a terminal that is gone keeps nobody from ending
+    with contextlib.suppress(OSError):  # the terminal may be gone
         if os.isatty(2):
             os.write(2, _SHOW_CURSOR)
         os.write(2, f"tessella: {_NAMES[signal.Signals(number)]} for the second time: quits at once\n".encode())
@@ -108,7 +108,7 @@ def _quit(number: int, code: int) -> None:
 
 @contextlib.contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Both signals go to `handler`; nothing changes on threads, which Python gives no signals."""
+    """Let `handler` handle both signals. Does nothing outside the main thread, where Python handles no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

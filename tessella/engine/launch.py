@@ -1,4 +1,4 @@
-"""The same command on a CPU, one GPU, all GPUs, or several machines."""
+"""Start the ranks: the same command on a CPU, one GPU, all GPUs, or several machines."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tessella.run.config import RunConfig
 
 
 def launch(config: RunConfig) -> Fabric:
-    """Start this run's ranks: every visible GPU, or what torchrun or SLURM started.
+    """Start this run's ranks: one for each visible GPU, or those that torchrun or SLURM started.
 
-    Several CPU ranks come from torchrun.
+    Several CPU ranks need torchrun.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device is not available.
     """
     device = pick_device(config.device).type
     place = adopt()
@@ -40,19 +40,19 @@ def launch(config: RunConfig) -> Fabric:
     devices = place.local_world_size if launched else torch.cuda.device_count() if device == "cuda" else 1
     if config.nodes > 1 and not launched:
         raise UserError(
-            f"nodes={config.nodes}, but this process was started alone, and would wait for the others without end: "
+            f"nodes={config.nodes}, but this process was started alone, and would wait for the others forever: "
             f"start `torchrun --nnodes={config.nodes} --nproc-per-node=GPUS ... -m tessella pretrain ...` on each "
             "machine, or srun with one task for each GPU"
         )
     if devices > 1 and not launched:
         require_program(devices)
-    _meet_anew("nccl" if device == "cuda" else "gloo")
+    _rendezvous_after_restart("nccl" if device == "cuda" else "gloo")
     several = DDPStrategy() if device == "cuda" else RepeatableDDP()
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "32"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Fabric advises on hardware that was deliberately not chosen
+        warnings.simplefilter("ignore")  # Fabric recommends hardware that was deliberately not chosen
         fabric = Fabric(
             accelerator=device,
             devices=devices,
@@ -66,7 +66,7 @@ def launch(config: RunConfig) -> Fabric:
 
 
 def join_ranks(device: str) -> torch.device:
-    """This rank's device; the ranks that torchrun or srun has started meet, unless they have met before."""
+    """This rank's device; also starts the process group of the ranks that torchrun or srun started, once."""
     on = pick_device(device)
     place = adopt()
     if place.world_size == 1 or dist.is_launched():
@@ -75,7 +75,7 @@ def join_ranks(device: str) -> torch.device:
         on = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(on)
     backend = "nccl" if on.type == "cuda" else "gloo"
-    _meet_anew(backend)
+    _rendezvous_after_restart(backend)
     if not dist.is_launched():
         torch_dist.init_process_group(backend)
     # Not earlier: torch cannot start a second group under one torchrun, and another evaluation may follow.
@@ -84,16 +84,15 @@ def join_ranks(device: str) -> torch.device:
 
 
 def leave_ranks() -> None:
-    """End the process group, if there is one: nothing that ranks share can follow in this process."""
+    """End the process group, if there is one. This process cannot start another one."""
     if dist.is_launched():
         torch_dist.destroy_process_group()
 
 
-def _meet_anew(backend: str) -> None:
-    """Let ranks that torchrun has started again find each other, and not the dead.
+def _rendezvous_after_restart(backend: str) -> None:
+    """Start the process group of ranks that torchrun has restarted.
 
-    torchrun keeps its store, in which the addresses of the processes before still stand under the names that the new
-    ones look up; so these meet under names of their own.
+    torchrun's store still holds the addresses of the previous processes. A prefix keeps the new ones apart.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and "MASTER_PORT" in os.environ and not dist.is_launched():
@@ -104,13 +103,9 @@ def _meet_anew(backend: str) -> None:
 
 
 def require_program(devices: int) -> None:
-    """Refuse to start one process per GPU from where there is no program that each of them could run.
+    """Refuse to start one process per GPU, `devices` of them, if there is no program that each could run.
 
-    The processes are started with this one's command line, and run it from its beginning; a notebook, a prompt and
-    `python -c` have no such file.
-
-    Args:
-        devices: processes on this machine.
+    The processes are started with this one's command line; a notebook, a prompt and `python -c` have no such file.
 
     Raises:
         UserError: there is no program.
@@ -125,13 +120,7 @@ def require_program(devices: int) -> None:
 
 
 def first_line(fabric: Fabric, config: RunConfig, images: ImageSet) -> str:
-    """What a run trains on, for the person who has started it.
-
-    Args:
-        fabric: launched.
-        config: of the run.
-        images: its data.
-    """
+    """What a run trains on: recipe, device, precision, images, epochs and batch size."""
     device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else fabric.device.type
     ranks = f"{fabric.world_size} x " if fabric.world_size > 1 else ""
     precision = {"32-true": "float32", "bf16-mixed": "bf16 mixed precision"}[str(fabric.strategy.precision.precision)]
@@ -163,9 +152,9 @@ def pick_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """On the CPU, kernels that give the same bits every time: a resumed run is to equal a straight one.
+    """On the CPU, use deterministic kernels, so that a resumed run equals an uninterrupted one.
 
-    GPUs are left alone, where such kernels cost speed; there a run is repeatable up to rounding.
+    On GPUs they would cost speed; there a run is repeatable up to rounding.
     """
     if device.type != "cpu":
         yield
@@ -183,11 +172,10 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 class RepeatableDDP(DDPStrategy):
-    """DDP whose gradients do not depend on the age of the process.
+    """DDP that adds each gradient separately.
 
-    DDP sums gradients in buckets, which it lays out anew after its first step. From three ranks on, the order in which
-    a value's parts are added depends on its place in the bucket, so that a resumed run's first step would differ
-    from the straight run's in the last bits. Here each gradient is summed by itself.
+    DDP adds gradients in buckets and changes their layout after the first step. With three or more ranks, the order of
+    addition depends on a value's place in the bucket, so the first step after a resume would differ in the last bits.
     """
 
     def setup_module(self, module: nn.Module) -> nn.parallel.DistributedDataParallel:
@@ -207,5 +195,5 @@ def _mean_of_each_gradient(bucket: torch_dist.GradBucket) -> torch.futures.Futur
 
 
 def cores_at_hand() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,20 +1,21 @@
-"""Numbers gone wrong: a step that makes anything NaN or infinite is undone and left out.
+"""NaN and infinity: a step that produces such numbers is undone and left out.
 
-To look is to wait for the device, so a run looks every `LOOK_EVERY` steps, at epoch ends, and before it logs or saves:
+Checking waits for the device, so a run checks every `CHECK_EVERY` steps, at the end of an epoch, and before it logs or
+saves:
 
-    a loss since the last look, a weight, a buffer, an optimiser value is not finite
-      -> back to the last checkpoint, which is from before
-      -> the same steps again, each looked at; the one that spoils is undone, its images are named
-      -> every step is looked at until the first finding and `LOOK_EVERY` steps beyond the last one left out
+    a loss since the last check, a weight, a buffer or an optimiser value is not finite
+      -> back to the last checkpoint, which was saved after a check
+      -> the same steps again, each of them checked; the one that breaks the numbers is undone, its images are named
+      -> every step is checked up to the first finding, and for `CHECK_EVERY` steps after each step left out
 
-The result is that of a run that looked at every step: it depends on neither the looks nor the checkpoints, and a run
-that was killed on the way goes on as a straight one. Numbers that are fine the second time were the machine's fault,
-and have cost time alone. Too many steps left out end the run with advice: going on does not mend a learning rate at
-which it diverges.
+The result is that of a run that checks every step. It does not depend on when the run checks, saves or is killed.
+Numbers that are fine the second time were a fault of the machine, and cost time only. Too many steps left out end the
+run with advice, because it diverges.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from tessella.run.folder import State
 from tessella.run.log import RunLog
 from tessella.run.monitor import Alarm
 
-LOOK_EVERY = 10  # steps; the work that can be lost to numbers that nobody has looked at yet
+CHECK_EVERY = 10  # steps; so much work can be lost
 _SHOWN, _LISTED = 5, 100  # images in the text of an alarm, and in its line of the log
 
 
@@ -45,31 +46,23 @@ class _Copy(NamedTuple):
 
 
 class Guard:
-    """Looks at a run's numbers, undoes a step that has spoilt them, and says whose fault it was."""
+    """Checks a run's numbers, undoes a step that broke them, and names the images that caused it."""
 
     def __init__(self, config: RunConfig, state: State, images: ImageSet, log: RunLog) -> None:
-        """Watch a run.
-
-        Args:
-            config: of the run; `max_left_out` of its steps may be left out.
-            state: of the run; changed when a step is undone.
-            images: for their names.
-            log: where it is said.
-        """
         self.config, self.state, self.images, self.log = config, state, images, log
-        self._close_until = int(state.monitor.close_until)
+        self._check_each_until = int(state.monitor.close_until)
         self._before: _Copy | None = None
 
     def before_step(self, progress: Progress) -> None:
-        """Keep what the step might spoil, while steps are looked at one by one."""
-        self._before = _copy(self.state) if progress.step < self._close_until else None
+        """Copy what the step might break, while every step is checked."""
+        self._before = _copy(self.state) if progress.step < self._check_each_until else None
 
     def leaves_out(self, step: MethodOutput, batches: list[Batch], progress: Progress) -> bool:
-        """Whether the step just made has spoilt numbers; it is then undone. While steps are not looked at, False.
+        """Whether the last step broke numbers; it is then undone. False while not every step is checked.
 
         Args:
-            step: what the method returned.
-            batches: the step's micro-batches of this rank.
+            step: the method's output.
+            batches: this rank's micro-batches of the step.
             progress: the clock before the step.
 
         Raises:
@@ -80,102 +73,92 @@ class Guard:
             return False
         _put_back(self.state, before)
         self.state.monitor.left_out += 1
-        self._look_closely_until(progress.step + 1 + LOOK_EVERY)
-        self._tell(batches, progress)
+        self._check_each(progress.step + 1 + CHECK_EVERY)
+        self._report(batches, progress)
         return True
 
-    def all_is_well(self, progress: Progress) -> bool:
-        """Whether everything has stayed finite on all ranks, so that it may be saved. On all ranks together.
-
-        Args:
-            progress: the clock after the step.
+    def all_finite(self, progress: Progress) -> bool:
+        """Whether everything is finite after a step on all ranks, so that it may be saved. On all ranks together.
 
         Raises:
-            UserError: something is not finite although each step has been looked at.
+            UserError: something is not finite although every step was checked.
         """
         monitor = self.state.monitor
         monitor.merge()
-        well = _finite_on_all_ranks(_tensors(self.state), monitor.nonfinite_here == 0)
-        if not well and progress.step <= self._close_until:
+        finite = _finite_on_all_ranks(_tensors(self.state), monitor.nonfinite_here == 0)
+        if not finite and progress.step <= self._check_each_until:
             raise UserError(f"numbers became NaN or infinite at the end of step {progress.step}. {self._advice([])}")
-        return well
+        return finite
 
-    def go_back(self, found: Progress, to: Progress) -> None:
-        """Look at each step from now on: the run has gone back to a checkpoint.
-
-        Args:
-            found: the clock when numbers were seen to be wrong.
-            to: the clock of the checkpoint.
-        """
+    def go_back(self, noticed: Progress, to: Progress) -> None:
+        """Check every step from now on: the run has returned from the step where it noticed NaN to a checkpoint."""
         monitor = self.state.monitor
         monitor.forget_unmerged()
-        self._look_closely_until(max(found.step, int(monitor.close_until)))
+        self._check_each(max(noticed.step, int(monitor.close_until)))
         self.log.go_back(to)
         self.log.event(
-            "numbers became NaN or infinite: back to the last checkpoint, to look at each step from there",
-            timing={"found_at": found.step, "back_to": to.step},
+            "numbers became NaN or infinite: back to the last checkpoint, to check every step from there",
+            timing={"found_at": noticed.step, "back_to": to.step},
         )
 
-    def _look_closely_until(self, step: int) -> None:
-        self._close_until = step
+    def _check_each(self, step: int) -> None:
+        self._check_each_until = step
         self.state.monitor.close_until.fill_(step)
 
-    def _tell(self, batches: list[Batch], progress: Progress) -> None:
-        rows, blamed = self._rows_and_blame(batches)
-        guilty = [str(self.images.key(row)) for row, bad in zip(rows, blamed, strict=True) if bad]
+    def _report(self, batches: list[Batch], progress: Progress) -> None:
+        rows, broken = self._rows_and_broken(batches)
+        causes = [str(self.images.key(row)) for row, is_broken in zip(rows, broken, strict=True) if is_broken]
         left_out = int(self.state.monitor.left_out)
-        if guilty:
-            shown = ", ".join(guilty[:_SHOWN]) + (f" and {len(guilty) - _SHOWN} more" if len(guilty) > _SHOWN else "")
-            cause = f"{len(guilty)} of its {len(rows)} images do so by themselves: {shown}"
+        if causes:
+            more = f" and {len(causes) - _SHOWN} more" if len(causes) > _SHOWN else ""
+            cause = f"{len(causes)} of its {len(rows)} images do so by themselves: {', '.join(causes[:_SHOWN])}{more}"
         else:
             cause = f"none of its {len(rows)} images does so by itself, so it is the network that diverges"
         text = f"step {progress.step} makes numbers NaN or infinite and is left out, the {_nth(left_out)}; {cause}"
-        listed = guilty or [str(self.images.key(row)) for row in rows]
-        self.log.alarm(
-            progress.next(), Alarm("step_left_out", text), images=listed[:_LISTED], by_themselves=bool(guilty)
-        )
+        listed = (causes or [str(self.images.key(row)) for row in rows])[:_LISTED]
+        self.log.alarm(progress.next(), Alarm("step_left_out", text), images=listed, by_themselves=bool(causes))
         if left_out > self.config.max_left_out:
             raise UserError(
                 f"step {progress.step} makes numbers NaN or infinite; {cause}. The run may leave out "
-                f"{self.config.max_left_out} steps, and this would be the {_nth(left_out)}. {self._advice(guilty)}"
+                f"{self.config.max_left_out} steps, and this would be the {_nth(left_out)}. {self._advice(causes)}"
             )
 
-    def _advice(self, guilty: list[str]) -> str:
-        if guilty:
+    def _advice(self, causes: list[str]) -> str:
+        if causes:
             return (
-                "Look at these images: repair or remove them and start a new run, from this one's weights if you like "
-                "(--init-from); or let the run leave out more steps (--max-left-out)"
+                "Repair or remove these images and start a new run, if you like with this one's weights (--init-from); "
+                "or let the run leave out more steps (--max-left-out)"
             )
         precise = "" if self.config.precision == "32" else ", --precision 32 if it ran in bf16"
         return (
-            "The last checkpoint is from before, but most likely on the way there already. Start a new run with a "
-            f"lower learning rate (--optimizer.lr, now {self.config.optimizer.lr:g}), a longer warm-up "
+            "The last checkpoint is finite, but most likely the run was diverging there already. Start a new run with "
+            f"a lower learning rate (--optimizer.lr, now {self.config.optimizer.lr:g}), a longer warm-up "
             f"(--optimizer.warmup-epochs){precise}"
         )
 
     @torch.no_grad()
-    def _rows_and_blame(self, batches: list[Batch]) -> tuple[list[int], list[bool]]:
-        """The images of the step on all ranks, and which give NaN or infinite features even alone.
+    def _rows_and_broken(self, batches: list[Batch]) -> tuple[list[int], list[bool]]:
+        """The images of the step on all ranks, and which of them have NaN or infinite features by themselves.
 
-        Without batch norm over the batch, that is, which spreads one image's NaN to all others. If all images do,
-        it is the weights; then none is blamed.
+        That is without batch norm over the batch, which spreads one image's NaN to the others. If all images do, the
+        cause is the weights, and none is named.
         """
         rows = torch.cat([batch.instances for batch in batches])
-        blamed = torch.cat([_blamed(self.state.method, batch, self.config) for batch in batches])
-        rows, blamed = dist.gather(rows), dist.gather(blamed.long()).bool()
-        return rows.tolist(), (blamed & ~blamed.all()).tolist()
+        broken = torch.cat([_broken(self.state.method, batch, self.config) for batch in batches])
+        rows, broken = dist.gather(rows), dist.gather(broken.long()).bool()
+        return rows.tolist(), (broken & ~broken.all()).tolist()
 
 
-def _blamed(method: Method, batch: Batch, config: RunConfig) -> Tensor:
-    """(B,) bool."""
-    blamed = torch.zeros_like(batch.instances, dtype=torch.bool)
+def _broken(method: Method, batch: Batch, config: RunConfig) -> Tensor:
+    """(B,) bool: whether an image or its features have NaN or infinite values."""
+    broken = torch.zeros_like(batch.instances, dtype=torch.bool)
     method.eval()
     for group, crops in zip(views_of(config.method).groups, batch.views, strict=True):
-        for view in crops:  # a tile becomes as large as its montage, which any network that runs here takes
+        for view in crops:  # a tile is enlarged to the size of a montage, which the network is known to take
             view = F.interpolate(view, scale_factor=group.tiles) if group.tiles > 1 else view
-            blamed |= ~torch.isfinite(view).flatten(1).all(dim=1) | ~torch.isfinite(method.backbone(view)).all(dim=1)
+            broken |= ~torch.isfinite(view).flatten(1).all(dim=1) | ~torch.isfinite(method.backbone(view)).all(dim=1)
     method.train()
-    return blamed
+    return broken
 
 
 def _tensors(state: State) -> Iterator[Tensor]:
@@ -187,30 +170,23 @@ def _tensors(state: State) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _finite_on_all_ranks(tensors: Iterable[Tensor], well: Tensor | bool = True) -> bool:
-    """Whether all values are finite, and all is well, on every rank: one wait for the device."""
+def _finite_on_all_ranks(tensors: Iterable[Tensor], also: Tensor | bool = True) -> bool:
+    """Whether all values are finite, and `also` is true, on every rank. Waits for the device once."""
     values = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     largest = torch.stack([norm.float() for norm in torch._foreach_norm(values, ord=torch.inf)])
-    spoilt = ~(torch.isfinite(largest).all() & well)
-    return not dist.all_reduce_max(spoilt.float()).item()
+    broken = ~(torch.isfinite(largest).all() & also)
+    return not dist.all_reduce_max(broken.float()).item()
 
 
 def _copy(state: State) -> _Copy:
     tensors = {name: tensor.clone() for name, tensor in state.method.state_dict().items()}
-    return _Copy(tensors, _cloned(state.optimizer.state))
+    return _Copy(tensors, copy.deepcopy(dict(state.optimizer.state), {id(p): p for p in state.method.parameters()}))
 
 
 def _put_back(state: State, before: _Copy) -> None:
-    state.method.load_state_dict(before.tensors)  # as a checkpoint is: what is kept beside a buffer follows it
+    state.method.load_state_dict(before.tensors)  # like a checkpoint: hooks restore what depends on a buffer
     state.optimizer.state.clear()
     state.optimizer.state.update(before.optimizer)
-
-
-def _cloned(state: Any) -> dict[Tensor, dict[str, Any]]:
-    return {
-        parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
-        for parameter, values in state.items()
-    }
 
 
 def _nth(n: int) -> str:

@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 
 from tessella.data.batch import Batch
 from tessella.data.sources import ImageSet, open_images
-from tessella.engine.agree import goes_on, require_agreement
+from tessella.engine.agree import require_agreement, was_restarted
 from tessella.engine.build import build_sampler, build_state, require_fit, try_network
 from tessella.engine.launch import launch
 from tessella.engine.session import Session
@@ -31,19 +31,19 @@ def pretrain(config: RunConfig, out: Path, images: ImageSet | None = None) -> Pa
     Args:
         config: the run.
         out: the run folder; missing or empty.
-        images: what to train on, for images without a name on disk; default: `config.data`.
+        images: to train on, if they have no name on disk; default: `config.data`.
 
     Returns:
         `out`, with `backbone.safetensors` in it.
 
     Raises:
         UserError: the input cannot be used; the text says what to change.
-        Interrupted: Ctrl-C or SIGTERM; the run is saved and `resume` goes on.
+        Interrupted: Ctrl-C or SIGTERM; the run is saved, and `resume` continues it.
         RankLost: another rank has died, hangs or has failed.
     """
     try_network(config)
     fabric, run = launch(config), RunFolder(out)
-    if goes_on(config, out):
+    if was_restarted(config, out):
         return resume(out, {"data": config.data, "init_from": config.init_from}, images)
     if fabric.is_global_zero:
         run.refuse_taken()
@@ -64,13 +64,13 @@ def resume(
     images: ImageSet | None = None,
     allow: Collection[str] = (),
 ) -> Path:
-    """Go on exactly where a run stopped, from its newest valid checkpoint; from the start if there is none.
+    """Continue a run exactly where it stopped, from its newest valid checkpoint; from the start if there is none.
 
     Args:
         out: the run folder.
-        changes: new values of fields that change how a run is executed but not what it computes; and of those in
-            `allow`. `run.config.ON_RESUME` has them all. What `data` and `init_from` name is downloaded only if it
-            is given here: a run folder may come from anybody.
+        changes: new values of fields that change how a run is executed but not what it computes, and of those in
+            `allow`; see `run.config.ON_RESUME`. What `data` and `init_from` name is downloaded only if it is given
+            here: a run folder may come from anybody.
         images: as in `pretrain`.
         allow: dotted names of fields that may have another value from now on, in `changes` or in config.yaml.
 
@@ -85,7 +85,7 @@ def resume(
     config = dataclasses.replace(saved, **changes)
     fabric = launch(config)
     with Watch(config.rank_timeout) as watch, run.only_writer(fabric.is_global_zero):
-        run.go_on_as(saved, config, allow)
+        run.refuse_other_config(saved, config, allow)
         images = images or run.open_images(config, download="data" in changes)
         require_fit(config, images, fabric)
         state = build_state(config, images, fabric.device)
@@ -118,7 +118,7 @@ def _train(
             optimizer.step()
             optimizer.zero_grad()
             method.after_update(progress)
-            session.observe(outputs, batches)  # a step that made NaN may be undone here
+            session.observe(outputs, batches)  # a step that produced NaN may be undone here
             if progress.next().step_in_epoch == 0:
                 method.epoch_end(progress.next())
     return run.path
@@ -135,7 +135,7 @@ def _forward_backward(
     """Gradients of one update, averaged over its micro-batches, and the method's output for each of them.
 
     What a network draws in training (drop path, dropout) is a function of (seed, step, micro-batch, rank), so that a
-    resumed run draws what a straight one does; recomputation draws it again.
+    resumed run draws the same as an uninterrupted one, and activation checkpointing the same twice.
     """
     outputs = []
     for number, batch in enumerate(batches, start=1):

@@ -1,4 +1,4 @@
-"""Which of a launcher's processes this is, read from the environment alone: torch need not be loaded yet."""
+"""Which of a launcher's processes this is, read from the environment, before torch is imported."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Place(NamedTuple):
 
 
 def place() -> Place:
-    """This process's place; rank 0 of 1 where neither torchrun nor srun started it.
+    """This process's place; rank 0 of 1 if neither torchrun nor srun started it.
 
-    srun counts the tasks of a job step. The variables of the whole job would not do: they also stand in the
-    environment of a program that a batch script starts once.
+    Under srun, the variables of the job step count. Those of the whole job do not: a program that a batch script starts
+    once has them too.
     """
     if "RANK" in os.environ:  # torchrun, also inside of srun
         return Place(_number("RANK"), _number("WORLD_SIZE", 1), _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE", 1))
@@ -33,13 +33,13 @@ def place() -> Place:
 
 
 def adopt() -> Place:
-    """As `place`; under srun the process also gets the variables of torchrun, which torch and Fabric read."""
+    """As `place`; under srun, also set the variables of torchrun, which torch and Fabric read."""
     here = place()
     if here.world_size > 1 and "RANK" not in os.environ:
         os.environ |= {name.upper(): str(value) for name, value in here._asdict().items()}
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "127.0.0.1")
         os.environ.setdefault("MASTER_ADDR", _first_host(nodes))
-        # The same on every rank, and another one for each step of each job.
+        # The same on every rank, and different for each step of each job.
         port = 15_000 + (_number("SLURM_JOB_ID") * 31 + _number("SLURM_STEP_ID")) % 10_000
         os.environ.setdefault("MASTER_PORT", str(port))
     return here

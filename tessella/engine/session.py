@@ -1,10 +1,10 @@
-"""What happens between the steps of a run: numbers are checked, figures logged, checkpoints saved, the run stopped.
+"""What happens between the steps of a run: it checks numbers, logs, saves checkpoints, and stops.
 
-The loop in `engine.pretrain` asks for steps and trains on them. Behind that:
+The loop in `engine.pretrain` takes steps from here and trains on them:
 
-    `steps`             gives the batches of each step; after the step it checks, logs, saves and stops
-    `observe`           takes note of the step's outputs; undoes a step that made NaN, while steps are checked singly
-    NaN in between      the state goes back to the last checkpoint, and the loop is given the same steps again
+    `steps`      gives the batches of each step; after the step it checks, logs, saves and stops
+    `observe`    records the outputs of a step; undoes a step that produced NaN, while every step is checked
+    after NaN    the state of the last checkpoint is restored, and the loop gets the same steps again
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tessella.engine.build import build_loader, build_state
 from tessella.engine.interrupt import Interrupted, StopRequest
 from tessella.engine.launch import first_line, repeatable
 from tessella.engine.memory import explain_out_of_memory
-from tessella.engine.numbers import LOOK_EVERY, Guard
+from tessella.engine.numbers import CHECK_EVERY, Guard
 from tessella.engine.watch import Watch
 from tessella.methods.method import MethodOutput, Progress, joined
 from tessella.run.config import RunConfig
@@ -35,7 +35,7 @@ from tessella.weights.start import init_from
 
 
 class Session:
-    """One process's part in a run, from its first step here to its last."""
+    """One process's part of a run, from its first step to its last."""
 
     def __init__(
         self,
@@ -48,18 +48,7 @@ class Session:
         step: int,
         watch: Watch,
     ) -> None:
-        """Get ready to train.
-
-        Args:
-            fabric: of this rank.
-            config: of the run.
-            run: its folder.
-            images: to train on.
-            state: as restored, or freshly built.
-            sampler: which images make up each step.
-            step: updates that are complete.
-            watch: over the other ranks.
-        """
+        """Prepare to train with a state that was restored or freshly built, after `step` complete updates."""
         self.fabric, self.config, self.run, self.images, self.state = fabric, config, run, images, state
         self.watch = watch
         self.progress = Progress(step, sampler.steps_per_epoch, config.epochs)
@@ -87,8 +76,8 @@ class Session:
         """The steps that are left: this rank's micro-batches of each, and the clock before it.
 
         Raises:
-            Interrupted: a stop was asked for; everything is saved.
-            UserError: numbers stay broken, or a checkpoint cannot be written.
+            Interrupted: the run was asked to stop; everything is saved.
+            UserError: numbers stay NaN, or a checkpoint cannot be written.
         """
         while self.progress.step < self.last_step:
             yield from self._steps_while_finite()
@@ -106,7 +95,7 @@ class Session:
             yield batches, self.progress
             self.progress = self.progress.next()
             self.log.advance(self.progress)
-            if not self._look():
+            if not self._finish_step():
                 self._go_back()
                 return
 
@@ -128,26 +117,21 @@ class Session:
                     return
 
     def observe(self, outputs: list[MethodOutput], batches: list[Batch]) -> None:
-        """Take note of a step just made. A step that made NaN is undone, while steps are checked one by one.
-
-        Args:
-            outputs: of the method, one for each micro-batch.
-            batches: the micro-batches.
-        """
+        """Record a step: the method's outputs for its micro-batches. While every step is checked, undo one with NaN."""
         self._output = joined(outputs)
         left_out = self.guard.leaves_out(self._output, batches, self.progress)
-        seen = [batch.views[0][0] for batch in batches]
-        self.state.monitor.observe(self._output, torch.cat(seen) if len(seen) > 1 else seen[0], left_out)
+        views = [batch.views[0][0] for batch in batches]
+        self.state.monitor.observe(self._output, torch.cat(views) if len(views) > 1 else views[0], left_out)
 
-    def _look(self) -> bool:
-        """After a step: whether all numbers are finite. If they are, log, save and stop where it is due."""
+    def _finish_step(self) -> bool:
+        """After a step: whether all numbers are finite. If so, log, save and stop when due."""
         progress, config = self.progress, self.config
         epoch_is_over = progress.step_in_epoch == 0
         stopped = self.stop.seen_by_any_rank(progress.step, self.fabric.device)
         logged = progress.step % config.log_every == 0 or progress.step == self.last_step
-        if not (stopped or logged or epoch_is_over or progress.step % LOOK_EVERY == 0):
+        if not (stopped or logged or epoch_is_over or progress.step % CHECK_EVERY == 0):
             return True
-        if not self.guard.all_is_well(progress):
+        if not self.guard.all_finite(progress):
             return False
         if logged:
             self._log()
@@ -161,10 +145,10 @@ class Session:
         return True
 
     def _log(self) -> None:
-        """One log line. Only this and the look at the numbers wait for the device."""
+        """One log line. Only this and the check of the numbers wait for the device."""
         assert self._output is not None
         monitor, progress = self.state.monitor, self.progress
-        health = monitor.report(progress)
+        health = monitor.report()
         names, values = list(self._output.metrics), [self._output.loss.detach(), *self._output.metrics.values()]
         means = dist.all_reduce_sum(torch.stack(values).float()) / dist.world_size()
         metrics = dict(zip(["loss", *names], means.tolist(), strict=True))
@@ -177,15 +161,15 @@ class Session:
         self.run.save(self.progress, self.config, self.images, self.state, self.loader.skipped)
 
     def _go_back(self) -> None:
-        """Into the parts of the run what they were at the newest checkpoint, or at the start."""
-        state, found = self.state, self.progress
+        """Restore the state of the newest checkpoint, or of the start."""
+        state, noticed = self.state, self.progress
         state.optimizer.zero_grad()
         state.optimizer.state.clear()
-        step = self.run.restore(state, found.steps_per_epoch)
+        step = self.run.restore(state, noticed.steps_per_epoch)
         if step == 0:
             fresh = build_state(self.config, self.images, torch.device("cpu"))
             state.method.load_state_dict(fresh.method.state_dict())
             state.monitor.load_state_dict(fresh.monitor.state_dict())
             init_from(self.config.init_from, state.method)
-        self.progress = found._replace(step=step)
-        self.guard.go_back(found, self.progress)
+        self.progress = noticed._replace(step=step)
+        self.guard.go_back(noticed, self.progress)

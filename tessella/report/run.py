@@ -158,14 +158,14 @@ def write_report(run: Path, images: ImageSet | None = None, clusters: Clusters |
     unreadable = _text(run / "unreadable.txt").splitlines()
     settings, environment = (
         list(itertools.islice(flat(values).items(), _MOST_SETTINGS))
-        for values in (to_dict(config), folder.environment())
+        for values in (to_dict(config), folder.recorded_environment())
     )
     content = {
         "title": config.recipe or config.method.name,
         "data": config.data or "images without a name",
         "status": status,
         "calm": complete and not alarms,
-        "facts": _facts(config, folder.environment(), lines, steps, done, images),
+        "facts": _facts(config, folder.recorded_environment(), lines, steps, done, images),
         "tables": tables_of(_records(run / "evaluation.json", notes)),
         "evaluated": (run / "evaluation.html").is_file(),
         "alarms": alarms,

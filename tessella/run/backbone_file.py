@@ -1,7 +1,7 @@
-"""Weights as one file that says what they are, and shows every change.
+"""Weights as one file that describes itself and in which every change is noticed.
 
-A safetensors file with a description in its metadata: the hash of the tensors, and of a backbone its network, its
-transform and where it comes from. The description ends with the hash of all that comes before it.
+It is a safetensors file whose metadata hold a description: the hash of the tensors and, for a backbone, its network,
+transform and origin. The description ends with the hash of everything before it.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from tessella.errors import UserError
 from tessella.modules.backbone import BackboneConfig
 from tessella.run.config import from_dict, to_dict
 
-_KEY = "tessella"  # of the metadata; one alone, because safetensors writes several in any order
+_KEY = "tessella"  # of the metadata; a single one, because safetensors writes several in any order
 
 
 class BackboneFile(NamedTuple):
-    """What a file of `write_backbone` holds."""
+    """The content of a file of `write_backbone`."""
 
     tensors: dict[str, Tensor]  # the network's state
     backbone: BackboneConfig
     transform: EvalTransform
-    origin: dict[str, Any]  # where the weights come from, for people
+    origin: dict[str, Any]  # where the weights come from
 
 
 def write_backbone(
     path: Path, state: dict[str, Tensor], backbone: BackboneConfig, transform: EvalTransform, origin: dict[str, Any]
 ) -> None:
-    """Write a network's weights with all that is needed to use them.
+    """Write a network's weights with everything that is needed to use them.
 
     Args:
         path: NAME.safetensors; its folder must exist.
         state: of the network.
         backbone: its architecture.
         transform: of the images that it expects.
-        origin: JSON values that say where the weights come from.
+        origin: where the weights come from, as JSON values.
 
     Raises:
         UserError: the file cannot be written.
@@ -56,7 +56,7 @@ def write_backbone(
 
 
 def read_backbone(path: Path) -> BackboneFile | None:
-    """The inverse of `write_backbone`; None for a safetensors file of others, which has no description.
+    """The inverse of `write_backbone`; None for a safetensors file without such a description.
 
     Raises:
         UserError: the file cannot be read, or has changed since it was written.
@@ -82,7 +82,7 @@ def read_described(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
         UserError: the file cannot be read, or has changed since it was written.
     """
     with files.open_regular(path):
-        pass  # whatever is no regular file is refused before it is opened by name
+        pass  # refuses what is no regular file, before it is opened by name
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -94,7 +94,7 @@ def read_described(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
         return tensors, None
     facts = _unsealed(metadata[_KEY])
     if facts is None or facts.get("tensors_sha256") != tensors_sha256(tensors):
-        raise UserError(f"{path} has changed since it was written: bring it back from a copy, or make it again")
+        raise UserError(f"{path} has changed since it was written: restore it from a copy, or create it again")
     return tensors, facts
 
 
@@ -113,7 +113,7 @@ def _sealed(facts: dict[str, Any]) -> str:
 
 
 def _unsealed(text: str) -> dict[str, Any] | None:
-    """None for a text that `_sealed` has not made."""
+    """The facts in a text of `_sealed`; None if it has changed."""
     try:
         facts = json.loads(text)
         unsealed = {key: value for key, value in facts.items() if key != "sha256"}

@@ -1,16 +1,15 @@
-"""Checkpoints as files: tensors and JSON in one folder, written whole or not at all, read only if undamaged.
+"""Checkpoints on disk: tensors and JSON in one folder, written whole or not at all, read only if undamaged.
 
     checkpoints/
       step-00000012/
         method.safetensors  optimizer.safetensors ...   the tensors, one file per group
-        state.json                                      everything else that a run needs to go on
+        state.json                                      everything else that a resumed run needs
         manifest.json                                   size and sha256 of every file, sha256 of every tensor
       .saving-0123456789abcdef/                         a save that was killed; the next save removes it
 
-A save fills a folder under a temporary name, syncs every file and the folder, and gives it its name by one
-rename (`tessella.files`); so a killed process leaves the previous checkpoint or the complete new one. safetensors
-itself has no checksum: the manifest finds what a disk or a copy has changed. Nothing here runs code from a file: JSON
-and safetensors only.
+A save fills a folder under a temporary name, syncs every file and the folder, and renames it (`tessella.files`). So a
+killed process leaves the previous checkpoint or the complete new one. safetensors has no checksum; the hashes of the
+manifest reveal what a disk or a copy has changed. Nothing is executed: JSON and safetensors only.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _MANIFEST_LIMIT = 64 << 20  # bytes; a hundred times the manifest of a network w
 
 
 class Damaged(Exception):
-    """A checkpoint that cannot be trusted; the text names the file and, where it can be told, the tensor."""
+    """A checkpoint that cannot be trusted; the text names the file and, if it is known, the tensor."""
 
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
@@ -77,12 +76,12 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
 
 
 def save_elsewhere(step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path | None:
-    """Write a checkpoint that its own folder cannot take into a new private one for temporary files.
+    """Write a checkpoint into a new private folder for temporary files, because its own folder cannot take it.
 
     Args:
-        step: as `save` has it.
-        tensors: as `save` has it.
-        state: as `save` has it; what JSON cannot hold is written as text.
+        step: as in `save`.
+        tensors: as in `save`.
+        state: as in `save`; values that JSON has no type for are written as text.
 
     Returns:
         The checkpoint; None if it cannot be written there either.
@@ -94,7 +93,7 @@ def save_elsewhere(step: int, tensors: dict[str, dict[str, Tensor]], state: dict
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    except Exception:  # the failure that led here is the one to report
+    except Exception:  # the caller reports the first failure
         return None
 
 
@@ -131,7 +130,7 @@ def load_newest(
 
     Args:
         folder: where checkpoints lie; it may be missing.
-        on_damage: told about each newer checkpoint that was passed over, and why.
+        on_damage: called with the reason for each newer checkpoint that was skipped.
 
     Returns:
         Its folder, and what `load` gives; None if there is no valid checkpoint.
@@ -144,29 +143,11 @@ def load_newest(
     return None
 
 
-def newest(folder: Path, on_damage: Callable[[str], object] = warnings.warn) -> Path | None:
-    """The checkpoint with the highest step whose every byte is as it was written.
-
-    Args:
-        folder: where checkpoints lie; it may be missing.
-        on_damage: told about each newer checkpoint that was passed over, and why.
-
-    Returns:
-        Its folder; None if there is no valid checkpoint.
-    """
-    for path in _checkpoints(folder):
-        damage = _damage(path)
-        if damage is None:
-            return path
-        on_damage(damage)
-    return None
-
-
 def prune(folder: Path, keep: int = 2) -> None:
     """Remove what is older than the `keep` newest valid checkpoints, and what killed saves and removals have left.
 
-    Damaged ones do not count: a run that had to go back behind damaged checkpoints must not lose its new ones
-    to them. A damaged one that is newer stays until the run reaches its step and replaces it.
+    Damaged ones do not count: a run that had to go back to an earlier checkpoint must not lose its new ones to them. A
+    damaged one that is newer stays until the run reaches its step and replaces it.
 
     Args:
         folder: where checkpoints lie.
@@ -225,8 +206,8 @@ def _checkpoints(folder: Path) -> list[Path]:
     files.refuse_link(folder)
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (_step_of(path), not path.name.endswith(_REPLACED)), reverse=True)
+    paths = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(paths, key=lambda path: (_step_of(path), not path.name.endswith(_REPLACED)), reverse=True)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -301,11 +282,11 @@ def _what_changed(name: str, data: bytes, manifest: dict[str, Any]) -> str:
     if name == _STATE:
         return "its text"
     try:
-        found = safetensors.torch.load(data)
-    except Exception:  # whatever the parser says about damaged bytes
+        tensors = safetensors.torch.load(data)
+    except Exception:  # damaged bytes raise errors of many types
         return "its header"
     listed = manifest["tensors"][name]
-    changed = [key for key in listed if key not in found or _describe(found[key]) != listed[key]]
+    changed = [key for key in listed if key not in tensors or _describe(tensors[key]) != listed[key]]
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return f"tensor {', '.join(ascii(key) for key in changed[:3])}{more}" if changed else "its header"
 

@@ -1,4 +1,4 @@
-"""A run on disk: what is where, who may write it, and how a run comes back from it.
+"""A run on disk: its files, who may write them, and how a run is saved and restored.
 
 RUN/config.yaml           the whole configuration
 RUN/environment.json      versions, host and the path of the images at the first start
@@ -6,7 +6,7 @@ RUN/metrics.jsonl         the log
 RUN/checkpoints/step-N/   the last two checkpoints
 RUN/backbone.safetensors  the trained backbone, when the run is complete
 RUN/start.json            what was taken from the weights that the run started from, if it started from any
-RUN/images.safetensors    which images the run is about, to say what has changed
+RUN/images.safetensors    names and sizes of the images, to name those that have changed
 RUN/unreadable.txt        images that could not be used, with the reason
 RUN/lock                  the process that writes here now
 """
@@ -48,10 +48,10 @@ _PACKAGES = (
     *("numba", "lightning-fabric", "timm"),
 )
 
-_MAKERS = {"torch": "torch", "compiled": "compiled kernels"}  # of views, as recorded and in words
-_FRESH_SECONDS = 60  # short epochs do not each pay for a checkpoint
+_MAKERS = {"torch": "torch", "compiled": "compiled kernels"}  # of views, as recorded -> in words
+_FRESH_SECONDS = 60  # after a checkpoint, in which the end of an epoch does not save another
 _KEPT = 2  # checkpoints
-_BEFORE_STEPS = {  # what a run's folder holds before its first step
+_BEFORE_STEPS = {  # files of a run before its first step
     *(lock.NAME, "environment.json", "start.json", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"),
 }
 _LIMIT = 1 << 20  # bytes of environment.json
@@ -64,11 +64,11 @@ class Start(NamedTuple):
 
     source: str
     taken: list[str]  # parts of the method
-    anew: dict[str, str]  # part -> why it starts as it was initialised
+    initialised: dict[str, str]  # part -> why it was not taken
     backbone_sha256: str = ""  # see `weights.resolve.weights_sha256`
 
     def write(self, run: Path) -> None:
-        """Keep it in the run folder, if there was a source."""
+        """Write start.json, if there was a source."""
         if self.source:
             files.write_json(run / "start.json", self._asdict())
 
@@ -100,18 +100,18 @@ class RunFolder:
         return cls(path), load_config(path / "config.yaml")
 
     def refuse_taken(self) -> None:
-        """Say that a new run cannot begin here, before anything slow. A run without a step may begin again.
+        """Refuse a folder in which a new run cannot begin, before anything slow. A run without a step may begin again.
 
         Raises:
             UserError: the folder holds something.
         """
         if self._holds_something():
-            resume = f"`tessella resume {self.path}` goes on with it, or " if self._has_begun() else ""
+            resume = f"`tessella resume {self.path}` continues the run in it, or " if self._has_begun() else ""
             raise UserError(f"{self.path} is not an empty folder: {resume}choose another --out")
 
     @contextlib.contextmanager
     def only_writer(self, enabled: bool) -> Iterator[None]:
-        """Keep other runs out of the folder, which is made if it is missing, and clear what killed writers have left.
+        """Keep other runs out of the folder, make it if it is missing, and remove what killed writers have left.
 
         Args:
             enabled: False on all ranks but 0, which does the writing.
@@ -130,7 +130,7 @@ class RunFolder:
             yield
 
     def begin(self, config: RunConfig, start: Start) -> None:
-        """Make the folder a run's. config.yaml comes last: what is killed before it is no run yet.
+        """Write the files of a new run. config.yaml comes last: without it the folder is no run yet.
 
         Raises:
             UserError: the folder holds something, or cannot be written.
@@ -139,7 +139,7 @@ class RunFolder:
         files.make_folder(self.checkpoints)
         files.remove(self.metrics)
         places = {"data": _places(config.data, self.path)}
-        files.write_json(self.path / "environment.json", surroundings() | places)
+        files.write_json(self.path / "environment.json", environment() | places)
         start.write(self.path)
         files.write_text(self.path / "config.yaml", to_yaml(config))
 
@@ -147,7 +147,7 @@ class RunFolder:
         return (self.path / "config.yaml").exists()
 
     def _holds_something(self) -> bool:
-        """Anything but what a run leaves that ended before its first step."""
+        """Whether there is anything but the files of a run that ended before its first step."""
         if not self.path.exists():
             return False
         if not self.path.is_dir():
@@ -163,12 +163,12 @@ class RunFolder:
         with files.open_regular(self.metrics, LOG_BYTES) as log:
             return any(b'"kind": "step"' in line for line in log)
 
-    def go_on_as(self, saved: RunConfig, config: RunConfig, allowed: Collection[str]) -> None:
-        """Compare the configuration with what the newest checkpoint was computed with; the same on every rank.
+    def refuse_other_config(self, saved: RunConfig, config: RunConfig, allowed: Collection[str]) -> None:
+        """Compare the configuration with that of the newest checkpoint; the same on every rank.
 
         Args:
             saved: from config.yaml.
-            config: of the run that goes on.
+            config: of the resumed run.
             allowed: names of fields that may have other values than before; `prepare` then writes config.yaml.
 
         Raises:
@@ -179,12 +179,12 @@ class RunFolder:
         self._config_changed = bool(refuse_changes(before, config, allowed))
 
     def save_is_due(self, minutes: float, epoch_is_over: bool) -> bool:
-        """Whether enough time has passed since the last save. An epoch's end is a good moment, if that is not fresh."""
+        """Whether enough time has passed since the last save; at the end of an epoch a minute is enough."""
         seconds = time.monotonic() - self._saved_at
         return self._config_changed or seconds >= 60 * minutes or (epoch_is_over and seconds >= _FRESH_SECONDS)
 
     def prepare(self, config: RunConfig, images: ImageSet, state: State) -> None:
-        """Before training: keep what was allowed to change, note the contents of a few images. For rank 0.
+        """Before training: write a changed configuration, hash a few images, check the disk. For rank 0.
 
         Raises:
             UserError: the checkpoints will not fit on the disk.
@@ -193,36 +193,36 @@ class RunFolder:
         self._contents = images_seen.content_samples(images)
         state.monitor.identical_images = len(self._contents) > 1 and len(set(self._contents.values())) == 1
         values = sum(p.nbytes for p in state.method.parameters())
-        kept = 2 if isinstance(state.optimizer, torch.optim.AdamW) else 1  # by the optimiser, for each value
-        one = sum(t.nbytes for t in state.method.state_dict().values()) + kept * values
-        there = len(list(self.checkpoints.glob("step-*")))
-        files.refuse_full_disk(self.path, max(1, _KEPT + 1 - there) * one)
+        moments = 2 if isinstance(state.optimizer, torch.optim.AdamW) else 1  # of the optimiser, for each value
+        checkpoint = sum(t.nbytes for t in state.method.state_dict().values()) + moments * values
+        existing = len(list(self.checkpoints.glob("step-*")))
+        files.refuse_full_disk(self.path, max(1, _KEPT + 1 - existing) * checkpoint)
         if self._config_changed:
             files.write_text(self.path / "config.yaml", to_yaml(config))
 
     def _warn_of_other_views(self) -> None:
-        """Say so if compiled kernels make the views that torch made before, or the other way round."""
-        before = str(self.environment().get("views"))
+        """Warn if compiled kernels make the views that torch made before, or vice versa."""
+        before = str(self.recorded_environment().get("views"))
         if before in _MAKERS and before != compiled.in_words():
-            _warn(
-                f"views were made by {_MAKERS[before]} when the run began, now by {_MAKERS[compiled.in_words()]}: "
-                "they agree within rounding, but the run goes on otherwise than it would have in its last bits"
+            note(
+                f"warning: views were made by {_MAKERS[before]} when the run began, now by "
+                f"{_MAKERS[compiled.in_words()]}: they agree up to rounding, so the result changes in its last bits"
             )
 
-    def environment(self) -> dict[str, Any]:
-        """What is known of the first start; nothing if the file is gone or damaged."""
+    def recorded_environment(self) -> dict[str, Any]:
+        """The content of environment.json; empty if the file is missing or damaged."""
         try:
-            found = files.read_json(self.path / "environment.json", _LIMIT)
+            content = files.read_json(self.path / "environment.json", _LIMIT)
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
     def open_images(self, config: RunConfig, *, download: bool) -> ImageSet:
-        """The run's images: by their name, else by the path that they had, from the root or from the run folder.
+        """The run's images: by their name, or at the path that they had, absolute or relative to the run folder.
 
         Args:
             config: of the run.
-            download: whether a data set by name may be fetched; False if only the run names it.
+            download: whether a data set by name may be downloaded; False if only the run names it.
 
         Raises:
             UserError: they are in none of these places, or cannot be read there.
@@ -230,7 +230,7 @@ class RunFolder:
         try:
             return open_images(config.data, download=download)
         except UserError as error:
-            places = self.environment().get("data")
+            places = self.recorded_environment().get("data")
             known = places if isinstance(places, dict) and places.get("name") == config.data else {}
             for place in (str(known.get("absolute")), str(self.path / str(known.get("from_run")))):
                 if known and _path_of(place):
@@ -248,14 +248,11 @@ class RunFolder:
         step = progress.step
         try:
             self._save(progress, config, images, state, skipped)
-        except Exception as error:  # whatever it is: hours of training may hang on it
+        except Exception as error:  # whatever it is: hours of training may depend on it
             if self._saved_step == step:
                 raise
-            tensors, facts = self._checkpoint(progress, config, images, state)
-            place = checkpoint_files.save_elsewhere(step, tensors, facts)
-            where = "could not be kept anywhere"
-            if place:
-                where = f"was written to {place}: move that into {self.checkpoints}, then resume"
+            place = checkpoint_files.save_elsewhere(step, *self._checkpoint(progress, config, images, state))
+            where = f"was written to {place}: move that into {self.checkpoints}, then resume" if place else "is lost"
             raise UserError(f"{error or type(error).__name__}. The state of step {step} {where}") from error
 
     def _save(
@@ -264,7 +261,7 @@ class RunFolder:
         step = progress.step
         if not self._has_begun():
             raise UserError(
-                f"{self.path} is no longer a run folder: config.yaml has gone, so nothing was saved at step {step}. "
+                f"{self.path} is no longer a run folder: config.yaml is missing, so nothing was saved at step {step}. "
                 "Was the folder moved or deleted, or its disk unmounted? Put it back, then resume"
             )
         unreadable = dict(images.unreadable) | skipped
@@ -274,9 +271,9 @@ class RunFolder:
             self._sync_log()
             checkpoint_files.save(self.checkpoints, step, *self._checkpoint(progress, config, images, state))
             self._saved_step = step
-        # Also for a process that was killed before it came to this:
+        # Also if the checkpoint is an earlier process's, which was killed before it came to this:
         checkpoint_files.prune(self.checkpoints, keep=_KEPT)
-        images_seen.remember(self.path, images)
+        images_seen.write_names(self.path, images)
         self._saved_at = time.monotonic()
         self._config_changed = False
 
@@ -296,7 +293,7 @@ class RunFolder:
         return tensors, facts
 
     def refuse_other_images(self, config: RunConfig, images: ImageSet) -> None:
-        """See whether these are the images that the run was trained on.
+        """Compare the images with those that the run was trained on.
 
         Raises:
             UserError: images were added, removed or encoded again; the text names some.
@@ -308,29 +305,30 @@ class RunFolder:
         with _foreign_refused():
             before = facts["fingerprints"]["data"]
             contents = images_seen.changed_contents(images, facts.get("contents", {}))
-        if before == images.fingerprint and not contents:
-            return
-        found = images_seen.difference(self.path, images, before) if before != images.fingerprint else None
-        raise UserError(
-            f"the images of {config.data} have changed since the run was saved: {images_seen.in_words(found, contents)}"
-            ". Put the images back, or start a new run from this one's weights (`tessella pretrain RECIPE --init-from "
-            f"{self.path} ...`)"
-        )
+        if before != images.fingerprint or contents:
+            raise UserError(
+                f"the images of {config.data} have changed since the run was saved: "
+                f"{images_seen.changes(self.path, images, before, contents)}. Put the images back, or start a new run "
+                f"from this one's weights (`tessella pretrain RECIPE --init-from {self.path} ...`)"
+            )
 
     def restore(self, state: State, steps_per_epoch: int) -> int:
-        """Load the newest valid checkpoint into the parts of a run; the number of steps done, 0 without one.
+        """Load the newest valid checkpoint into the parts of a run.
 
         Args:
             state: freshly built; filled.
-            steps_per_epoch: of the run, which the checkpoint must agree with.
+            steps_per_epoch: of the run; the checkpoint must have the same.
+
+        Returns:
+            The number of complete steps, 0 without a checkpoint.
 
         Raises:
             UserError: the checkpoint is not one of this run.
         """
-        found, self._read = self._read or self._newest(), None
-        if found is None:
+        checkpoint, self._read = self._read or self._newest(), None
+        if checkpoint is None:
             return 0
-        tensors, facts = found
+        tensors, facts = checkpoint
         with _foreign_refused():
             step = facts["step"]
             if type(step) is not int or facts["steps_per_epoch"] != steps_per_epoch:
@@ -345,7 +343,7 @@ class RunFolder:
         return step
 
     def _newest(self) -> Checkpoint | None:
-        """The newest valid checkpoint, the same one on every rank: rank 0 chooses.
+        """The newest valid checkpoint. Rank 0 chooses it for all ranks.
 
         Raises:
             UserError: there are checkpoints, but none can be used; or this rank cannot read rank 0's choice.
@@ -353,11 +351,11 @@ class RunFolder:
         damage: list[str] = []
         chosen = checkpoint_files.load_newest(self.checkpoints, damage.append) if dist.rank() == 0 else None
         for text in damage if chosen else []:
-            _warn(f"{text}; an earlier checkpoint is used")
+            note(f"warning: {text}; an earlier checkpoint is used")
         name, damage = dist.broadcast_object((chosen and chosen[0].name, damage))
         if name is None and damage:
             raise UserError(
-                f"no checkpoint in {self.checkpoints} can be used: {'; '.join(damage)}. Bring one back from a copy, or "
+                f"no checkpoint in {self.checkpoints} can be used: {'; '.join(damage)}. Restore one from a copy, or "
                 "remove that folder to start the run from its beginning"
             )
         if name is None or chosen is not None:
@@ -371,7 +369,7 @@ class RunFolder:
             ) from None
 
     def _sync_log(self) -> None:
-        """A power cut must not take lines of the log from before a checkpoint; the run would not write them again."""
+        """Sync the log before a checkpoint: a resumed run would not write lines again that a power cut took."""
         if self.metrics.exists():
             with files.open_regular(self.metrics) as log:
                 os.fsync(log.fileno())
@@ -389,13 +387,13 @@ class RunFolder:
         )
 
     def _write_unreadable(self, unreadable: dict[str, str]) -> None:
-        """List images that could not be used. Names are written on one line, escaped where needed."""
+        """List images that could not be used: a line for each, with name and reason escaped."""
         lines = (f"{printable(key)}\t{printable(reason)}\n" for key, reason in sorted(unreadable.items()))
         files.write_text(self.path / "unreadable.txt", "".join(lines))
 
 
 def eval_transform(config: RunConfig) -> EvalTransform:
-    """What a run's images go through when its backbone is evaluated."""
+    """The transform of images for a run's backbone when it is evaluated."""
     spec = views_of(config.method)
     return EvalTransform.of(config.image_size, mean=spec.mean, std=spec.std)
 
@@ -412,7 +410,7 @@ def optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer) -> dict[
 
 @contextlib.contextmanager
 def _foreign_refused() -> Iterator[None]:
-    """Say so if a checkpoint is not of this run. Its hashes only say that it is as somebody has written it."""
+    """Refuse a checkpoint of another run. Its hashes only prove that it is unchanged since somebody wrote it."""
     try:
         yield
     except UserError:
@@ -420,13 +418,13 @@ def _foreign_refused() -> Iterator[None]:
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = textwrap.shorten(str(error), 200)
         raise UserError(
-            f"the newest checkpoint cannot be one of this run ({type(error).__name__}: {reason}): remove it to go on "
-            "from the one before it, or bring the run back from a copy"
+            f"the newest checkpoint cannot be one of this run ({type(error).__name__}: {reason}): remove it to resume "
+            "from the one before it, or restore the run from a copy"
         ) from None
 
 
 def _refuse_other_types(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Loading would convert them, and lose digits."""
+    """Refuse tensors of other types: loading would convert them, and lose digits."""
     for name in ours.keys() & theirs.keys():
         if ours[name].dtype != theirs[name].dtype:
             raise ValueError(f"{name} is of {theirs[name].dtype}, not {ours[name].dtype}")
@@ -444,16 +442,16 @@ def load_optimizer_tensors(
         steps: updates that the run has made.
 
     Raises:
-        KeyError, ValueError: a tensor fits no parameter, or one is missing beside another.
+        KeyError, ValueError: a tensor fits no parameter, or another of the same parameter is missing.
     """
     parameters = dict(method.named_parameters())
-    kept = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer"}
+    keys = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer"}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
         parameter = parameters[name]
         expected = () if key == "step" else parameter.shape  # copying would stretch another one
-        if not all(f"{name}/{other}" in tensors for other in kept) or key not in kept:
-            raise ValueError(f"optimizer tensor {full_name} is not one of {', '.join(sorted(kept))}, which go together")
+        if not all(f"{name}/{other}" in tensors for other in keys) or key not in keys:
+            raise ValueError(f"optimizer tensor {full_name} is not one of {', '.join(sorted(keys))}, which go together")
         if (
             value.shape != expected
             or not value.is_floating_point()
@@ -468,13 +466,13 @@ def load_optimizer_tensors(
 
 
 def _path_of(data: str) -> str:
-    """The file or folder that a data set's name starts with; empty if there is none."""
+    """The file or folder at the start of a data set's name; empty if there is none."""
     bases = (data, data.rpartition("::")[0])
     return next((base for base in bases if base and Path(base).expanduser().exists()), "")
 
 
 def _places(data: str, run: Path) -> dict[str, str]:
-    """Other names for a data set that has a path; nothing for one that has none, such as cifar10."""
+    """Further names of a data set that is a file or folder; none for others, such as cifar10."""
     base = _path_of(data)
     if not base:
         return {}
@@ -482,7 +480,7 @@ def _places(data: str, run: Path) -> dict[str, str]:
     return {"name": data, "absolute": f"{absolute}{part}", "from_run": os.path.relpath(absolute, run.absolute()) + part}
 
 
-def surroundings() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Versions and machine, for the record."""
     return {
         "command": sys.argv,
@@ -504,7 +502,3 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
-
-
-def _warn(text: str) -> None:
-    note(f"warning: {text}")

@@ -1,7 +1,7 @@
 """One run folder, one writer: a lock that a killed process cannot leave behind.
 
-The operating system holds the lock and drops it with its owner, whatever ends that; a recycled process id means
-nothing to it. RUN/lock says in words who the owner is. Only where a file system has no locks, the words decide.
+The operating system holds the lock, and releases it when its owner ends, however that happens. The file RUN/lock
+describes the owner for messages. The description decides only on a file system without locks.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from tessella.text import printable
 
 NAME = "lock"  # of the file in the run folder
 
-_PATIENCE = 1.0  # seconds; who only looks holds the lock for a moment too
+_PATIENCE = 1.0  # seconds to wait for the lock, because `owner_of` holds it for a moment too
 _PATIENCE_TO_LOOK = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def only_writer(run: Path, name: str = NAME) -> Iterator[None]:
-    """Be the one process that writes in a run folder, or in an evaluation's.
+    """Be the only process that writes in the folder of a run or of an evaluation.
 
     Args:
         run: an existing folder.
-        name: of the lock. A run may be evaluated into its own folder while it trains: each has a lock of its own.
+        name: of the lock. A run may be evaluated into its own folder while it trains, so each has its own lock.
 
     Raises:
-        UserError: another process writes there, the folder cannot be written, or its lock is no file of ours.
+        UserError: another process writes there, the folder cannot be written, or its lock is no regular file.
     """
     file = files.open_own(run / name, os.O_RDWR | os.O_CREAT)
     try:
         if not _acquire(file, _PATIENCE):
-            raise _in_use(run / name, _in_words(_description(file)))
-        _describe(file, _this_process())
+            raise _in_use(run / name, _in_words(_read_owner(file)))
+        _write_owner(file, _this_process())
         try:
             yield
         finally:
-            _describe(file, {})
+            _write_owner(file, {})
     finally:
         os.close(file)
 
 
 def owner_of(run: Path) -> str:
-    """Which process writes in a run folder now, in words; empty if none does.
+    """The process that writes in a run folder now, in words; empty if none does.
 
     Args:
         run: a run folder; it may be read-only or missing.
@@ -62,13 +62,13 @@ def owner_of(run: Path) -> str:
     try:
         with files.open_regular(run / NAME) as file:
             free = _acquire(file.fileno(), _PATIENCE_TO_LOOK)
-            return "" if free else _in_words(_description(file.fileno()))
+            return "" if free else _in_words(_read_owner(file.fileno()))
     except OSError:
         return ""
 
 
 def refuse_second_writer(run: Path) -> None:
-    """Say at once, before anything slow, that a run folder is in use.
+    """Refuse a run folder that is in use, before anything slow.
 
     Raises:
         UserError: another process writes there.
@@ -79,7 +79,7 @@ def refuse_second_writer(run: Path) -> None:
 
 
 def _acquire(file: int, patience: float) -> bool:
-    """Whether the lock is ours within so many seconds; it is then held until the file is closed."""
+    """Whether the lock was acquired within so many seconds; it is held until the file is closed."""
     deadline = time.monotonic() + patience
     while not _try(file):
         if time.monotonic() > deadline:
@@ -94,21 +94,19 @@ def _try(file: int) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        return not _may_live(_description(file))
+        return not _may_live(_read_owner(file))
 
 
 def _may_live(owner: dict[str, Any]) -> bool:
-    """Where there are no locks: whether the process that the file names may still be there."""
-    if not owner:
-        return False
-    if owner.get("host") != socket.gethostname():
-        return True  # cannot be told from here
-    return owner.get("began") == _began(owner.get("pid"))
+    """Without locks: whether the process that the file describes may still be running."""
+    if owner and owner.get("host") != socket.gethostname():
+        return True  # nothing is known about processes of another host
+    return bool(owner) and owner.get("began") == _began(owner.get("pid"))
 
 
 def _in_use(path: Path, owner: str) -> UserError:
     return UserError(
-        f"{path.parent} is in use by {owner}: wait for it, or stop it. If it is gone for certain, delete {path}"
+        f"{path.parent} is in use by {owner}: wait for it, or stop it. If it has certainly ended, delete {path}"
     )
 
 
@@ -122,23 +120,22 @@ def _this_process() -> dict[str, Any]:
 
 
 def _began(pid: Any) -> str | None:
-    """What tells a process from a later one of the same number: its start, in ticks since the machine's."""
+    """The start of a process in ticks since boot, which distinguishes it from a later one with the same id."""
     try:
         return Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, ValueError, TypeError, IndexError):
         return None
 
 
-def _describe(file: int, owner: dict[str, Any]) -> None:
-    """Name the owner. Words only: a full disk or a folder that has gone is no reason to stop here."""
-    with contextlib.suppress(OSError):
+def _write_owner(file: int, owner: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # it is a description only: a full disk does not matter here
         os.ftruncate(file, 0)
         os.lseek(file, 0, os.SEEK_SET)
-        # The first byte is what Windows locks, and then nobody else can read it.
+        # Windows locks the first byte, which others then cannot read.
         os.write(file, b" " + json.dumps(owner).encode("ascii") if owner else b"")
 
 
-def _description(file: int) -> dict[str, Any]:
+def _read_owner(file: int) -> dict[str, Any]:
     try:
         os.lseek(file, 1, os.SEEK_SET)
         owner = json.loads(os.read(file, 4096))

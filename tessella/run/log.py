@@ -1,12 +1,12 @@
-"""What a run says: `metrics.jsonl` always, TensorBoard when it is installed, and the console.
+"""The log of a run: `metrics.jsonl`, TensorBoard if it is installed, and the console.
 
 Each line of `metrics.jsonl` is one JSON object:
 
     {"kind": "step", "step": 20, "epoch": 0, "loss": 5.1, "lr": 0.6, ..., "timing": {"seconds": 3.1, ...}}
     {"kind": "epoch" | "alarm" | "event", "step": 20, "epoch": 0, ...}
 
-`step` counts complete updates. All that depends on the clock is under `timing`: without it, the lines of a
-resumed run equal those of a straight one. JSON has no NaN: such values are null, and their names are listed
+`step` counts complete updates. Everything that depends on the clock is under `timing`: without it, the lines of a
+resumed run equal those of an uninterrupted one. JSON has no NaN: such values are null, and their names are listed
 under `nonfinite`.
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 TENSORBOARD = "tensorboard"  # name of the folder
 
-LOG_BYTES = 1 << 30  # of metrics.jsonl, at most
+LOG_BYTES = 1 << 30  # limit of metrics.jsonl
 
 
 class RunLog:
@@ -59,10 +59,9 @@ class RunLog:
             folder: of the run; must exist. `metrics.jsonl` is continued if it is there.
             total_steps: updates of the whole run.
             images_per_step: over all ranks.
-            resume_step: updates complete at the start. Lines of later steps are dropped: the run makes them
-                again.
+            resume_step: updates complete at the start. Lines of later steps are dropped: the run writes them again.
             enabled: whether this process writes.
-            console: where people look; None for standard output.
+            console: default: standard output.
 
         Raises:
             UserError: the disk is full.
@@ -80,7 +79,7 @@ class RunLog:
         self._display = Display("step", total_steps, done=resume_step, console=console or _stdout(), keep=True)
         if resume_step:
             self._display.say(
-                f"the run goes on from step {resume_step:,} of {total_steps:,}"
+                f"the run continues from step {resume_step:,} of {total_steps:,}"
                 if resume_step < total_steps
                 else f"the run is complete, after {resume_step:,} steps; nothing is left to train. To train "
                 "longer: --epochs N --allow epochs, or --max-steps None if that cut it short"
@@ -93,11 +92,7 @@ class RunLog:
         self._tensorboard = _open_tensorboard(self._folder / TENSORBOARD, resume_step)
 
     def go_back(self, progress: Progress) -> None:
-        """Drop the lines of later steps, which the run makes again.
-
-        Args:
-            progress: the clock that the run has gone back to.
-        """
+        """Drop the lines of later steps, because the run has returned to this one and writes them again."""
         if not self.enabled:
             return
         self._close_files()
@@ -106,30 +101,19 @@ class RunLog:
         self._epoch = progress.epoch
 
     def say(self, text: str) -> None:
-        """Show a line without logging it.
-
-        Args:
-            text: for people.
-        """
+        """Show a line without logging it."""
         if self.enabled:
             self._display.say(text)
 
     def advance(self, progress: Progress) -> None:
-        """Show how far the run is, between two logged steps.
-
-        Args:
-            progress: the clock after a step.
-        """
+        """Show the progress after a step, whether it is logged or not."""
         if self.enabled:
             self._display.update(progress.step)
 
     def step(self, progress: Progress, metrics: dict[str, float], wait_seconds: float = 0.0) -> None:
-        """Log one step's figures.
+        """Log the metrics of one step, with the clock after it.
 
-        Args:
-            progress: the clock after the step.
-            metrics: name -> value.
-            wait_seconds: time spent waiting for data since the start of this process.
+        `wait_seconds` is the time spent waiting for data since the start of this process.
         """
         if not self.enabled:
             return
@@ -147,37 +131,21 @@ class RunLog:
         self._display.update(progress.step, _summary(metrics, timing))
 
     def epoch(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """Log figures of a whole epoch.
-
-        Args:
-            progress: the clock after the epoch's last step.
-            metrics: name -> value.
-        """
+        """Log metrics of a whole epoch, with the clock after its last step."""
         if not self.enabled:
             return
         self._write("epoch", progress, metrics)
         self._write_tensorboard(progress.step, metrics, prefix="epoch/")
 
     def alarm(self, progress: Progress, alarm: Alarm, **fields: Any) -> None:
-        """Log a warning and show it at once.
-
-        Args:
-            progress: the clock.
-            alarm: what to say.
-            fields: JSON values for programs.
-        """
+        """Log a warning, with further JSON values for programs, and show it at once."""
         if not self.enabled:
             return
         self._write("alarm", progress, {"name": alarm.name, "text": alarm.text, **fields})
         self._display.say(f"warning at step {progress.step}: {alarm.text}")
 
     def event(self, text: str, **fields: Any) -> None:
-        """Log and show that something happened, at the step logged last.
-
-        Args:
-            text: for people.
-            fields: JSON values for programs.
-        """
+        """Log an event at the step logged last, with further JSON values for programs, and show it."""
         if not self.enabled:
             return
         self._write_line({"kind": "event", "step": self._step, "epoch": self._epoch, "text": text, **fields})
@@ -203,7 +171,7 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(*([UserError] if error is not None else [])):  # the first error is the one to show
+        with contextlib.suppress(*([UserError] if error is not None else [])):  # show the first error only
             self.close()
 
     def _write(self, kind: str, progress: Progress, fields: Mapping[str, Any]) -> None:
@@ -217,13 +185,13 @@ class RunLog:
             line["nonfinite"] = nonfinite
         data = json.dumps(line, allow_nan=False).encode("ascii") + b"\n"
         with explain_write_error(self._folder, len(data)):
-            while data:  # a disk that is nearly full takes a part
+            while data:  # a disk that is nearly full writes a part
                 data = data[self._file.write(data) :]
 
     def _write_tensorboard(self, step: int, values: dict[str, float], prefix: str = "") -> None:
         if self._tensorboard is not None:
             finite = {prefix + name: value for name, value in values.items() if math.isfinite(value)}
-            with explain_write_error(self._folder, 64 * len(finite)):  # its thread's errors come up here
+            with explain_write_error(self._folder, 64 * len(finite)):  # errors of its thread are raised here
                 for name, value in finite.items():
                     self._tensorboard.add_scalar(name, value, step)
 
@@ -243,9 +211,9 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     text = files.read_text(path, LOG_BYTES, errors="replace")
-    kept = "".join(line + "\n" for line in text.splitlines() if _step_of(line) <= step)
-    if kept != text:
-        files.write_text(path, kept)
+    earlier = "".join(line + "\n" for line in text.splitlines() if _step_of(line) <= step)
+    if earlier != text:
+        files.write_text(path, earlier)
 
 
 def _step_of(line: str) -> float:
@@ -267,7 +235,7 @@ def _open_tensorboard(folder: Path, resume_step: int) -> Any:
         except ImportError:
             return None
     files.make_folder(folder)
-    # TensorBoard opens its file by name: nobody may guess that name and put a link there.
+    # TensorBoard opens its file by name: the name must not be guessed, or a link could be put there.
     unpredictable = f".{secrets.token_hex(8)}"
     return SummaryWriter(folder, purge_step=resume_step + 1 if resume_step else None, filename_suffix=unpredictable)
 

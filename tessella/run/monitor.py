@@ -1,9 +1,8 @@
-"""The health of a run: is it learning, or has it collapsed without anybody noticing?
+"""The health of a run: does it learn, or has it collapsed?
 
-A collapsed run looks like a slow one: the loss rests at ln K, nothing fails, and weeks are lost. The monitor
-knows no method. It watches the embeddings, the assignments and the loss of every step at the price of two
-small kernels, and turns them into figures (`report`) and warnings that name the remedy (`alarms`) every few
-steps.
+A collapsed run looks like a slow one: its loss stays at ln K, and nothing fails. The monitor knows no method. It
+observes the embeddings, assignments and loss of every step at the cost of two small kernels, and turns them every few
+steps into figures (`report`) and into warnings that name the remedy (`alarms`).
 """
 
 from __future__ import annotations
@@ -18,36 +17,33 @@ from tessella import dist
 from tessella.methods.method import MethodOutput, Progress
 from tessella.ops.metrics import effective_rank
 
-# A run starts where a collapsed one ends: loss near ln K, embeddings in a narrow cone, few clusters in use.
-# So nothing is said before the warm-up is over, and only what has lasted is said at all: long enough at any
-# distance between reports, and seen often enough. At a report every 20 steps both are over by step 100, at
-# one every 50 by step 150.
+# A run starts where a collapsed one ends: loss near ln K, embeddings in a narrow cone, few clusters in use. So an alarm
+# is raised only after a warm-up, and only for a condition that has lasted for some steps and some reports. With a
+# report every 20 steps, that is step 100 at the earliest; with one every 50, step 150.
 WARMUP_STEPS = 100
 LASTING_STEPS = 80
 LASTING_REPORTS = 3
 
-# The std of a unit vector's D components over the batch, times sqrt(D), is sqrt(1 - |mean|^2): 0.05 means a
-# mean cosine of 0.9975 between images. A random network shows 0.1 and more, a trained one about 1.
+# The std of a unit vector's D components over the batch, times sqrt(D), is sqrt(1 - |mean|^2): 0.05 means a mean cosine
+# of 0.9975 between images. A random network has 0.1 and more, a trained one about 1.
 COLLAPSED_STD = 0.05
-# Embeddings on one line give 1, on a plane at most 2. In 128 dimensions a random network shows 50 and more. Of 46
-# runs of small recipes and of trials around them, 45 stayed above 14 and one fell to 7 for a moment; with a learning
-# rate 100 times too high most fell below 6.
+# Embeddings on a line have rank 1, on a plane at most 2. In 128 dimensions a random network has 50 and more. Of 46 runs
+# of small recipes and of variants, 45 stayed above 14 and one fell to 7 for a moment; with a learning rate 100 times
+# too high most fell below 6.
 COLLAPSED_RANK = 2.0
 COLLAPSED_RANK_OF_MANY = 8.0  # from 128 dimensions on; in proportion below
-# Views whose pixels are all alike. Crops of digits on black show some; a data set of blank images, or one that is
-# decoded to black, nothing else.
+# Views whose pixels are all equal. Crops of digits on black have some; a data set of blank images has nothing else.
 MOST_BLANK = 0.9
 _BLANK = 0.01  # range of a blank view's pixels, normalised
-# Collapsed runs that users reported rested within 1e-4 of ln K, and come there from above. A healthy loss crosses ln K
-# too, early on: SwAV on small images stayed this close for 20 steps, narrow networks for up to 80. One that is below by
+# Collapsed runs that users reported stayed within 1e-4 of ln K, and approached it from above. A healthy loss crosses ln
+# K early on: SwAV on small images stayed this close for 20 steps, narrow networks for up to 80. A loss that is below by
 # more than rounding has learned something.
 COLLAPSED_LOSS = 3e-4
 BELOW_COLLAPSE = 5e-5
-# Assignments spread as if over less than 5 % of the clusters. Uneven clusters are normal, and so are some
-# empty ones.
+# Assignments spread as if over less than 5 % of the clusters. Uneven clusters are normal, and so are some empty ones.
 FEW_CLUSTERS = 0.05
 MOST_DEAD = 0.95
-# Below ten images per cluster an empty cluster says nothing: with one per cluster a third is empty by chance.
+# Below ten images per cluster an empty one means nothing: with one image per cluster a third is empty by chance.
 IMAGES_PER_CLUSTER = 10
 
 _REMEDY = (
@@ -58,11 +54,9 @@ _CLUSTER_REMEDY = (
     "sharper codes (SwAV: --method.epsilon 0.03, or hard codes), prototypes frozen for longer, a queue that "
     "starts later, a larger batch"
 )
-
-
 _IDENTICAL = (
-    "the embeddings of all images are equal, and so are the images: the files that were looked at hold the same bytes. "
-    "That is no collapse of the network, but there is nothing to learn either: give images that differ"
+    "the embeddings of all images are equal, and so are the images: the files that were compared hold the same bytes. "
+    "The network has not collapsed, but there is nothing to learn: give images that differ"
 )
 
 
@@ -70,15 +64,15 @@ class Alarm(NamedTuple):
     """A warning for people."""
 
     name: str
-    text: str  # what was seen, what is normal, what to do
+    text: str  # observation, normal value, remedy
 
 
 class Monitor(nn.Module):
-    """Figures and alarms of one run. All state is in buffers: a resumed run reports what a straight one does.
+    """Figures and alarms of one run. All state is in buffers: a resumed run reports the same as an uninterrupted one.
 
-    Call `observe` after every forward, `epoch_start` between epochs, and on all ranks together `report` every
-    some steps and `merge` before the state is saved (one process alone need not). What becomes of numbers that are
-    not finite is the business of `engine.numbers`; the monitor takes note of them, and keeps what it decided.
+    Call `observe` after every forward pass, `epoch_start` between epochs, and on all ranks together `report` every few
+    steps and `merge` before the state is saved (not needed with one process). `engine.numbers` handles NaN and infinite
+    numbers; the monitor counts them, and stores its decisions.
     """
 
     assigned: Tensor
@@ -92,10 +86,10 @@ class Monitor(nn.Module):
     ALARMS = ("collapsed_embeddings", "loss_at_collapse", "few_clusters", "blank_images")
 
     def __init__(self, collapse_loss: float | None, clusters: int | None, embedding_dim: int) -> None:
-        """Start with nothing seen.
+        """Start without observations.
 
         Args:
-            collapse_loss: where the loss rests when all embeddings are equal; None if that is not known.
+            collapse_loss: the loss when all embeddings are equal; None if it is not known.
             clusters: number K of prototypes, centres or groups; None for a method without.
             embedding_dim: D.
         """
@@ -103,17 +97,17 @@ class Monitor(nn.Module):
         self.collapse_loss = collapse_loss
         self.clusters = clusters
         self.embedding_dim = embedding_dim
-        self.identical_images = False  # equal embeddings are right for equal images; set by who has looked at the files
+        self.identical_images = False  # whether the files have the same content: then equal embeddings are right
         # Images per cluster since the epoch's start, of all ranks.
         self._count("assigned", clusters or 0)
-        # This rank's part of them since the last merge, and its losses that were NaN or infinite since the last
-        # look. Ranks differ in them, so they are not saved.
+        # This rank's part of them since the last merge, and its NaN or infinite losses since the last check. They
+        # differ between ranks, so they are not saved.
         self._count("assigned_here", clusters or 0, persistent=False)
         self._count("nonfinite_here", persistent=False)
-        # Steps that were left out, and the step up to which every single one is looked at.
+        # Steps that were left out, and the step up to which every step is checked.
         self._count("left_out")
         self._count("close_until")
-        # Per alarm: consecutive reports in which its condition held, the step of the first of them, whether
+        # For each alarm: consecutive reports in which its condition held, the step of the first of them, and whether
         # the alarm was raised and has not cleared.
         self._count("streaks", len(self.ALARMS))
         self._count("since", len(self.ALARMS))
@@ -134,18 +128,18 @@ class Monitor(nn.Module):
 
     @torch.no_grad()
     def forget_unmerged(self) -> None:
-        """Forget what was observed and not merged: the run goes back to a state from before."""
+        """Forget what was observed and not merged: the run returns to an earlier state."""
         self.assigned_here.zero_()
         self.nonfinite_here.zero_()
 
     @torch.no_grad()
     def observe(self, step: MethodOutput, views: Tensor | None = None, left_out: bool = False) -> None:
-        """Take note of one forward pass of this rank. Nothing waits for the device.
+        """Record one forward pass of this rank. Nothing waits for the device.
 
         Args:
-            step: what the method returned; embeddings (n, D), assignments (n,) in [0, K).
-            views: (B, 3, s, s) of the images that it saw, one of each.
-            left_out: whether it was undone: then it is shown, but does not count.
+            step: the method's output; embeddings (n, D), assignments (n,) in [0, K).
+            views: (B, 3, s, s), one view of each image.
+            left_out: whether the step was undone: then it is reported, but not counted.
         """
         self._loss = step.loss.detach()
         self._embeddings = step.embeddings.detach()
@@ -158,27 +152,23 @@ class Monitor(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add up the ranks' counts: then every rank's saved buffers are the whole. On all ranks together."""
+        """Add up the counts of all ranks, so that the buffers of each hold the sum. On all ranks together."""
         self.assigned += dist.all_reduce_sum(self.assigned_here)
         self.assigned_here.zero_()
 
     @torch.no_grad()
-    def report(self, progress: Progress) -> dict[str, float]:
+    def report(self) -> dict[str, float]:
         """Figures of the last step and of the epoch so far. On all ranks together; waits for the device.
 
-        Args:
-            progress: the clock.
-
         Returns:
-            Equal on all ranks, those of the following that apply:
+            Those of the following that apply, equal on all ranks:
             `loss_to_collapse`: 1 - loss / collapse loss, 0 when collapsed, 1 at loss 0, negative above.
-            `embedding_std`: mean over dimensions of the std over the batch, times sqrt(D): 1 isotropic, 0
-                collapsed.
+            `embedding_std`: mean over dimensions of the std over the batch, times sqrt(D): 1 isotropic, 0 collapsed.
             `effective_rank`: of the embeddings, in [1, D], 0 when they are all equal; see `ops.metrics`.
             `cluster_evenness`: perplexity of the epoch's assignments / K, in (0, 1].
-            `dead_clusters`: share of clusters without an image since the epoch's start; only once ten images
-                per cluster were seen.
-            `blank_images`: share of the step's images whose view is of one colour.
+            `dead_clusters`: share of clusters without an image since the epoch's start; only after ten images per
+                cluster.
+            `blank_images`: share of the step's images whose view has one colour only.
         """
         assert self._loss is not None and self._embeddings is not None, "report before the first observe"
         self.merge()
@@ -214,22 +204,17 @@ class Monitor(nn.Module):
 
     @torch.no_grad()
     def alarms(self, report: dict[str, float], progress: Progress) -> list[Alarm]:
-        """What people should hear now: each alarm once, and again only after it has cleared.
+        """The alarms that this step's report raises, usually none: each once, and again only after it has cleared.
 
-        Args:
-            report: of this step, from `report`.
-            progress: the clock.
-
-        Returns:
-            New alarms; usually none. They are said of what has lasted for three reports and 80 steps, once the first
-            100 steps are over.
+        A condition must have lasted for three reports and 80 steps, and the run for 100 steps.
         """
-        streaks, since, raised = self.streaks.tolist(), self.since.tolist(), self.raised.tolist()
+        buffers = self.streaks, self.since, self.raised
+        streaks, since, raised = (buffer.tolist() for buffer in buffers)
         new = []
-        for i, (name, seen) in enumerate(self._findings(report).items()):
-            if seen is None:
-                continue  # cannot be told at this report, such as dead clusters early in an epoch
-            if not seen:
+        for i, (name, text) in enumerate(self._conditions(report).items()):
+            if text is None:
+                continue  # unknown at this report, such as dead clusters early in an epoch
+            if not text:
                 streaks[i] = raised[i] = 0
                 continue
             since[i] = since[i] if streaks[i] else progress.step
@@ -238,30 +223,24 @@ class Monitor(nn.Module):
             lasting = streaks[i] >= LASTING_REPORTS and progress.step >= due
             if lasting and not raised[i]:
                 raised[i] = 1
-                new.append(Alarm(name, seen))
-        for buffer, values in ((self.streaks, streaks), (self.since, since), (self.raised, raised)):
+                new.append(Alarm(name, text))
+        for buffer, values in zip(buffers, (streaks, since, raised), strict=True):
             buffer.copy_(torch.tensor(values))
         return new
 
-    def _findings(self, report: dict[str, float]) -> dict[str, str | None]:
-        """What is wrong, per alarm in the order of `ALARMS`: text, "" for all well, None for unknown."""
-        collapsed, loss, few = (
-            _collapsed_embeddings(report, self.embedding_dim),
-            _loss_at_collapse(report),
-            _few_clusters(report),
-        )
-        if self.identical_images:
-            collapsed, loss, few = collapsed and _IDENTICAL, None, None
+    def _conditions(self, report: dict[str, float]) -> dict[str, str | None]:
+        """For each alarm, in the order of `ALARMS`: its text, "" if the condition does not hold, None if unknown."""
+        collapsed = _collapsed_embeddings(report, self.embedding_dim)
         return {
-            "collapsed_embeddings": collapsed,
-            "loss_at_collapse": loss,
-            "few_clusters": few,
+            "collapsed_embeddings": collapsed and _IDENTICAL if self.identical_images else collapsed,
+            "loss_at_collapse": None if self.identical_images else _loss_at_collapse(report),
+            "few_clusters": None if self.identical_images else _few_clusters(report),
             "blank_images": _blank_images(report),
         }
 
 
 def _merge_if_alone(monitor: Monitor, prefix: str, keep_vars: bool) -> None:
-    """Before the state is read: one process needs nobody else to merge, and must not forget to."""
+    """Merge before the state is saved, which one process can do without the others."""
     if dist.world_size() == 1:
         monitor.merge()
 
@@ -269,13 +248,12 @@ def _merge_if_alone(monitor: Monitor, prefix: str, keep_vars: bool) -> None:
 def _collapsed_embeddings(report: dict[str, float], dim: int) -> str | None:
     std, rank = report["embedding_std"], report["effective_rank"]
     if math.isnan(std) or math.isnan(rank):
-        return None  # such a step is left out, and said to be
+        return None  # such a step is left out, with an alarm of its own
     if std >= COLLAPSED_STD and rank >= max(COLLAPSED_RANK, min(COLLAPSED_RANK_OF_MANY, dim / 16)):
         return ""
     return (
-        f"the embeddings of different images have little to tell them apart: std {std:.3f}, effective rank {rank:.1f} "
-        f"of {dim}, where a healthy run shows a std near 1 and a rank of ten and more: {_REMEDY}; "
-        f"{_CLUSTER_REMEDY}"
+        f"the embeddings of different images are almost equal: std {std:.3f}, effective rank {rank:.1f} of {dim}, "
+        f"where a healthy run has a std near 1 and a rank of ten and more: {_REMEDY}; {_CLUSTER_REMEDY}"
     )
 
 
@@ -286,7 +264,7 @@ def _loss_at_collapse(report: dict[str, float]) -> str | None:
     if not -COLLAPSED_LOSS < distance < BELOW_COLLAPSE:
         return ""
     return (
-        "the loss rests at the value of a network that gives every image the same answer (relative distance "
+        "the loss stays at the value of a network that gives every image the same answer (relative distance "
         f"{distance:.5f}), where a healthy one falls below it within the first epochs: {_CLUSTER_REMEDY}; "
         f"{_REMEDY}"
     )
@@ -311,7 +289,7 @@ def _blank_images(report: dict[str, float]) -> str | None:
     if blank <= MOST_BLANK:
         return ""
     return (
-        f"{blank:.0%} of the images that the network sees are of one colour, where a healthy run has few of them: look "
-        "at the files (`tessella scan`), and at the views on the run's page (`tessella report`); if only the views are "
+        f"{blank:.0%} of the images that the network sees have one colour only, where a healthy run has few of them: "
+        "check the files (`tessella scan`) and the views on the run's page (`tessella report`); if only the views are "
         "blank, make the crops larger"
     )

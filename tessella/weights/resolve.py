@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
+from tessella.machine import machine_bytes, size_in_words
 from tessella.methods import MethodConfig, build_method
 from tessella.methods.method import Method, Setting
 from tessella.modules.backbone import Backbone, BackboneConfig, build_backbone
@@ -143,7 +144,19 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def _initialised(config: BackboneConfig, seed: int) -> Backbone:
-    """A network at random init, the same for each seed; torch's own generator stays where it was."""
+    """A network at random init, a function of the seed; torch's global generator is left unchanged.
+
+    Raises:
+        UserError: the machine has less memory than its weights need.
+    """
+    with torch.device("meta"):  # takes no memory
+        needed = sum(tensor.nbytes for tensor in build_backbone(config).state_dict().values())
+    available = machine_bytes()
+    if available is not None and needed > available:
+        raise UserError(
+            f"{config.name} of width {config.width} has weights of {size_in_words(needed)}, and this machine has "
+            f"{size_in_words(available)} of memory: make it narrower"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_backbone(config)

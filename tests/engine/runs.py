@@ -17,8 +17,9 @@ from tessella.methods.smog import SmogConfig, two_pipelines
 from tessella.methods.swav import SwavConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
-from tessella.run.checkpoints import load, newest
+from tessella.run.checkpoints import load
 from tessella.run.config import RunConfig
+from tests.newest import newest
 
 _COLORS = ColorAugmentation(blur=0.3)
 _CROPS = ViewSpec((CropGroup(2, 16, (0.3, 1.0), colors=_COLORS), CropGroup(1, 8, (0.1, 0.3))))

@@ -76,6 +76,6 @@ def test_the_first_portion_warms_up_and_does_not_count(monkeypatch):
             now[0] += 1.0
             yield 10
 
-    assert module._rate(work, 12.0) == (10.0, 5.0)
-    assert module._rate(work, 1.0) == (2.0, 1.0)  # no time for a second portion: it counts after all
+    assert module._rate(work(), 12.0) == (10.0, 5.0)
+    assert module._rate(work(), 1.0) == (2.0, 1.0)  # no time for a second portion: it counts after all
     assert time.perf_counter() == now[0]

@@ -25,7 +25,8 @@ import torch
 import yaml
 
 from tessella.recipes import recipe
-from tessella.run.checkpoints import load, newest, save
+from tessella.run.checkpoints import load, save
+from tests.newest import newest
 from tests.reliability.program import METHODS, Program, pretrain_words
 from tests.reliability.test_hostile_links import PLANTS, make_all, outside_of, plant, snapshot
 from tests.reliability.test_special_files import SPECIAL

@@ -18,10 +18,11 @@ from tessella.errors import UserError
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
 from tessella.run.backbone_file import read_backbone
-from tessella.run.checkpoints import load, newest, save
+from tessella.run.checkpoints import load, save
 from tessella.run.config import to_yaml
 from tessella.weights.resolve import resolve_backbone
 from tests.engine.runs import tiny_run
+from tests.newest import newest
 
 STEPS = 2
 

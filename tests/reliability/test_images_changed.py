@@ -60,7 +60,7 @@ def rename(data: Path) -> None:
     (data / "07.bmp").rename(data / "7a.bmp")
 
 
-def encode_anew(data: Path) -> None:
+def encode_again(data: Path) -> None:
     Image.open(data / "07.bmp").resize((30, 30)).save(data / "07.bmp")
 
 
@@ -76,8 +76,8 @@ CHANGES: list[tuple[Callable[[Path], None], str]] = [
     (add, "1 added (new.bmp)"),
     (remove, "1 removed (07.bmp)"),
     (rename, "1 added (7a.bmp); 1 removed (07.bmp)"),
-    (encode_anew, "1 encoded anew (07.bmp)"),
-    (same_size_and_other_pixels, "16 encoded anew (00.bmp, 03.bmp"),
+    (encode_again, "1 encoded again (07.bmp)"),
+    (same_size_and_other_pixels, "16 encoded again (00.bmp, 03.bmp"),
 ]
 
 
@@ -111,4 +111,4 @@ def test_without_the_list_of_images_a_change_is_still_noticed(copy: Path, capsys
     (copy / "run" / "images.safetensors").write_bytes(b"damaged")
     remove(copy / "data")
     assert main(["resume", str(copy / "run"), "--data", str(copy / "data"), "--max-steps", "None"]) == 2
-    assert "an image was added, removed or encoded anew" in capsys.readouterr().err
+    assert "an image was added, removed or encoded again" in capsys.readouterr().err

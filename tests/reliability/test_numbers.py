@@ -34,9 +34,10 @@ from tessella.methods.swav import Swav
 from tessella.optim import OptimizerConfig
 from tessella.recipes import recipe
 from tessella.report.run import write_report
-from tessella.run.checkpoints import load, newest
+from tessella.run.checkpoints import load
 from tessella.run.config import RunConfig
 from tests.engine.runs import assert_same, final_state, tiny_run
+from tests.newest import newest
 from tests.ranks import on_ranks
 
 FIVE = ("swav", "jigclu", "mejigclu", "smog", "coke")

@@ -19,13 +19,8 @@ from torch import Tensor
 from tessella import files
 from tessella.errors import UserError
 from tessella.run import checkpoints as checkpoint_files
-from tessella.run.checkpoints import (
-    Damaged,
-    load,
-    newest,
-    prune,
-    save,
-)
+from tessella.run.checkpoints import Damaged, load, prune, save
+from tests.newest import newest
 
 Tensors = dict[str, dict[str, Tensor]]
 

@@ -42,7 +42,7 @@ def report_of(*steps: MethodOutput, monitor: Monitor | None = None) -> dict[str,
     monitor = monitor or a_monitor()
     for step in steps:
         monitor.observe(step)
-    return monitor.report(clock(1))
+    return monitor.report()
 
 
 def test_equal_embeddings_of_equal_images_are_no_collapse():
@@ -129,7 +129,7 @@ def test_blank_images_are_counted_whatever_their_colour():
     views[1], views[2] = 0.5, torch.tensor([0.1, -2.0, 3.0])[:, None, None]
     monitor = a_monitor()
     monitor.observe(a_step(), views)
-    assert monitor.report(clock(1))["blank_images"] == 0.5
+    assert monitor.report()["blank_images"] == 0.5
 
 
 def test_observing_never_waits_for_the_device():
@@ -141,7 +141,7 @@ def test_observing_never_waits_for_the_device():
     )
     monitor.observe(step._replace(metrics={}))
     with pytest.raises(Exception, match="meta"):
-        monitor.report(clock(1))
+        monitor.report()
 
 
 def test_observing_keeps_no_graph_alive():
@@ -174,7 +174,7 @@ def figures_of_a_rank(rank_count: int) -> list[dict[str, float]]:
         assert step.assignments is not None
         monitor.observe(MethodOutput(step.loss, {}, step.embeddings[mine], step.assignments[mine]))
         if i % 2:
-            reports.append(monitor.report(clock(i + 1)))
+            reports.append(monitor.report())
     monitor.merge()
     return [
         *reports,
@@ -196,7 +196,7 @@ def test_a_resumed_monitor_reports_what_a_straight_one_does(stop: int):
         for i, step in enumerate(steps, start=first):
             monitor.observe(step)
             if i % 2:
-                out.append(monitor.report(clock(i + 1)))
+                out.append(monitor.report())
         return out
 
     straight = reports(a_run(), a_monitor(), 0)
@@ -212,7 +212,7 @@ def test_a_resumed_monitor_raises_the_alarms_that_a_straight_one_does():
         for number in numbers:
             monitor.observe(a_step(math.log(K), unit_rows(1).expand(32, D), [0] * 32))
             step = number * LOG_EVERY
-            said += [step for _ in monitor.alarms(monitor.report(clock(step)), clock(step))]
+            said += [step for _ in monitor.alarms(monitor.report(), clock(step))]
         return said
 
     straight = alarms(a_monitor(), range(1, 20))
@@ -332,7 +332,7 @@ def test_healthy_embeddings_and_assignments_raise_no_alarm():
         for number in range(1, 15):
             step = number * LOG_EVERY
             monitor.observe(a_step(2.0, unit_rows(128, 128, cone), torch.randint(K, (128,))))
-            said += monitor.alarms(monitor.report(clock(step)), clock(step))
+            said += monitor.alarms(monitor.report(), clock(step))
         assert said == []
 
 

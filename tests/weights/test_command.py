@@ -43,7 +43,7 @@ def test_from_an_official_file_to_its_figures_and_onwards(tmp_path: Path, capsys
     capsys.readouterr()
     assert run(f"pretrain swav_cpu --data digits::test --out {tmp_path}/run --init-from {folder} {words}") == 0
     said = capsys.readouterr().out
-    assert "backbone" in said and f"Start from {tmp_path}/my weights: backbone" in said
+    assert "backbone" in said and f"Taken from {tmp_path}/my weights: backbone" in said
     assert json.loads((tmp_path / "run" / "start.json").read_text())["taken"][0] == "backbone"
 
     for words in (f"resume {folder}", f"report {folder}"):

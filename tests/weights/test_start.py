@@ -60,11 +60,13 @@ def test_all_that_fits_is_taken_and_queues_start_anew(tmp_path: Path, capsys: py
     method = build(tiny_run(seed=5))
     capsys.readouterr()
     start = init_from(str(run), method)
-    assert start.taken == ["backbone", "projector", "prototypes"] and start.anew == {}
+    assert start.taken == ["backbone", "projector", "prototypes"] and start.initialised == {}
     for name, tensor in method.state_dict().items():
         expected = torch.zeros_like(tensor) if name.startswith("queues") else theirs[name]
         assert torch.equal(tensor, expected), name
-    assert capsys.readouterr().out == f"Start from {run}: backbone, projector, prototypes. Anew: nothing\n"
+    assert (
+        capsys.readouterr().out == f"Taken from {run}: backbone, projector, prototypes. Randomly initialised: nothing\n"
+    )
     start.write(tmp_path)
     assert json.loads((tmp_path / "start.json").read_text()) == start._asdict()
     assert start.backbone_sha256 == weights_sha256(resolve_backbone(str(run)).backbone)
@@ -77,18 +79,18 @@ def test_a_head_is_taken_whole_or_not_at_all(tmp_path: Path):
     before = state_of(method)
     start = init_from(str(file), method)
     assert start.taken == ["backbone", "projector"]
-    assert start.anew == {"prototypes": "prototypes.weight is (9, 16) there and (20, 16) here"}
+    assert start.initialised == {"prototypes": "prototypes.weight is (9, 16) there and (20, 16) here"}
     assert torch.equal(method.state_dict()["prototypes.weight"], before["prototypes.weight"])
     assert not torch.equal(method.state_dict()["projector.0.weight"], before["projector.0.weight"])
 
     start = init_from(str(official_swav(tmp_path, bn=False)), method)  # the same middle layer, but no norm
-    assert "projector" not in start.taken and "only" in start.anew["projector"]
+    assert "projector" not in start.taken and "only" in start.initialised["projector"]
 
 
 def test_mejigclu_takes_jigclu_s_clustering_head_but_no_categories(tmp_path: Path):
     torch.save(nets.training(nets.jigclu(nets.resnet(4))), tmp_path / "jigclu.pth")
     start = init_from(str(tmp_path / "jigclu.pth"), build(tiny_run("mejigclu", backbone=PHOTO_STEM)))
-    assert start.taken == ["backbone", "cluster_head"] and start.anew == {}
+    assert start.taken == ["backbone", "cluster_head"] and start.initialised == {}
 
     run = pretrain(tiny_run("mejigclu", max_steps=1), tmp_path / "run")
     method = build(tiny_run("mejigclu", seed=3))
@@ -103,7 +105,7 @@ def test_coke_keeps_centres_and_forgets_labels_and_duals(tmp_path: Path):
     method: Any = build_method(config, build_backbone(PHOTO_STEM), setting)
     start = init_from(str(tmp_path / "coke.pth"), method)
     assert start.taken == ["backbone", "projector", "predictor", "clusterings.0"]
-    assert list(start.anew) == ["clusterings.1"]
+    assert list(start.initialised) == ["clusterings.1"]
     centres = torch.load(tmp_path / "coke.pth", weights_only=True)["state_dict"]["module.pre_center_0"]
     assert torch.equal(method.clusterings[0].previous, centres.T)
     assert not method.clusterings[0].duals.any() and (method.labels.rows == -1).all()
@@ -113,7 +115,7 @@ def test_a_network_alone_starts_the_backbone_and_nothing_else(tmp_path: Path):
     torch.save(nets.resnet(4), tmp_path / "resnet.pth")
     start = init_from(str(tmp_path / "resnet.pth"), build(tiny_run(backbone=PHOTO_STEM)))
     assert start.taken == ["backbone"]
-    assert start.anew == {"projector": "not there", "prototypes": "not there"}
+    assert start.initialised == {"projector": "not there", "prototypes": "not there"}
 
 
 def test_another_network_is_refused_with_the_settings_that_would_fit(tmp_path: Path):
@@ -197,7 +199,7 @@ def test_two_ranks_start_and_freeze_as_one(tmp_path: Path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, *words], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Start from ") == 1
+    assert done.stdout.count("Taken from ") == 1
     one, two = final_state(pretrain(config, tmp_path / "one")), final_state(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-3, rtol=1e-2, msg=lambda m, n=name: f"{n}: {m}")
