@@ -132,6 +132,12 @@ def test_a_loaded_backbone_maps_images_to_features():
     assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, backbone.feature_dim)
 
 
+def test_a_network_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch):
+    monkeypatch.setattr("tessella.weights.resolve.machine_bytes", lambda: 20 << 20)
+    with pytest.raises(UserError, match=r"resnet18 of width 64 has weights of 43 MiB, and this machine has 20 MiB"):
+        tessella.load_backbone("random:resnet18")
+
+
 def test_arrays_with_labels_are_evaluated(tmp_path):
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2

@@ -81,9 +81,9 @@ def changes(run: Path, images: ImageSet, fingerprint: str, other_contents: list[
         saved = {name: tensor.numpy() for name, tensor in load_file(path).items()}
         _, now, before = np.intersect1d(images.ids, saved["ids"], return_indices=True)
         other_sizes = (_sizes(images)[now] != saved["looks"][before]).any(axis=1)
-        encoded_again |= {images.key(row) for row in now[other_sizes]}
-        added = [images.key(row) for row in np.flatnonzero(~np.isin(images.ids, saved["ids"]))]
-        removed = [_name(saved, row) for row in np.flatnonzero(~np.isin(saved["ids"], images.ids))]
+        encoded_again |= {images.key(row) for row in now[other_sizes].tolist()}
+        added = [images.key(row) for row in np.flatnonzero(~np.isin(images.ids, saved["ids"])).tolist()]
+        removed = [_name(saved, row) for row in np.flatnonzero(~np.isin(saved["ids"], images.ids)).tolist()]
     parts, left = [], _MOST_NAMES
     for what, names in (("added", added), ("removed", removed), ("encoded again", sorted(encoded_again))):
         if names:

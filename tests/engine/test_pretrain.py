@@ -218,7 +218,7 @@ def test_resume_refuses_another_number_of_categories(tmp_path: Path):
     run = pretrain(tiny_run("mejigclu", max_steps=1), tmp_path / "run")
     fewer = tiny_run("mejigclu", batch_size=32)
     state = build_state(fewer, open_images(fewer.data), torch.device("cpu"))
-    with pytest.raises(UserError, match=r"into 64 parts .* into 32 .*go on with the same images"):
+    with pytest.raises(UserError, match=r"into 64 parts .* into 32 .*continue with the same images"):
         RunFolder(run).restore(state, 5)
 
 

@@ -212,7 +212,7 @@ def test_a_look_is_at_most_ten_steps_away_and_none_waits_for_the_device_in_betwe
 def test_an_image_that_spoils_every_epoch_ends_the_run_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     spoil(monkeypatch, row=17)
     key = re.escape(str(open_images("digits::test").key(17)))
-    with pytest.raises(UserError, match=rf"{key}\. The run may leave out 3 steps.*the 4th.*repair or remove them"):
+    with pytest.raises(UserError, match=rf"{key}\. The run may leave out 3 steps.*the 4th.*Repair or remove"):
         pretrain(config(epochs=6, checkpoint_minutes=1e-9), tmp_path / "run")
     checkpoint = newest(tmp_path / "run" / "checkpoints")
     assert checkpoint is not None

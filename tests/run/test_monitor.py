@@ -53,7 +53,7 @@ def test_equal_embeddings_of_equal_images_are_no_collapse():
         equal = a_step(math.log(K), embeddings=unit_rows(1).expand(64, D), assignments=[0] * 64)
         said += monitor.alarms(report_of(equal, monitor=monitor), clock(step))
     [alarm] = said
-    assert alarm.name == "collapsed_embeddings" and "no collapse of the network" in alarm.text
+    assert alarm.name == "collapsed_embeddings" and "The network has not collapsed" in alarm.text
 
 
 # --- figures ------------------------------------------------------------------------------------------------

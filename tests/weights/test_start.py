@@ -207,5 +207,5 @@ def test_two_ranks_start_and_freeze_as_one(tmp_path: Path):
 
 def test_an_imported_folder_is_no_run_and_says_what_to_do(tmp_path: Path):
     import_weights(official_swav(tmp_path), tmp_path / "imported")
-    with pytest.raises(UserError, match=r"nothing to go on with.* --init-from .*imported"):
+    with pytest.raises(UserError, match=r"nothing to resume.* --init-from .*imported"):
         resume(tmp_path / "imported")
