@@ -29,7 +29,6 @@ from side_by_side import compared, in_turn, installed, report, table
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from tessella.data import loader as loader_module
 from tessella.data.decode import decode
 from tessella.data.loader import Loader
 from tessella.data.pack import pack
@@ -39,7 +38,7 @@ from tessella.data.sources.images import ArrayImages
 from tessella.data.threads import run_ahead
 from tessella.data.views import IMAGENET_MEAN, IMAGENET_STD, ColorAugmentation, CropGroup, ViewSpec, draw
 from tessella.methods import views_of
-from tessella.ops.compiled import kernels
+from tessella.ops import kernels
 from tessella.recipes import recipe
 
 
@@ -179,13 +178,10 @@ def run_peer(files: list[Any], views: Callable[[Any], Any], options: Options, re
 # --- ours -----------------------------------------------------------------------------------------------------
 
 
-def run_ours(images: ImageSet, spec: ViewSpec, options: Options, compiled: bool = True, crops: bool = False) -> Case:
+def run_ours(images: ImageSet, spec: ViewSpec, options: Options, crops: bool = False) -> Case:
     """Epochs of our loader with one thread, each with views of its own."""
-    before = loader_module.kernels
-    loader_module.kernels = before if compiled else lambda: None
     order = EpochSampler(len(images), options.batch_size, options.seed)
     loader = Loader(images, spec, order, seed=options.seed, device="cpu", workers=1)
-    loader_module.kernels = before
     if crops:
         loader._finishes = False
     epochs = iter(range(10**6))
@@ -204,8 +200,6 @@ def run_ours(images: ImageSet, spec: ViewSpec, options: Options, compiled: bool 
 
 def stages(images: ImageSet, spec: ViewSpec, seed: int) -> dict[str, float]:
     """Milliseconds of the processor per image that each part of our pipeline takes alone."""
-    found = kernels()
-    assert found is not None, "numba is needed for this table"
     plan = draw(spec, seed, 0, images.ids, images.sizes)
     mean, std = np.float32(spec.mean), np.float32(spec.std)
     levels = [torch.empty(g.views, 1, 3, g.size, g.size, dtype=torch.uint8).numpy() for g in spec.groups]
@@ -231,10 +225,10 @@ def stages(images: ImageSet, spec: ViewSpec, seed: int) -> dict[str, float]:
         stored = timed("read", lambda row=row: images.read(row))
         image = timed("decode", lambda stored=stored: decode(stored))[None]
         for number, box, rest in each_group(row):
-            timed("cut", lambda n=number, box=box, image=image: found.cut(image, box, levels[n], 0))
+            timed("cut", lambda n=number, box=box, image=image: kernels.cut(image, box, levels[n], 0))
             timed(
                 "cut and colour",
-                lambda n=number, box=box, rest=rest, image=image: found.cut_and_colour(
+                lambda n=number, box=box, rest=rest, image=image: kernels.cut_and_colour(
                     image, box, *rest, mean, std, floats[n], 0
                 ),
             )
@@ -272,8 +266,6 @@ def cases(options: Options, folder: Path, cache: Path) -> tuple[dict[str, dict[s
         multi_crop["albumentations"] = run_peer(files, views, options, read)
     multi_crop |= {
         "Pillow, crops only": run_peer(files, pillow_crops(), options, by_pillow),
-        "tessella without numba": run_ours(images, swav, options, compiled=False),
-        "tessella without numba, crops only": run_ours(images, swav, options, compiled=False, crops=True),
         "tessella": run_ours(images, swav, options),
         "tessella, crops only": run_ours(images, swav, options, crops=True),
         **{f"tessella, {name}": run_ours(pack, swav, options) for name, pack in packs.items()},
@@ -281,12 +273,10 @@ def cases(options: Options, folder: Path, cache: Path) -> tuple[dict[str, dict[s
     }
     in_memory |= {
         "Pillow, torchvision": run_peer(pictures, lambda x: [two_views(x), two_views(x)], options, lambda x: x),
-        "tessella without numba": run_ours(ArrayImages("small", small), SMALL, options, compiled=False),
         "tessella": run_ours(ArrayImages("small", small), SMALL, options),
     }
     tiles = {
         "official JigClu: Pillow": run_peer(files, official_jigclu(), options, by_pillow),
-        "tessella without numba": run_ours(images, jigclu, options, compiled=False),
         "tessella": run_ours(images, jigclu, options),
         "tessella, crops only": run_ours(images, jigclu, options, crops=True),
         **{f"tessella, {name}": run_ours(pack, jigclu, options) for name, pack in packs.items()},

@@ -1,4 +1,4 @@
-"""Ranks and collectives; every function also works in one process that nobody launched.
+"""Ranks and collectives; every function also works in a single process without a process group.
 
 The convention of the whole package: every rank computes a loss, DDP averages gradients over ranks, so the
 objective is the mean of the ranks' losses. The collectives with a gradient (`gather_with_grad`,
@@ -58,52 +58,43 @@ def gather_objects(value: Any) -> list[Any]:
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
-    """What goes wrong on one rank is raised on every rank, so that none waits for another in a collective.
+    """Raise an error of one rank on every rank, so that none waits for another in a collective.
 
-    The block itself must hold no collective. Every rank must enter it.
+    Every rank must enter the block, which must contain no collective.
     """
-    mine = None
+    local = None
     try:
         yield
     except Exception as error:
-        mine = error
-    first = next((error for error in gather_objects(mine) if error is not None), None)
-    if mine is not None:
-        raise mine
-    if first is not None:
-        raise first
+        local = error
+    for failure in [local, *gather_objects(local)]:
+        if failure is not None:
+            raise failure
 
 
 @torch.no_grad()
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum of `x` over all ranks, no gradient. The input is not changed."""
-    if world_size() == 1:
-        return x
-    x = x.clone()
-    torch_dist.all_reduce(x)
-    return x
+    return _all_reduce(x, torch_dist.ReduceOp.SUM)
 
 
 @torch.no_grad()
 def all_reduce_max(x: Tensor) -> Tensor:
     """Maximum of `x` over all ranks, no gradient. The input is not changed."""
+    return _all_reduce(x, torch_dist.ReduceOp.MAX)
+
+
+def _all_reduce(x: Tensor, operation: Any) -> Tensor:
     if world_size() == 1:
         return x
     x = x.clone()
-    torch_dist.all_reduce(x, op=torch_dist.ReduceOp.MAX)
+    torch_dist.all_reduce(x, operation)
     return x
 
 
 @torch.no_grad()
 def gather(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, no gradient.
-
-    Args:
-        x: (n, ...), the same shape on every rank.
-
-    Returns:
-        (n * world_size, ...).
-    """
+    """Rows (n * world_size, ...) of all ranks in rank order, no gradient; x (n, ...) has the same shape on each."""
     if world_size() == 1:
         return x
     x = x.contiguous()
@@ -114,15 +105,15 @@ def gather(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_to_all(x: Tensor, to: list[int], of: list[int]) -> Tensor:
-    """Rows that the other ranks have for this one, no gradient. Each row travels once, to the rank that wants it.
+    """Send rows to the ranks that need them; no gradient.
 
     Args:
-        x: (n, ...) rows for all ranks, those for rank 0 first; to rank r go `to[r]` rows.
-        to: a number of rows for each rank.
-        of: the number of rows that each rank has for this one.
+        x: (n, ...) rows for all ranks, those for rank 0 first; `to[r]` rows go to rank r.
+        to: number of rows for each rank.
+        of: number of rows from each rank.
 
     Returns:
-        (sum of `of`, ...), those of rank 0 first.
+        (sum of `of`, ...), those from rank 0 first.
     """
     if world_size() == 1:
         return x

@@ -1,15 +1,15 @@
 """Files on disk: written whole or not at all, never through a link; read only if regular and of a sane size.
 
-A folder may come from somebody else, with links, pipes or devices in the place of the files that are written there. So:
+A folder may come from somebody else, with links, pipes or devices in place of the files that are written there. So:
 
-- A folder of ours is opened without following links, and everything in it is named relative to its descriptor.
-- A file gets an unpredictable temporary name that must be new, is synced, and then gets its own name by one rename. The
-  rename replaces whatever has that name, also a link; nothing is ever written through it.
-- What is appended to or locked must be a regular file with one name.
-- What is read must be a regular file: it is opened without waiting, and looked at again afterwards.
+- A folder of Tessella's is opened without following links, and names in it are relative to its descriptor.
+- A file is written under an unpredictable new name, synced, and renamed. Renaming replaces what has that name, also a
+  link; nothing is written through it.
+- A file that is appended to or locked must be regular and have one name.
+- A file that is read must be regular: it is opened without waiting, and checked again afterwards.
 
 The folders above the given one are the user's own and may be links. Systems without directory descriptors (Windows)
-look for links by name first, which leaves a moment for a program that runs at the same time.
+check for links by name first, which leaves a moment for a program that runs at the same time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -43,7 +44,7 @@ _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 _COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # for a pipe's other end; no terminal of ours
 _BUFFER = 1 << 20  # bytes
-_MANY_BYTES = 1 << 30  # from which a file of holes, which costs its sender nothing, takes the reader's memory or time
+_MANY_BYTES = 1 << 30  # a larger file that is nearly all holes costs its sender nothing and its reader memory or time
 
 
 class FileError(UserError, OSError):
@@ -68,34 +69,26 @@ def open_regular(path: Path | str, limit: int | None = None) -> io.BufferedReade
 
     Args:
         path: may be a link, or lead through links.
-        limit: bytes that it has at most; None for any number.
+        limit: maximum size in bytes; None for any.
 
     Raises:
-        FileError: it is missing, no regular file, too large, nothing but holes, or cannot be opened.
+        FileError: it is missing, not a regular file, too large, nearly all holes, or cannot be opened.
     """
-    try:
+    with _explain_read_error(path):
         _refuse_special(path, os.stat(path))  # merely opening a device can do something
-        descriptor = os.open(path, os.O_RDONLY | _COMMON | _NO_WAITING)
-    except FileError:
-        raise
-    except ValueError as error:  # a list may name anything, such as a path with a zero byte
-        raise FileError(f"{path!r} cannot be read: no name of a file: {error}", f"no name of a file: {error}") from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    try:
-        status = os.fstat(descriptor)
-        _refuse_special(path, status)
-        reason = ""
-        if limit is not None and status.st_size > limit:
-            reason = f"the file has {status.st_size:,} bytes, more than the limit of {limit:,}"
-        elif status.st_size > _MANY_BYTES and 0 < 512 * getattr(status, "st_blocks", 0) < status.st_size // 1000:
-            reason = f"the file has {status.st_size:,} bytes, and hardly any of them were ever written"
-        if reason:
-            raise FileError(f"{path} cannot be read: {reason}", reason)
-        return open(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
+        file = open(os.open(path, os.O_RDONLY | _COMMON | _NO_WAITING), "rb")  # noqa: SIM115
+        try:
+            status = os.fstat(file.fileno())
+            _refuse_special(path, status)
+            size = status.st_size
+            if limit is not None and size > limit:
+                raise _unreadable(path, f"the file has {size:,} bytes, more than the limit of {limit:,}")
+            if size > _MANY_BYTES and 0 < 512 * getattr(status, "st_blocks", 0) < size // 1000:
+                raise _unreadable(path, f"the file has {size:,} bytes, and hardly any of them were ever written")
+        except BaseException:
+            file.close()
+            raise
+    return file
 
 
 def read_bytes(path: Path | str, limit: int, size: int | None = None) -> bytes:
@@ -104,16 +97,12 @@ def read_bytes(path: Path | str, limit: int, size: int | None = None) -> bytes:
     Raises:
         FileError: as `open_regular`.
     """
-    with open_regular(path, limit if size is None else None) as file:
+    with _explain_read_error(path), open_regular(path, limit if size is None else None) as file:
+        length = os.fstat(file.fileno()).st_size  # no more than it has now: another program may write without end
         try:
-            there = os.fstat(file.fileno()).st_size
-            # No more than it had when it was opened: another program may write to it without end.
-            return file.read(there if size is None else min(size, there))
+            return file.read(length if size is None else min(size, length))
         except (MemoryError, OverflowError):
-            reason = f"its {there:,} bytes do not fit into memory"
-            raise FileError(f"{path} cannot be read: {reason}", reason) from None
-        except OSError as error:
-            raise _unreadable(path, error) from None
+            raise _unreadable(path, f"its {length:,} bytes do not fit into memory") from None
 
 
 def read_text(path: Path | str, limit: int, errors: str = "strict") -> str:
@@ -134,17 +123,15 @@ def read_json(path: Path | str, limit: int) -> Any:
     Raises:
         FileError: as `open_regular`, or it is not JSON, or a number in it is NaN or infinite.
     """
+    text = read_text(path, limit)
     try:
-        return json.loads(read_text(path, limit), parse_constant=_finite, parse_float=_finite)
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, FileError):
-            raise
-        reason = f"not JSON ({' '.join(str(error).split())[:100]})"
-        raise FileError(f"{path} cannot be read: {reason}", reason) from None
+        raise _unreadable(path, f"not JSON ({' '.join(str(error).split())[:100]})") from None
 
 
 def _finite(text: str) -> float:
-    """JSON's numbers have no NaN or infinity; Python reads both, also as 1e999, and could not write them again."""
+    """A number of JSON, which has no NaN or infinity. Python reads both, also as 1e999, but cannot write them."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text[:40]} is no finite number")
@@ -157,23 +144,29 @@ def sha256(path: Path | str) -> str:
     Raises:
         FileError: as `open_regular`.
     """
-    with open_regular(path) as file:
-        try:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise _unreadable(path, error) from None
+    with _explain_read_error(path), open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refuse_special(path: Path | str, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise FileError(f"{path} cannot be read: not a regular file", "not a regular file")
+        raise _unreadable(path, "not a regular file")
 
 
-def _unreadable(path: Path | str, error: OSError) -> OSError:
-    if isinstance(error, FileError):
-        return error
-    reason = error.strerror or str(error)
-    return FileError(f"{path} cannot be read: {reason}", reason, error.errno)
+def _unreadable(path: Path | str, reason: str, code: int | None = None) -> FileError:
+    return FileError(f"{path} cannot be read: {reason}", reason, code)
+
+
+@contextlib.contextmanager
+def _explain_read_error(path: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error), error.errno) from None
+    except ValueError as error:  # a list may name anything, such as a path with a zero byte
+        raise _unreadable(repr(path), f"no name of a file: {error}") from None
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -181,46 +174,44 @@ def _unreadable(path: Path | str, error: OSError) -> OSError:
 
 @contextlib.contextmanager
 def writing(path: Path, *, inside: Path | None = None, needed: int = 0, lasting: bool = True) -> Iterator[BinaryIO]:
-    """A file to be filled by the body; it gets its name when the body has ended, and the body did not fail.
+    """A file for the body to fill; it gets its name when the body has ended without an error.
 
     In a folder that is itself unfinished (see `new_folder`) it has its name from the start.
 
     Args:
-        path: of the file. What has this name stays until the new one is complete. The folder must exist.
-        inside: an existing folder above `path`: none on the way may be a link, and missing ones are made.
+        path: of the file. A file of this name stays until the new one is complete. The folder must exist.
+        inside: an existing folder above `path`: no folder below it on the way may be a link, and missing ones are made.
         needed: bytes that will be written, for the message about a full disk.
         lasting: wait until it is on the disk. False for many small files that can be made again.
 
     Raises:
         FileError: the disk is full, a folder is a link, ...
     """
-    with explain_write_error(path.parent, needed):
-        folder = _Folder(path.parent, inside, make=inside is not None)
-    with folder:
-        at_once = is_unfinished(path.parent)
-        name = path.name if at_once else _temporary_name()
-        with explain_write_error(path.parent, needed):
+    explained = partial(explain_write_error, path.parent, needed)
+    at_once = is_unfinished(path.parent)
+    name = path.name if at_once else _temporary_name()
+    with contextlib.ExitStack() as stack:
+        with explained():
+            folder = stack.enter_context(_Folder(path.parent, inside, make=inside is not None))
             descriptor = folder.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        file = io.BufferedWriter(_Output(descriptor, path.parent, needed), _BUFFER)
         try:
-            file = io.BufferedWriter(_Output(descriptor, path.parent, needed), _BUFFER)
-            try:
-                yield file
-                file.flush()
+            yield file
+            file.flush()
+            with explained():
                 if lasting:
-                    with explain_write_error(path.parent, needed):
-                        os.fsync(descriptor)
-            finally:
-                with contextlib.suppress(OSError):  # of a flush after an error
-                    file.close()
-            if not at_once:
-                with explain_write_error(path.parent, needed):
+                    os.fsync(descriptor)
+                file.close()
+                if not at_once:
                     folder.rename(name, path.name)
         except BaseException:
+            with contextlib.suppress(OSError):  # of a flush after an error
+                file.close()
             with contextlib.suppress(OSError):
                 folder.remove(name)
             raise
         if lasting and not at_once:
-            with explain_write_error(path.parent, needed):
+            with explained():
                 folder.sync()
 
 
@@ -242,7 +233,7 @@ def json_text(value: Any, indent: int | None = 2) -> str:
     """A value as JSON in ASCII: a file name that is not UTF-8 survives as an escape.
 
     Raises:
-        ValueError: a number is NaN or infinite, which JSON cannot say.
+        ValueError: a number is NaN or infinite, which JSON does not have.
     """
     return json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False) + "\n"
 
@@ -255,14 +246,7 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2, inside: Path |
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, *, inside: Path | None = None
 ) -> None:
-    """Write a safetensors file, whole or not at all; errors as `writing`.
-
-    Args:
-        path: of the file.
-        tensors: name -> tensor of any dtype, shape, layout and device.
-        metadata: texts by name.
-        inside: see `writing`.
-    """
+    """Write tensors of any dtype, layout and device as safetensors, with texts by name; otherwise as `writing`."""
     import safetensors.torch
 
     write_bytes(path, safetensors.torch.save(owned_tensors(tensors), metadata), inside=inside)
@@ -274,20 +258,16 @@ def owned_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_append(path: Path, *, inside: Path | None = None) -> io.FileIO:
-    """Open a file to add bytes at its end, without a buffer, so that closing cannot fail. Made if it is missing.
-
-    Args:
-        path: of the file; its folder must exist.
-        inside: see `writing`.
+    """Open a file, made if it is missing, to append to it; without a buffer, so that closing cannot fail.
 
     Raises:
-        FileError: it is a link, has a second name, or is no regular file; its folder is a link; ...
+        FileError: as `open_own`.
     """
     return open(open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, inside=inside), "ab", buffering=0)
 
 
 def open_own(path: Path, flags: int, *, inside: Path | None = None) -> int:
-    """Descriptor of a file that is changed in place: nobody else's file can be behind its name.
+    """Descriptor of a file that is changed in place and is certainly no other file's second name.
 
     Args:
         path: of the file; its folder must exist.
@@ -295,7 +275,7 @@ def open_own(path: Path, flags: int, *, inside: Path | None = None) -> int:
         inside: see `writing`.
 
     Raises:
-        FileError: as `open_append`.
+        FileError: it is a link, has a second name, or is no regular file; its folder is a link; ...
     """
     assert not flags & os.O_TRUNC
     with explain_write_error(path.parent, 0), _Folder(path.parent, inside) as folder:
@@ -312,39 +292,27 @@ def open_own(path: Path, flags: int, *, inside: Path | None = None) -> int:
         raise _refusal(path, "a file with a second name" if stat.S_ISREG(status.st_mode) else "no regular file")
 
 
-class _Output(io.RawIOBase):
-    """Writes to a descriptor, and says what to do when that fails."""
+class _Output(io.FileIO):
+    """A file whose write errors say what to do."""
 
     def __init__(self, descriptor: int, folder: Path, needed: int) -> None:
-        self._descriptor, self._folder, self._needed, self._written = descriptor, folder, needed, 0
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._written
+        super().__init__(descriptor, "wb")
+        self._explained = partial(explain_write_error, folder, needed)
 
     def write(self, data: Any) -> int:
-        with explain_write_error(self._folder, self._needed):
-            count = os.write(self._descriptor, data)
-        self._written += count
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            super().close()
-            os.close(self._descriptor)
+        with self._explained():
+            return os.write(self.fileno(), data)
 
 
 # --- folders ------------------------------------------------------------------------------------------------
 
 
 def make_folder(path: Path, *, inside: Path | None = None) -> None:
-    """Make a folder of ours if it is missing, and those above it.
+    """Make a folder of Tessella's, and those above it, if missing.
 
     Args:
         path: of the folder.
-        inside: an existing folder above `path`, of which no folder on the way may be a link; default: `path`.
+        inside: an existing folder above `path`: no folder below it on the way may be a link; default: `path`.
 
     Raises:
         FileError: it, or one between `inside` and it, is a link or no folder; or it cannot be made.
@@ -358,11 +326,7 @@ def make_folder(path: Path, *, inside: Path | None = None) -> None:
 
 
 def refuse_link(path: Path, *, inside: Path | None = None) -> None:
-    """Check that a folder of ours is one, if it exists.
-
-    Args:
-        path: of the folder.
-        inside: see `writing`.
+    """Check that a folder of Tessella's, if it exists, is no link.
 
     Raises:
         FileError: it, or one between `inside` and it, is a link or no folder; or it lies outside of `inside`.
@@ -373,9 +337,9 @@ def refuse_link(path: Path, *, inside: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, inside: Path | None = None, needed: int = 0) -> Iterator[Path]:
-    """A folder to be filled by the body; it gets its name when the body has ended, and the body did not fail.
+    """A folder for the body to fill; it gets its name when the body has ended without an error.
 
-    What had the name before is called `NAME.replaced` while the two change places, so that one of them is always there.
+    A folder that had the name before is called `NAME.replaced` during the exchange, so that one of them always exists.
 
     Args:
         path: of the folder. The one above it must exist.
@@ -388,17 +352,16 @@ def new_folder(path: Path, *, inside: Path | None = None, needed: int = 0) -> It
     Raises:
         FileError: as `writing`.
     """
-    parent, replaced = path.parent, path.name + _REPLACED
-    with explain_write_error(parent, needed):
-        folder = _Folder(parent, inside, make=inside is not None)
-    with folder:
-        name = _temporary_name()
-        with explain_write_error(parent, needed):
+    name, replaced = _temporary_name(), path.name + _REPLACED
+    explained = partial(explain_write_error, path.parent, needed)
+    with contextlib.ExitStack() as stack:
+        with explained():
+            folder = stack.enter_context(_Folder(path.parent, inside, make=inside is not None))
             folder.mkdir(name)
         try:
-            yield parent / name
-            with explain_write_error(parent, needed):
-                with _Folder(parent / name) as finished:
+            yield path.parent / name
+            with explained():
+                with _Folder(path.parent / name) as finished:
                     finished.sync()
                 if folder.exists(path.name):
                     folder.remove(replaced)
@@ -408,18 +371,18 @@ def new_folder(path: Path, *, inside: Path | None = None, needed: int = 0) -> It
             with contextlib.suppress(OSError):
                 folder.remove(name)
             raise
-        with explain_write_error(parent, needed):
+        with explained():
             folder.sync()
             folder.discard(replaced)
 
 
 def remove(path: Path, *, inside: Path | None = None) -> None:
-    """Take a file, a link (never what it leads to) or a whole folder away at once; nothing happens if it is missing.
+    """Remove a file, a link (never what it leads to) or a whole folder at once, if it exists.
 
-    A folder that the system cannot remove at the moment stays under an unfinished name.
+    A folder that the system cannot remove at the moment keeps an unfinished name.
 
     Raises:
-        FileError: its folder is a link or cannot be written.
+        FileError: the folder above it is a link or cannot be written.
     """
     with (
         explain_write_error(path.parent, 0),
@@ -430,15 +393,15 @@ def remove(path: Path, *, inside: Path | None = None) -> None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a name is that of a file or folder in the making."""
+    """Whether a name is that of a file or folder which is being written."""
     return path.name.startswith(_TEMPORARY)
 
 
 def remove_unfinished(folder: Path, older_than: float = 0.0) -> None:
-    """Clear what killed writers have left in a folder.
+    """Remove what killed processes have left in a folder of Tessella's.
 
     Args:
-        folder: of ours; for who alone writes there, unless `older_than` spares what others may be writing now.
+        folder: in which no other process writes, unless `older_than` spares what it may be writing now.
         older_than: seconds since the last change.
 
     Raises:
@@ -470,76 +433,51 @@ def exclusive(folder: Path) -> Iterator[None]:
             stack.callback(os.close, descriptor)
             lock_descriptor(descriptor)
         except OSError as error:
-            if isinstance(error, FileError) and error.errno is None:
+            if _is_refusal(error):
                 raise
         yield
 
 
 class _Folder:
-    """An open folder, and what is done to names in it; raises OSError, and FileError for links."""
+    """An open folder, and operations on names in it; they raise OSError, and FileError for links."""
 
     def __init__(self, path: Path, inside: Path | None = None, make: bool = False) -> None:
         root = path if inside is None else inside
         parts = path.parts[len(root.parts) :]
         if path.parts[: len(root.parts)] != root.parts or ".." in parts:
             raise _refusal(path, "outside of its folder")
-        self._path, self._descriptor = root, None
-        self._descriptor = self._enter(root)
+        self._path = root
+        self._descriptor = _open_folder(root, root, None)
         try:
             for part in parts:
-                self._step_into(part, make)
+                if make and not self.exists(part):
+                    with contextlib.suppress(FileExistsError):  # another process was faster
+                        self.mkdir(part)
+                        self.sync()
+                below = _open_folder(self._at(part), self._path / part, self._descriptor)
+                self.close()
+                self._path, self._descriptor = self._path / part, below
         except BaseException:
             self.close()
             raise
 
-    def _enter(self, path: Path | str, dir_fd: int | None = None) -> int | None:
-        full = self._path if dir_fd is None else self._path / path
-        try:
-            if _BY_DESCRIPTOR:
-                return os.open(path, os.O_RDONLY | os.O_DIRECTORY | _NO_LINKS | _COMMON, dir_fd=dir_fd)
-            if _is_link(full):
-                raise _refusal(full, "a link")
-            os.listdir(full)  # raises what is wrong with it
-            return None
-        except OSError as error:
-            if _is_link(full):
-                raise _refusal(full, "a link") from None
-            if error.errno == errno.ENOTDIR:
-                raise _refusal(full, "no folder") from None
-            raise
-
-    def _step_into(self, name: str, make: bool) -> None:
-        if make and not self.exists(name):
-            with contextlib.suppress(FileExistsError):  # another process was faster
-                self.mkdir(name)
-                self.sync()
-        below = self._enter(name if self._descriptor is not None else self._path / name, self._descriptor)
-        self.close()
-        self._path, self._descriptor = self._path / name, below
-
-    def _at(self, name: str) -> tuple[Any, dict[str, int]]:
-        return (self._path / name, {}) if self._descriptor is None else (name, {"dir_fd": self._descriptor})
+    def _at(self, name: str) -> Any:
+        return self._path / name if self._descriptor is None else name
 
     def open(self, name: str, flags: int) -> int:
-        path, at = self._at(name)
-        if self._descriptor is None and not flags & os.O_EXCL and _is_link(path):
-            raise _refusal(path, "a link")
-        return os.open(path, flags | _NO_LINKS | _COMMON, 0o666, **at)
+        if self._descriptor is None and not flags & os.O_EXCL and _is_link(self._path / name):
+            raise _refusal(self._path / name, "a link")
+        return os.open(self._at(name), flags | _NO_LINKS | _COMMON, 0o666, dir_fd=self._descriptor)
 
     def mkdir(self, name: str) -> None:
-        path, at = self._at(name)
-        os.mkdir(path, **at)
+        os.mkdir(self._at(name), dir_fd=self._descriptor)
 
     def rename(self, name: str, new: str) -> None:
-        """Give a file or folder another name; what has that name is replaced, unless it is a folder with contents."""
-        if self._descriptor is None:
-            os.replace(self._path / name, self._path / new)
-        else:
-            os.rename(name, new, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+        """Rename a file or folder. What has the new name is replaced, unless it is a folder with contents."""
+        os.replace(self._at(name), self._at(new), src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
 
     def status(self, name: str) -> os.stat_result:
-        path, at = self._at(name)
-        return os.stat(path, follow_symlinks=False, **at)
+        return os.stat(self._at(name), dir_fd=self._descriptor, follow_symlinks=False)
 
     def exists(self, name: str) -> bool:
         try:
@@ -557,20 +495,19 @@ class _Folder:
         return os.listdir(self._path if self._descriptor is None else self._descriptor)
 
     def remove(self, name: str) -> None:
-        """Remove whatever has this name, without following links; nothing happens if it is missing."""
-        path, at = self._at(name)
+        """Remove whatever has this name, if anything, without following links."""
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISDIR(self.status(name).st_mode):
-                shutil.rmtree(path, ignore_errors=True, dir_fd=at.get("dir_fd"))
+                shutil.rmtree(self._at(name), ignore_errors=True, dir_fd=self._descriptor)
             else:
-                os.unlink(path, **at)
+                os.unlink(self._at(name), dir_fd=self._descriptor)
 
     def discard(self, name: str) -> None:
-        """As `remove`. A folder is renamed first: nobody may take what is left of it for a whole one."""
+        """As `remove`. A folder is renamed first, so that its rest cannot be taken for a whole one."""
         if self.exists(name):
-            gone = _temporary_name()
-            self.rename(name, gone)
-            self.remove(gone)
+            temporary = _temporary_name()
+            self.rename(name, temporary)
+            self.remove(temporary)
 
     def sync(self) -> None:
         """Make names survive a power cut: fsync of a file does not cover its name."""
@@ -589,11 +526,27 @@ class _Folder:
         self.close()
 
 
+def _open_folder(path: Path | str, full: Path, dir_fd: int | None) -> int | None:
+    """Descriptor of a folder that is no link; None where there are no such descriptors."""
+    try:
+        if _BY_DESCRIPTOR:
+            return os.open(path, os.O_RDONLY | os.O_DIRECTORY | _NO_LINKS | _COMMON, dir_fd=dir_fd)
+        if not _is_link(full):
+            os.listdir(full)  # raises what is wrong with it
+            return None
+    except OSError as error:
+        if not _is_link(full):
+            if error.errno == errno.ENOTDIR:
+                raise _refusal(full, "no folder") from None
+            raise
+    raise _refusal(full, "a link")
+
+
 def _temporary_name() -> str:
     return f"{_TEMPORARY}{secrets.token_hex(8)}"
 
 
-def _is_link(path: Path | str) -> bool:
+def _is_link(path: Path) -> bool:
     """Also a junction, which is Windows' link to a folder."""
     return os.path.islink(path) or bool(getattr(os.path, "isjunction", os.path.islink)(path))
 
@@ -615,14 +568,6 @@ def _sync(descriptor: int) -> None:
             raise
 
 
-def _refusal(path: Path, what: str) -> FileError:
-    return FileError(
-        f"{path} is {what}, so nothing is written there: it could lead into files of others. Remove it, or name "
-        "another folder" + (f" (it leads to {os.path.realpath(path)})" if what == "a link" else ""),
-        f"{path} is {what}",
-    )
-
-
 # --- messages -----------------------------------------------------------------------------------------------
 
 
@@ -632,7 +577,7 @@ def explain_write_error(folder: Path, needed: int) -> Iterator[None]:
 
     Args:
         folder: where the body writes.
-        needed: bytes that it writes; 0 if that is not known.
+        needed: bytes that it writes; 0 if unknown.
 
     Raises:
         FileError: instead of any OSError: a full disk, a read-only or vanished folder, a stale mount, ...
@@ -640,8 +585,8 @@ def explain_write_error(folder: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileError) and error.errno is None:
-            raise  # a refusal of ours
+        if _is_refusal(error):
+            raise
         cause = os.strerror(error.errno) if error.errno else str(error)
         if error.errno in _FULL_DISK:
             raise _full_disk(folder, needed, error.errno) from error
@@ -653,20 +598,16 @@ def explain_write_error(folder: Path, needed: int) -> Iterator[None]:
 
 
 def refuse_full_disk(folder: Path, needed: int) -> None:
-    """Find out before anything is written.
-
-    Args:
-        folder: where `needed` bytes are to be written.
-        needed: bytes.
+    """Check before anything is written that `needed` bytes fit into a folder.
 
     Raises:
-        FileError: they do not fit.
+        FileError: they do not.
     """
     try:
         disk = shutil.disk_usage(folder)
     except OSError:
-        return  # then writing tells
-    if disk.total and needed > disk.free:  # some network file systems know neither
+        return  # then writing will raise
+    if disk.total and needed > disk.free:  # some network file systems report neither
         raise _full_disk(folder, needed, errno.ENOSPC)
 
 
@@ -682,3 +623,16 @@ def _full_disk(folder: Path, needed: int, code: int) -> FileError:
         os.strerror(code),
         code,
     )
+
+
+def _refusal(path: Path, what: str) -> FileError:
+    return FileError(
+        f"{path} is {what}, so nothing is written there: it could lead into files of others. Remove it, or name "
+        "another folder" + (f" (it leads to {os.path.realpath(path)})" if what == "a link" else ""),
+        f"{path} is {what}",
+    )
+
+
+def _is_refusal(error: OSError) -> bool:
+    """Whether an error is from `_refusal` and not from the system."""
+    return isinstance(error, FileError) and error.errno is None

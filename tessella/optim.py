@@ -20,11 +20,11 @@ class OptimizerConfig:
     """The optimiser and its learning-rate schedule: a linear warm-up, then a cosine."""
 
     name: Literal["sgd", "larc", "lars", "adamw"] = "sgd"
-    lr: NonNegative = 0.03  # after the warm-up, at the run's batch size; nothing is scaled behind your back
+    lr: NonNegative = 0.03  # after the warm-up, at the run's batch size; it is not scaled
     momentum: FractionBelowOne = 0.9  # of SGD, LARC and LARS; AdamW's first beta
     weight_decay: NonNegative = 1e-4
-    # The official SwAV and JigClu decay every parameter. False spares norms and biases, and what a transformer asks to
-    # spare: position embeddings, class tokens, tables of relative positions.
+    # The official SwAV and JigClu decay every parameter. False: no decay of norms and biases, nor of a transformer's
+    # position embeddings, class tokens and tables of relative positions.
     decay_norm_and_bias: bool = True
     trust: Positive = 0.001  # trust coefficient of LARC and LARS
     zero_lr_epochs: NonNegativeInt = 0  # at learning rate 0 before the warm-up, while CoKe finds its first clusters
@@ -42,17 +42,11 @@ def scaled(config: OptimizerConfig, factor: float) -> OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """Learning rate of one update.
+    """Learning rate of one update of a run; `step` counts from 0.
 
     Warm-up over W: `linspace(warmup_lr, lr)` inclusive at both ends; or, if `warmup_end` is "next", in shares
     max(t, 1) / W, t = 0 ... W - 1. Then `final + (lr - final) (1 + cos(pi t / T)) / 2`, t = 0 ... T - 1. In steps, or
     in epochs if `per_epoch`. SwAV, main_swav; JigClu, section 10 of its specification; CoKe, main_*.
-
-    Args:
-        config: the schedule.
-        step: from 0.
-        steps_per_epoch: of the run.
-        epochs: of the run.
     """
     now, unit = (step // steps_per_epoch, 1) if config.per_epoch else (step, steps_per_epoch)
     warmup, total = config.warmup_epochs * unit, (epochs - config.zero_lr_epochs) * unit
@@ -69,23 +63,21 @@ def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, epoc
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimiser over all trainable parameters of `module`."""
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     spared = set() if config.decay_norm_and_bias else _spared_from_decay(module)
-    plain = [p for name, p in trained if name in spared]
-    decayed = [p for name, p in trained if name not in spared]
-    groups: list[dict[str, Any]] = [{"params": decayed}]
-    if plain:
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [p for name, p in trained if name not in spared]}]
+    if plain := [p for name, p in trained if name in spared]:
         groups.append({"params": plain, "weight_decay": 0.0})
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
-    if config.name in ("larc", "lars"):
-        kind = LARS if config.name == "lars" else LARC
-        return kind(groups, config.lr, config.momentum, config.weight_decay, config.trust)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    kind = LARS if config.name == "lars" else LARC
+    return kind(groups, config.lr, config.momentum, config.weight_decay, config.trust)
 
 
 def _spared_from_decay(module: nn.Module) -> set[str]:
-    """Names of norms, biases, and of what a timm network within lists in its `no_weight_decay()`."""
+    """Names of norms, biases, and of what timm networks list in their `no_weight_decay()`."""
     names = [name for name, _ in module.named_parameters()]
     spared = {name for name, p in module.named_parameters() if p.dim() < 2}
     for prefix, part in module.named_modules():
@@ -100,18 +92,15 @@ class LARC(torch.optim.SGD):
 
     For each tensor with gradient: if both norms are non-zero, g <- a (g + wd p) with
     a = trust |p| / (|g| + wd |p| + 1e-8); otherwise g stays as it is, without decay and without scaling. The
-    learning rate multiplies outside the momentum buffer. Lists of tensors are updated at once and nothing waits for
-    the device.
+    learning rate multiplies outside the momentum buffer. Nothing waits for the device.
 
     Source: You, Gitman, Ginsburg, "Large batch training of convolutional networks", 2017, in the variant of SwAV's
     official runs (scaling without clipping).
     """
 
-    def __init__(
-        self, params: Iterable[Any], lr: float, momentum: float, weight_decay: float, trust: float, eps: float = 1e-8
-    ) -> None:
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float, weight_decay: float, trust: float) -> None:
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.trust, self.eps = trust, eps
+        self.trust = trust
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
@@ -133,7 +122,7 @@ class LARC(torch.optim.SGD):
         p_norm = torch.stack(torch._foreach_norm(params))
         g_norm = torch.stack(torch._foreach_norm(grads))
         both = (p_norm != 0) & (g_norm != 0)
-        scale = torch.where(both, self.trust * p_norm / (g_norm + decay * p_norm + self.eps), 1.0)
+        scale = torch.where(both, self.trust * p_norm / (g_norm + decay * p_norm + 1e-8), 1.0)
         decayed = torch._foreach_mul(params, list((decay * both).unbind()))
         torch._foreach_add_(grads, decayed)
         torch._foreach_mul_(grads, list(scale.unbind()))

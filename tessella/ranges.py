@@ -1,4 +1,4 @@
-"""The values that a setting takes: declared in its type, where it is defined, and checked in one place.
+"""Ranges of settings: declared in their types, checked in one place.
 
     lr: NonNegative = 0.03
     prototypes: Clusters | tuple[Clusters, ...] = 3000
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias, TypeVar
 
@@ -37,7 +37,7 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """In words, behind "must be"."""
+        """In words, to follow "must be"."""
         low, high = "above" if self.above else "at least", "below" if self.below else "at most"
         return f"{low} {self.low:,} and {high} {self.high:,}"
 
@@ -70,8 +70,8 @@ def check_ranges(settings: Any, path: str = "", images: int | None = None) -> No
 
     Args:
         settings: a dataclass.
-        path: what stands before its fields' names in messages, such as "optimizer.".
-        images: how many a run has, if that is known.
+        path: prefix of its fields' names in messages, such as "optimizer.".
+        images: number of images of the run, if known.
 
     Raises:
         UserError: a number is out of its range; the text names the field, its value and the range.
@@ -82,7 +82,7 @@ def check_ranges(settings: Any, path: str = "", images: int | None = None) -> No
 
 
 def checked(function: Callable[..., T]) -> Callable[..., T]:
-    """A function that checks its arguments by the ranges in their types before it does anything.
+    """A function that first checks its arguments by the ranges in their types.
 
     Raises:
         UserError: see `check_ranges`.
@@ -108,14 +108,14 @@ def range_of(hint: Any) -> Range | None:
 
 @functools.cache
 def arguments_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The types of a function's arguments; that of its result may be one that nobody has imported."""
-    given = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
-    owner = type("Arguments", (), {"__annotations__": given})
+    """The types of a function's arguments. Its result's type is left out, because it may not be imported."""
+    hints = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
+    owner = type("Arguments", (), {"__annotations__": hints})
     return typing.get_type_hints(owner, inspect.unwrap(function).__globals__, include_extras=True)
 
 
 @functools.cache
-def _hints(owner: Hashable) -> dict[str, Any]:
+def _hints(owner: Any) -> dict[str, Any]:
     return typing.get_type_hints(owner, include_extras=True)
 
 

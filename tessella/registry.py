@@ -20,22 +20,17 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping from names to things. What is given by an entry point is imported when its name is looked up."""
+    """A mapping from names to things, Tessella's own first. Entry points are imported when their name is looked up."""
 
     def __init__(self, kind: str, own: Mapping[str, T | EntryPoint]) -> None:
-        """Start with Tessella's own.
-
-        Args:
-            kind: what the things are, in the plural; the group of the entry points is `tessella.{kind}`.
-            own: Tessella's own things by name.
-        """
-        self.kind = kind
-        self._own = dict(own)
+        """`kind` is what the things are, in the plural; the group of the entry points is `tessella.{kind}`."""
+        self.kind, self._own = kind, own
 
     @cached_property
     def loaded(self) -> dict[str, T | EntryPoint]:
-        """All things; those that nobody has looked up yet as entry points. A name of ours cannot be taken."""
-        return {entry.name: entry for entry in entry_points(group=f"tessella.{self.kind}")} | self._own
+        """All things; those that have not been looked up are entry points. Names of Tessella's cannot be replaced."""
+        foreign = {entry.name: entry for entry in entry_points(group=f"tessella.{self.kind}")}
+        return {**self._own, **foreign, **self._own}
 
     def __getitem__(self, name: str) -> T:
         """The thing of that name.
@@ -48,18 +43,18 @@ class Registry(Mapping[str, T], Generic[T]):
         if not isinstance(thing, EntryPoint):
             return thing
         try:
-            found: T = thing.load()
+            loaded: T = thing.load()
         except Exception as error:
             package = thing.dist.name if thing.dist else thing.value
             raise UserError(
                 f"{name} of tessella.{self.kind} comes from {package}, which cannot be imported: "
                 f"{type(error).__name__}: {error}. Repair or uninstall {package}"
             ) from error
-        self.loaded[name] = found
-        return found
+        self.loaded[name] = loaded
+        return loaded
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self._own, **self.loaded})
+        return iter(self.loaded)
 
     def __len__(self) -> int:
         return len(self.loaded)
@@ -68,10 +63,10 @@ class Registry(Mapping[str, T], Generic[T]):
         return name in self.loaded
 
     def require(self, name: str) -> None:
-        """Refuse a name that a user typed and that is none of these; nothing is imported.
+        """Refuse a name that a user typed and that is unknown, without importing anything.
 
         Raises:
-            UserError: the text names similar ones.
+            UserError: with similar names.
         """
         if name not in self:
             near = difflib.get_close_matches(name, self, 3)
@@ -79,7 +74,7 @@ class Registry(Mapping[str, T], Generic[T]):
             raise UserError(f"there is no {name!r} among the {self.kind}; {hint}")
 
     def find(self, name: str) -> T:
-        """The thing of that name, for a name that a user typed.
+        """The thing of a name that a user typed.
 
         Raises:
             UserError: there is none, or it cannot be imported.

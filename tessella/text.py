@@ -1,4 +1,4 @@
-"""Text from elsewhere, made safe to show: file names, class names and reasons may hold anything."""
+"""Foreign text, made safe to show or read: file names, class names, error messages, YAML."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ import unicodedata
 from typing import Any
 
 # Control, format, surrogate, private, unassigned; line and paragraph separators.
-_STEERING = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-
-
+_CONTROLS = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 _YAML_CHARACTERS = 2**20
 _YAML_DEPTH = 100
-_FORMULA = ("=", "+", "-", "@", "'")  # how a cell begins that a spreadsheet takes for a program, or for our mark
+_FORMULA = ("=", "+", "-", "@", "'")  # first characters of formulas in spreadsheets, and our mark
 
 
 def printable(text: str) -> str:
-    """`text` on one line, every character that could steer a terminal or a reader's eye as a backslash escape.
-
-    Control characters, line breaks, text-direction marks and parts of broken UTF-8 are written out.
-    """
+    """`text` on one line; control characters, line breaks, text-direction marks and broken UTF-8 as escapes."""
     return "".join(
-        c.encode("unicode_escape", "surrogatepass").decode("ascii") if unicodedata.category(c) in _STEERING else c
+        c.encode("unicode_escape", "surrogatepass").decode("ascii") if unicodedata.category(c) in _CONTROLS else c
         for c in text
     )
 
@@ -30,21 +25,18 @@ def printable(text: str) -> str:
 def cell(text: str) -> str:
     """`text` for a table that a spreadsheet may open: printable, and never a formula.
 
-    Where it begins like one and is no number, an apostrophe stands before it; also where it begins with an apostrophe.
+    If it begins like one and is no number, or begins with an apostrophe, an apostrophe is put before it.
     """
     text = printable(text)
     return f"'{text}" if text.lstrip().startswith(_FORMULA) and not _is_number(text) else text
 
 
 def plain_yaml(text: str) -> Any:
-    """Tables, lists, texts and numbers (5e-4 too) from YAML; nothing in it is run or stands for more than itself.
-
-    Args:
-        text: of the file.
+    """Tables, lists, texts and numbers (5e-4 too) from YAML; nothing in it is run.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or has a tag of some program.
-        ValueError: it is absurdly long or deep, or has aliases, with which a few lines multiply into gigabytes.
+        yaml.YAMLError: it is no YAML, or has a tag of a program.
+        ValueError: it is too long or too deep, or has aliases, with which a few lines become gigabytes.
     """
     import yaml
 
@@ -62,7 +54,7 @@ def plain_yaml(text: str) -> Any:
 
 
 def yaml_text(value: Any) -> str:
-    """What `plain_yaml` reads as `value`, in the order of its keys."""
+    """YAML that `plain_yaml` reads as `value`, in the order of its keys."""
     import yaml
 
     return str(yaml.dump(value, Dumper=_yaml_kinds()[1], sort_keys=False, allow_unicode=True))
@@ -70,7 +62,7 @@ def yaml_text(value: Any) -> str:
 
 @functools.cache
 def _yaml_kinds() -> tuple[Any, Any]:
-    """PyYAML's safe reader and writer, but for 5e-4: YAML 1.2 and JSON take it for a number, PyYAML for a text."""
+    """PyYAML's safe reader and writer, for which 5e-4 is a number, as in YAML 1.2 and JSON; PyYAML's is a text."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -105,13 +105,13 @@ def test_a_file_has_its_name_when_it_is_whole_and_what_was_there_stays_until_the
 
 def test_it_is_synced_before_it_gets_its_name_and_the_name_after(ours: Path, monkeypatch: pytest.MonkeyPatch):
     done = []
-    for name in ("open", "write", "fsync", "rename"):
+    for name in ("open", "write", "fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(
             os, name, lambda *args, name=name, real=real, **kw: (done.append(name), real(*args, **kw))[1]
         )
     files.write_bytes(ours / "x", b"x" * 3_000_000)
-    assert done == ["open", "open", "write", "fsync", "rename", "fsync"]
+    assert done == ["open", "open", "write", "fsync", "replace", "fsync"]
 
 
 def test_temporary_names_cannot_be_guessed_and_are_recognised(ours: Path):

@@ -4,33 +4,29 @@
     the rest, and what simplejpeg refuses -> Pillow -----------+-> EXIF orientation -> (h, w, 3) uint8
 
 Files are foreign and may be hostile: the formats are a closed list (Pillow would start Ghostscript for an
-EPS named .jpg), sizes are checked on the header before a pixel is decoded, and half an image is never passed
-off as a whole one.
+EPS named .jpg), sizes are checked on the header before a pixel is decoded, and a part of an image is never taken for
+the whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
-import struct
 import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
+from itertools import islice
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
 # AVIF, TIFF and WebP are named to register them: for a format that is not, Image.open imports every plugin.
 from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
-
-try:
-    import simplejpeg
-except ImportError:  # no wheel for this platform: Pillow decodes JPEG too, a quarter slower
-    simplejpeg = None
 
 HEIC = find_spec("pillow_heif") is not None  # the extra "heic"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", *(("HEIF",) if HEIC else ()))
@@ -42,6 +38,7 @@ _SIGNATURES = (  # how a file in one of `FORMATS` begins
     *(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF", b"P0", b"Py"),
 )
 _PPM = _SIGNATURES[7:]
+_JPEG, _PNG = _SIGNATURES[:2]
 _ISO_MEDIA = b"ftyp"  # from byte 4 of an AVIF or HEIC
 _MAX_HEADER_BYTES = 2**24  # before the size of a JPEG: 256 full segments
 # What Pillow reads in Python, a byte or a piece at a time, is limited to what takes some seconds.
@@ -96,7 +93,7 @@ class Unreadable(Exception):
 
 
 class Inaccessible(Unreadable):
-    """An image whose bytes could not be had: another time they may be."""
+    """An image whose bytes could not be read; at another time they may be."""
 
 
 def decode(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8]:
@@ -117,22 +114,17 @@ def decode(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8]:
         Unreadable: damaged, truncated, too large, not an image, or of an unknown range of values.
     """
     _check_bytes(len(encoded))
-    if simplejpeg is not None and encoded.startswith(b"\xff\xd8"):
+    if encoded.startswith(_JPEG):
         pixels = _decode_jpeg_fast(encoded, shrink)
         if pixels is not None:
             return pixels
-    try:
-        with _open(encoded) as image:
-            _check_before_loading(image, encoded)
-            with _large if _needed_bytes(image) > _LARGE_BYTES else nullcontext():
-                image.load()
-                if image.format == "PNG":
-                    _check_png(image, encoded)
-                return upright_rgb(image)
-    except Unreadable:
-        raise
-    except Exception as error:  # a damaged file can make a parser raise anything
-        raise Unreadable(_reason(error)) from error
+    with _unreadable_if_it_fails(), _open(encoded) as image:
+        _check_before_loading(image, encoded)
+        with _one_at_a_time(_needed_bytes(image) > _LARGE_BYTES):
+            image.load()
+            if image.format == "PNG":
+                _check_png(image, encoded)
+            return upright_rgb(image)
 
 
 def upright_rgb(image: Image.Image) -> NDArray[np.uint8]:
@@ -163,25 +155,19 @@ def probe(encoded: bytes) -> tuple[int, int]:
         Unreadable: no header of `FORMATS`, or a size that `decode` refuses.
     """
     _check_bytes(len(encoded))
-    if simplejpeg is not None and encoded.startswith(b"\xff\xd8"):
+    if encoded.startswith(_JPEG):
         _check_jpeg_header(encoded)
-        try:
+        with contextlib.suppress(ValueError):  # Pillow may be able to read it
             height, width, _, _ = simplejpeg.decode_jpeg_header(encoded)
-        except ValueError:
-            pass  # Pillow may know better
-        else:
             _check_pixels(width, height)
             return (height, width) if _jpeg_orientation(encoded) >= 5 else (width, height)
-    try:
-        with _open(encoded) as image:
-            width, height = image.size
-            if image.format == "TIFF":  # Pillow applies a TIFF's orientation itself; this size has it already
-                return width, height
-            return (height, width) if _orientation_of_header(image, encoded) >= 5 else (width, height)
-    except Unreadable:
-        raise
-    except Exception as error:
-        raise Unreadable(_reason(error)) from error
+    with _unreadable_if_it_fails(), _open(encoded) as image:
+        width, height = image.size
+        if image.format == "TIFF":  # Pillow applies a TIFF's orientation itself; this size has it already
+            return width, height
+        if image.format == "PNG" and not any(mark in encoded for mark in _PNG_ORIENTATION_MARKS):
+            return width, height  # without decoding the pixels to see that no orientation is behind them
+        return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def probe_with(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
@@ -197,16 +183,16 @@ def probe_with(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
     _check_bytes(size)
     head = read(min(size, _HEAD_BYTES))
     if not head.startswith(_SIGNATURES) and head[4:8] != _ISO_MEDIA:
-        return probe(head)  # which says what it is not; no more of it need be read
-    if len(head) >= size or not head.startswith(b"\x89PNG"):  # a PNG may name its orientation behind the pixels
+        return probe(head)  # raises the reason; no more of it need be read
+    if len(head) >= size or not head.startswith(_PNG):  # a PNG may name its orientation behind the pixels
         try:
             return probe(head)
         except Unreadable:
             if len(head) >= size:
                 raise
-    if head.startswith(b"\xff\xd8"):
+    if head.startswith(_JPEG):
         size = min(size, _MAX_HEADER_BYTES)
-    with _large if size > _LARGE_HEADER_BYTES else nullcontext():
+    with _one_at_a_time(size > _LARGE_HEADER_BYTES):
         return probe(read(size))
 
 
@@ -218,16 +204,16 @@ def _decode_jpeg_fast(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8] | No
         _check_pixels(width, height)
         _check_scans(encoded, width, height)
         if colourspace not in _FAST_COLOURSPACES:
-            if colourspace in ("CMYK", "YCCK"):  # Pillow turns it into RGB, but takes half of it for the whole
+            if colourspace in ("CMYK", "YCCK"):  # Pillow converts it, but accepts half of an image
                 simplejpeg.decode_jpeg(encoded, colorspace="CMYK", strict=True)
             return None
         orientation = _jpeg_orientation(encoded)
         if orientation != 1 and (width % shrink or height % shrink):
-            shrink = 1  # its last blocks are not full; turned, they would come first, and all that follows be shifted
+            shrink = 1  # the last blocks are not full; turned, they would come first and shift all others
         least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)} if shrink > 1 else {}
-        # strict is the default, but all depends on it: without it, what is missing comes back gray.
+        # strict is the default; without it missing parts would be gray.
         large = width * height // shrink**2 * _OTHER_BYTES_PER_PIXEL > _LARGE_BYTES
-        with _large if large else nullcontext():
+        with _one_at_a_time(large):
             pixels = simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True, **least)
             return np.array(Image.fromarray(pixels).transpose(_UPRIGHT[orientation])) if orientation > 1 else pixels
     except ValueError as error:
@@ -237,23 +223,15 @@ def _decode_jpeg_fast(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8] | No
 
 
 def _jpeg_orientation(jpeg: bytes) -> int:
-    """EXIF orientation of a JPEG; Pillow's parser is asked only if there can be one, which takes its time."""
-    if not _has_app1(jpeg):
+    """EXIF orientation of a JPEG, by Pillow's parser, which is slow, only if the JPEG can have one."""
+    markers = [marker for marker, _ in _jpeg_header(jpeg)]
+    if 0xE1 not in markers and markers[-1:] == [0xDA]:  # no EXIF or XMP in a plain chain of segments up to the pixels
         return 1
     try:
         with _open(jpeg) as image:
             return _orientation(image)
-    except Unreadable:  # its metadata is, the pixels are not
+    except Unreadable:  # only its metadata is
         return 1
-
-
-def _has_app1(jpeg: bytes) -> bool:
-    """Whether a JPEG has an APP1 segment, the place of EXIF and XMP, before its pixels."""
-    marker = 0
-    for marker, _ in _jpeg_header(jpeg):
-        if marker == 0xE1:
-            return True
-    return marker != 0xDA  # not a plain chain of segments: let Pillow look
 
 
 def _jpeg_header(jpeg: bytes) -> Iterator[tuple[int, int]]:
@@ -290,20 +268,21 @@ def _open(encoded: bytes) -> Image.Image:
     """The image with only its header read, of a format and size that are accepted."""
     if encoded.startswith(_PPM) and len(encoded) > _HEAD_BYTES:
         _open(encoded[:_HEAD_BYTES]).close()  # Pillow reads a header byte by byte, however long its comments are
-    if encoded.startswith(b"\x89PNG"):
-        _check_png_chunks(encoded)
+    # Reading more chunks would take minutes.
+    if encoded.startswith(_PNG) and any(True for _ in islice(_png_chunks(encoded), _MAX_CHUNKS, None)):
+        raise Unreadable(f"a PNG of more than {_MAX_CHUNKS:,} chunks: save it again")
     if encoded.startswith((b"II", b"MM")):
         _check_tiff_strips(encoded)
     formats = [name for name in FORMATS if name != "HEIF"]  # Pillow knows it only when the plug-in is imported
     if HEIC and encoded[4:8] == _ISO_MEDIA:
         _register_heic()
         formats.append("HEIF")
-    try:
-        image = Image.open(io.BytesIO(encoded), formats=formats)
-    except UnidentifiedImageError as error:
-        raise Unreadable(f"not an image of a known format ({', '.join(FORMATS)}), or its header is damaged") from error
-    except Exception as error:
-        raise Unreadable(_reason(error)) from error
+    with _unreadable_if_it_fails():
+        try:
+            image = Image.open(io.BytesIO(encoded), formats=formats)
+        except UnidentifiedImageError as error:
+            known = ", ".join(FORMATS)
+            raise Unreadable(f"not an image of a known format ({known}), or its header is damaged") from error
     _check_pixels(*image.size)
     if _needed_bytes(image) > _MAX_DECODED_BYTES:
         raise Unreadable(
@@ -318,9 +297,25 @@ def _needed_bytes(image: Image.Image) -> int:
     return image.width * image.height * _BYTES_PER_PIXEL.get(str(image.format), _OTHER_BYTES_PER_PIXEL)
 
 
+def _one_at_a_time(large: bool) -> contextlib.AbstractContextManager[object]:
+    """A lock for what needs much memory; nothing for the rest."""
+    return _large if large else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _unreadable_if_it_fails() -> Iterator[None]:
+    """Turn every error of a parser into `Unreadable`: a damaged file can make it raise anything."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except Exception as error:
+        raise Unreadable(_reason(error)) from error
+
+
 @cache
 def _register_heic() -> None:
-    """Teach Pillow to read HEIC, when the first such file comes: importing the plug-in takes its time."""
+    """Make Pillow read HEIC. Only when the first such file comes, because importing the plug-in is slow."""
     import pillow_heif
 
     pillow_heif.register_heif_opener()
@@ -341,23 +336,23 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _check_scans(jpeg: bytes, width: int, height: int) -> None:
-    """Refuse a JPEG that goes over its pixels again and again: kilobytes of it can cost hours."""
+    """Refuse a JPEG of many scans over its pixels: kilobytes of it can cost hours."""
     limit = _MAX_SCANNED_PIXELS // (width * height)
-    # The bytes may also stand in a preview or behind the image: looked at closely only where they are many.
+    # The bytes may also be in a preview or behind the image: markers are parsed only if they are many.
     if jpeg.count(b"\xff\xda") > limit and sum(marker == 0xDA for marker in _jpeg_markers(jpeg)) > limit:
-        raise Unreadable(f"a JPEG of more than {limit:,} scans over {width} x {height} pixels: save it anew")
+        raise Unreadable(f"a JPEG of more than {limit:,} scans over {width} x {height} pixels: save it again")
 
 
 def _jpeg_markers(jpeg: bytes) -> Iterator[int]:
     """The markers of a JPEG up to its end, without those within its segments."""
     position = 2
-    while (found := _JPEG_MARKER.search(jpeg, position)) and found[0][1] != 0xD9:
-        yield found[0][1]
-        position = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
+    while (match := _JPEG_MARKER.search(jpeg, position)) and match[0][1] != 0xD9:
+        yield match[0][1]
+        position = match.end() + int.from_bytes(jpeg[match.end() : match.end() + 2], "big")
 
 
 def _check_before_loading(image: Image.Image, encoded: bytes) -> None:
-    """What Pillow would decode for minutes, or without all of its rows."""
+    """Refuse what Pillow would decode for minutes, or without all of its rows."""
     if image.format in ("JPEG", "MPO"):
         _check_scans(encoded, *image.size)
     if image.format == "PPM" and encoded[:2] in (b"P1", b"P2", b"P3"):
@@ -375,14 +370,13 @@ def _check_before_loading(image: Image.Image, encoded: bytes) -> None:
             raise Unreadable("damaged or truncated TIFF: parts of the image are missing")
 
 
-def _check_png_chunks(png: bytes) -> None:
-    """Refuse a PNG of so many chunks that reading them takes minutes."""
-    chunks, position = 0, 8
+def _png_chunks(png: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and end of each chunk of a PNG."""
+    position = 8
     while position + 12 <= len(png):
-        chunks += 1
-        if chunks > _MAX_CHUNKS:
-            raise Unreadable(f"a PNG of more than {_MAX_CHUNKS:,} chunks: save it again")
-        position += 12 + int.from_bytes(png[position : position + 4], "big")
+        end = position + 12 + int.from_bytes(png[position : position + 4], "big")
+        yield png[position + 4 : position + 8], position, end
+        position = end
 
 
 def _check_tiff_strips(tiff: bytes) -> None:
@@ -403,22 +397,18 @@ def _check_tiff_strips(tiff: bytes) -> None:
 def _check_png(image: Image.Image, encoded: bytes) -> None:
     """Refuse a decoded PNG whose pixels are damaged or end early: Pillow checks no sums and leaves missing rows black.
 
-    Rows can only be missing where the last one is black, or where rows come in another order.
+    Rows can be missing only if the last one is black, or if rows come in another order.
     """
     if encoded[12:16] != b"IHDR":
         raise Unreadable("damaged PNG: it does not begin with its header")
     packed, interlaced = list[bytes](), encoded[28] != 0
-    position = 8
-    while position + 12 <= len(encoded):
-        length, kind = struct.unpack_from(">I4s", encoded, position)
-        end = position + 12 + length
+    for kind, start, end in _png_chunks(encoded):
         if kind == b"IDAT":
-            if zlib.crc32(encoded[position + 4 : end - 4]) != int.from_bytes(encoded[end - 4 : end], "big"):
+            if zlib.crc32(encoded[start + 4 : end - 4]) != int.from_bytes(encoded[end - 4 : end], "big"):
                 raise Unreadable("damaged PNG: the checksum of its pixels is wrong")
-            packed.append(encoded[position + 8 : end - 4])
+            packed.append(encoded[start + 8 : end - 4])
         elif packed:
             break
-        position = end
     last_row = image.crop((0, image.height - 1, image.width, image.height))
     if interlaced or not np.asarray(last_row).any():
         _check_png_rows(image, b"".join(packed), encoded[24:26], interlaced)
@@ -454,27 +444,15 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _UPRIGHT else 1
 
 
-def _orientation_of_header(image: Image.Image, encoded: bytes) -> int:
-    """As `_orientation`, without decoding a PNG's pixels just to see that nothing lies behind them."""
-    if image.format == "PNG" and not any(mark in encoded for mark in _PNG_ORIENTATION_MARKS):
-        return 1
-    return _orientation(image)
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):
-        return _gray(_sixteen_bits(image))
-    if image.mode == "F":
-        return _gray(_floats(image))
+    if image.mode.startswith("I") or image.mode == "F":
+        levels = _floats(image) if image.mode == "F" else _sixteen_bits(image)
+        return Image.fromarray(levels).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
-
-
-def _gray(levels: NDArray[np.uint8]) -> Image.Image:
-    return Image.fromarray(levels).convert("RGB")
 
 
 def _sixteen_bits(image: Image.Image) -> NDArray[np.uint8]:

@@ -39,8 +39,8 @@ def evaluation_batches(
         skipped: receives key -> reason of every image that could not be decoded.
 
     Yields:
-        (b, 3, size, size) float32 on the device, in `image_layout`, and the (b,) rows they show, without the
-        images that could not be decoded.
+        (b, 3, size, size) float32 on the device, in `image_layout`, and their (b,) rows; images that could not be
+        decoded are left out.
     """
     device, rows, size = torch.device(device), np.asarray(rows, dtype=np.int64), transform.size
 

@@ -1,14 +1,13 @@
-"""One index per data set: which images there are, how large, of which class; built once, then memory-mapped.
+"""The index of a data set: which images there are, how large, of which class; built once, then memory-mapped.
 
     source lists names -> threads read headers -> rows sorted by key -> columns as .npy in the cache
                                                                                |
     later: time stamps of folders and archives unchanged ---------> np.load(mmap_mode="r"): seconds
 
-Processes that map the same files share their memory, so an index of a hundred million images costs it once
-per machine. Every image has an id that depends on its key alone: it stays when other images come or go.
+Processes that map the same files share their memory, so that a hundred million images cost it once per machine. The id
+of an image depends on its key alone: it stays when other images come or go. Paths are plain strings, because Path
+objects for millions of files take longer than reading their headers.
 """
-
-# Paths of images are plain strings, because Path objects for millions of files cost more than their headers.
 
 from __future__ import annotations
 
@@ -19,7 +18,6 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,15 +27,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tessella import files
-from tessella.console import progress_bar
 from tessella.data.decode import FORMATS, MAX_BYTES, Inaccessible, Unreadable, probe, probe_with
+from tessella.data.threads import over_rows
 from tessella.errors import UserError
-from tessella.files import exclusive
 
 _FORMAT = 2  # of the cached files; another number is another cache
-_CHUNK = 64  # headers per task of the pool
 _THREADS = min(32, 4 * (os.cpu_count() or 1))  # reading headers is mostly waiting
-_SAMPLED_FILES = 4096  # so many files vouch for the contents of a folder
+_SAMPLED_FILES = 4096  # so many files stand for the contents of a folder
 _BUILT, _META = "built", "meta.json"
 _MAX_META_BYTES = 2**32
 _ENDINGS = 100  # kinds of files that are passed over and counted
@@ -52,14 +48,14 @@ class Listing:
     keys: list[str]  # the name of each image within its source, '/' between parts
     read: Callable[[int, int], bytes]  # (position in keys, n) -> first n bytes; raises Unreadable
     byte_sizes: Sequence[int] | None  # None when an image's size is known only by reading it
-    labels: Sequence[int] | None = None  # class of each image, -1 for none
-    classes: list[str] = field(default_factory=list)
+    labels: Sequence[int] | NDArray[np.int64]  # class of each image, -1 for none
+    classes: list[str]
     columns: dict[str, Sequence[int]] = field(default_factory=dict)  # what the source needs to find an image again
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # key, reason
     inaccessible: list[str] = field(default_factory=list)  # paths of those that could not be opened
     file_of: Callable[[int], str] | None = None  # position in keys -> path, where each image is a file of its own
     passed_over: Counter[str] = field(default_factory=Counter)  # ending -> files that are not read
-    watched: list[Evidence] = field(default_factory=list)  # tells later whether the listing still holds
+    watched: list[Evidence] = field(default_factory=list)  # shows later whether the listing is still right
 
 
 class Index:
@@ -76,6 +72,35 @@ class Index:
         self.unreadable: list[tuple[str, str]] = [(key, reason) for key, reason in meta["unreadable"]]
         self.passed_over: dict[str, int] = meta.get("passed_over", {})  # ending -> files that are not read
 
+    @classmethod
+    def of(
+        cls,
+        keys: Sequence[str],
+        sizes: ArrayLike,
+        *,
+        byte_sizes: ArrayLike = -1,
+        labels: ArrayLike = -1,
+        classes: Sequence[str] = (),
+        fingerprint: str | None = None,
+        unreadable: Sequence[tuple[str, str]] = (),
+        columns: dict[str, NDArray[Any]] | None = None,
+    ) -> Index:
+        """An index in memory.
+
+        Args:
+            keys: N names in ascending order.
+            sizes: as for `columns_of`, like `byte_sizes` and `labels`.
+            byte_sizes: see `sizes`.
+            labels: see `sizes`.
+            classes: names.
+            fingerprint: of the pixels, where keys and sizes do not tell two sets apart.
+            unreadable: (key, reason) of images that were left out.
+            columns: the source's own, (N,) each.
+        """
+        columns = columns_of(keys, sizes, byte_sizes, labels) | (columns or {})
+        fingerprint = fingerprint or fingerprint_of(columns)
+        return cls(columns, {"classes": list(classes), "fingerprint": fingerprint, "unreadable": unreadable})
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -86,48 +111,16 @@ class Index:
 
     @property
     def encoded_keys(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """All names: UTF-8 bytes one behind the other, and (N + 1,) offsets into them."""
+        """All names: concatenated UTF-8 bytes, and (N + 1,) offsets into them."""
         return self._columns["key_bytes"], self._columns["key_offsets"]
 
     def column(self, name: str) -> NDArray[np.int64]:
         """One of the source's own columns, (N,)."""
         return self._columns[f"source_{name}"]
 
-    @classmethod
-    def of_arrays(
-        cls,
-        keys: Sequence[str],
-        size: tuple[int, int],
-        *,
-        labels: ArrayLike | None,
-        classes: list[str],
-        fingerprint: str,
-    ) -> Index:
-        """An index in memory, for images that are arrays.
-
-        Args:
-            keys: N names in ascending order.
-            size: width and height of every image.
-            labels: (N,) or None.
-            classes: names.
-            fingerprint: of the pixels, since nothing else tells two such sets apart.
-        """
-        encoded = [_encode(key) for key in keys]
-        sizes = np.tile(np.asarray(size, dtype=np.int32), (len(keys), 1))
-        nothing = np.full(len(keys), -1, dtype=np.int64)
-        columns = columns_of(encoded, sizes, nothing, nothing if labels is None else np.asarray(labels))
-        return cls(columns, {"classes": classes, "fingerprint": fingerprint, "unreadable": []})
-
-    @classmethod
-    def of_columns(
-        cls, columns: dict[str, NDArray[Any]], classes: list[str], unreadable: list[tuple[str, str]]
-    ) -> Index:
-        """An index from columns as of `columns_of`, with the fingerprint that follows from them."""
-        return cls(columns, {"classes": classes, "fingerprint": fingerprint_of(columns), "unreadable": unreadable})
-
 
 def cache_folder() -> Path:
-    """Where Tessella keeps what it can make again: $TESSELLA_CACHE, or ~/.cache/tessella.
+    """Where Tessella stores what it can make again: $TESSELLA_CACHE, or ~/.cache/tessella.
 
     Raises:
         UserError: there is no home folder.
@@ -144,9 +137,9 @@ def cached_index(
     """The index of a data set, from the cache if nothing has changed, else built and cached.
 
     Unchanged means: the same `paths` with the same sizes and time stamps, all that the listing watches as it was, and
-    what could not be read still cannot be read. A cached index is compared with its hashes; a damaged one is built
-    again, with a warning. An index without images is not cached. If the cache cannot be written, the index stays in
-    memory, with a warning.
+    unreadable files still unreadable. A cached index is compared with its hashes; a damaged one is built again, with a
+    warning. An index without images is not cached. If the cache cannot be written, the index stays in memory, with a
+    warning.
 
     Args:
         identity: what names the data set: the kind of source, absolute paths, part.
@@ -157,13 +150,15 @@ def cached_index(
     root = cache or cache_folder()
     identity = [str(_FORMAT), *FORMATS, *identity]
     folder = root / "index" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    index = _load_or_say(folder, identity, paths, root, say=False)
+    index, _ = _load(folder, identity, paths)
     if index is not None:
         return index
-    with exclusive(folder):  # the other processes of this machine wait here, and then find it ready
-        index = _load_or_say(folder, identity, paths, root, say=True)
+    with files.exclusive(folder):  # the other processes of this machine wait here and then find the index
+        index, damage = _load(folder, identity, paths)
         if index is not None:
             return index
+        if damage:
+            warnings.warn(f"an index in {root} is damaged ({damage}) and is built again", stacklevel=2)
         evidence = [evidence_of(path) for path in paths]  # before the listing: later changes must show
         columns, meta = _build(list_images())
         if not len(columns["ids"]):
@@ -176,16 +171,7 @@ def cached_index(
                 " TESSELLA_CACHE to a folder that can be written",
                 stacklevel=2,
             )
-        return _load_or_say(folder, identity, paths, root, say=False) or Index(columns, meta)
-
-
-def _load_or_say(folder: Path, identity: list[str], paths: Sequence[str], root: Path, say: bool) -> Index | None:
-    try:
-        return _load(folder, identity, paths)
-    except ValueError as error:
-        if say:
-            warnings.warn(f"an index in {root} is damaged ({error}) and is built again", stacklevel=3)
-        return None
+        return _load(folder, identity, paths)[0] or Index(columns, meta)
 
 
 def evidence_of(path: str) -> Evidence | None:
@@ -198,39 +184,32 @@ def evidence_of(path: str) -> Evidence | None:
 
 
 def sample(paths: Sequence[str]) -> list[Evidence]:
-    """Evidence of up to 4096 evenly spaced files: all of a small set, and a fair share of a large one.
+    """Evidence of up to 4096 evenly spaced files.
 
-    The time stamp of a folder shows files that come, go or change name, but not one that is overwritten in
-    place.
+    The time stamp of a folder shows files that come, go or are renamed, but not one that is overwritten in place.
     """
     step = -(-len(paths) // _SAMPLED_FILES) or 1
     return [evidence for path in paths[::step] if (evidence := evidence_of(path))]
 
 
 def stable_ids(keys: Sequence[bytes]) -> NDArray[np.int64]:
-    """An id per key that depends on nothing else: 63 bits of its BLAKE2b hash.
+    """An id per key that depends on nothing else: 63 bits of its BLAKE2b hash. (N,) int64, non-negative, distinct.
 
-    Among a hundred million keys, two share their hash with a chance of 1 in 2000. Then the later one in key
-    order is hashed again with a salt, until all differ.
-
-    Args:
-        keys: distinct, in ascending order.
-
-    Returns:
-        (N,) int64, non-negative, distinct.
+    Among a hundred million keys, two share their hash with a chance of 1 in 2000. Then the later one in key order is
+    hashed again with a salt, until all differ. The keys are distinct and in ascending order.
     """
     ids = np.fromiter((_hash(key, 0) for key in keys), dtype=np.int64, count=len(keys))
     values, counts = np.unique(ids, return_counts=True)
     if len(values) < len(ids):
-        taken = set(values.tolist())
+        used = set(values.tolist())
         seen: set[int] = set()
         for row in np.flatnonzero(np.isin(ids, values[counts > 1])).tolist():
             salt, value = 0, int(ids[row])
-            while value in seen or (salt and value in taken):
+            while value in seen or (salt and value in used):
                 salt += 1
                 value = _hash(keys[row], salt)
             seen.add(value)
-            taken.add(value)
+            used.add(value)
             ids[row] = value
     return ids
 
@@ -244,92 +223,54 @@ def _encode(key: str) -> bytes:
     return key.encode("utf-8", "surrogateescape")
 
 
-def _build(listing: Listing) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Columns and meta data: headers read, unreadable images set apart, rows sorted by key."""
-    position_of = {_encode(key): position for position, key in enumerate(listing.keys)}  # of equal keys the last
-    keys = sorted(position_of)
-    positions = [position_of[key] for key in keys]
-    measured = _measure(listing, positions)
+def labels_by_folder(names: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
+    """Class of each image, the first folder of its name (-1 without one), and the names of the classes."""
+    folders = [name.partition("/")[0] if "/" in name else None for name in names]
+    classes = sorted({folder for folder in folders if folder is not None})
+    numbers = {None: -1} | {folder: label for label, folder in enumerate(classes)}
+    return np.array([numbers[folder] for folder in folders], dtype=np.int64), classes
 
-    good = [i for i, found in enumerate(measured) if not isinstance(found, Unreadable)]
-    bad = [(positions[i], found) for i, found in enumerate(measured) if isinstance(found, Unreadable)]
-    table = np.array([measured[i] for i in good], dtype=np.int64).reshape(-1, 3)
-    chosen = np.array([positions[i] for i in good], dtype=np.int64)
-    labels = np.full(len(good), -1) if listing.labels is None else np.asarray(listing.labels, np.int64)[chosen]
-    columns = columns_of([keys[i] for i in good], table[:, :2].astype(np.int32), table[:, 2], labels)
+
+def _build(listing: Listing) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Columns and meta data: headers are read, rows sorted by key, unreadable images left out."""
+    position_of = {key: position for position, key in enumerate(listing.keys)}  # of equal keys the last
+    keys = sorted(position_of, key=_encode)
+    measured: list[tuple[int, int, int] | Unreadable] = [Unreadable("")] * len(keys)
+
+    def measure(rows: range) -> None:
+        for row in rows:
+            measured[row] = _measure(listing, position_of[keys[row]])
+
+    over_rows(len(keys), measure, "reading image headers", _THREADS)
+    unreadable, inaccessible, watched = list(listing.unreadable), list(listing.inaccessible), list(listing.watched)
+    rows, readable = list[tuple[int, int, int]](), list[str]()
+    for key, result in zip(keys, measured, strict=True):
+        if not isinstance(result, Unreadable):
+            rows.append(result)
+            readable.append(key)
+            continue
+        unreadable.append((key, result.reason))
+        path = listing.file_of(position_of[key]) if listing.file_of else None
+        if path and isinstance(result, Inaccessible):
+            inaccessible.append(path)
+        elif path and (evidence := evidence_of(path)):
+            watched.append(evidence)
+    table, chosen = np.array(rows, dtype=np.int64).reshape(-1, 3), [position_of[key] for key in readable]
+    columns = columns_of(readable, table[:, :2], table[:, 2], np.asarray(listing.labels, dtype=np.int64)[chosen])
     for name, values in listing.columns.items():
         columns[f"source_{name}"] = np.asarray(values, dtype=np.int64)[chosen]
-    meta: dict[str, Any] = {
+    return columns, {
         "classes": listing.classes,
         "fingerprint": fingerprint_of(columns),
-        "unreadable": sorted(listing.unreadable + [(listing.keys[position], error.reason) for position, error in bad]),
-        "watched": listing.watched,
-        "inaccessible": listing.inaccessible,
+        "unreadable": sorted(unreadable),
+        "watched": watched,
+        "inaccessible": inaccessible,
         "passed_over": dict(listing.passed_over.most_common(_ENDINGS)),
     }
-    if listing.file_of is not None:
-        for position, error in bad:
-            path = listing.file_of(position)
-            if isinstance(error, Inaccessible):
-                meta["inaccessible"].append(path)
-            elif evidence := evidence_of(path):
-                meta["watched"].append(evidence)
-    return columns, meta
 
 
-def columns_of(
-    keys: Sequence[bytes], sizes: NDArray[np.int32], byte_sizes: NDArray[np.int64], labels: NDArray[Any]
-) -> dict[str, NDArray[Any]]:
-    """The columns of an index.
-
-    Args:
-        keys: N names in ascending order.
-        sizes: (N, 2) upright width and height.
-        byte_sizes: (N,) of the encoded images, -1 where they are not encoded.
-        labels: (N,) index into the classes, -1 for none.
-    """
-    offsets = np.zeros(len(keys) + 1, dtype=np.int64)
-    np.cumsum([len(key) for key in keys], out=offsets[1:])
-    return {
-        "key_bytes": np.frombuffer(b"".join(keys), dtype=np.uint8),
-        "key_offsets": offsets,
-        "ids": stable_ids(keys),
-        "sizes": sizes,
-        "byte_sizes": byte_sizes,
-        "labels": labels.astype(np.int64),
-    }
-
-
-def fingerprint_of(columns: dict[str, NDArray[Any]]) -> str:
-    """Changes when an image comes, goes, is renamed or encoded anew; not with a touch, not with labels."""
-    digest = hashlib.sha256()
-    for name in ("key_offsets", "key_bytes", "byte_sizes", "sizes"):
-        column = columns[name]
-        digest.update(column.astype(column.dtype.newbyteorder("<")).tobytes())
-    return digest.hexdigest()
-
-
-def _measure(listing: Listing, positions: list[int]) -> list[tuple[int, int, int] | Unreadable]:
-    """Width, height and bytes of each image, or the reason why it is unreadable."""
-    results: list[tuple[int, int, int] | Unreadable] = [Unreadable("")] * len(positions)
-    chunks = [range(start, min(start + _CHUNK, len(positions))) for start in range(0, len(positions), _CHUNK)]
-
-    def measure(chunk: range) -> range:
-        for i in chunk:
-            results[i] = _measure_one(listing, positions[i])
-        return chunk
-
-    with progress_bar("reading image headers", len(positions)) as advance:
-        pool = ThreadPoolExecutor(_THREADS)
-        try:
-            for task in as_completed([pool.submit(measure, chunk) for chunk in chunks]):
-                advance(len(task.result()))
-        finally:
-            pool.shutdown(cancel_futures=True)  # on Ctrl-C, do not read the rest first
-    return results
-
-
-def _measure_one(listing: Listing, position: int) -> tuple[int, int, int] | Unreadable:
+def _measure(listing: Listing, position: int) -> tuple[int, int, int] | Unreadable:
+    """Width, height and bytes of an image, or why it is unreadable."""
     try:
         if listing.byte_sizes is None:
             encoded = listing.read(position, MAX_BYTES + 1)
@@ -340,8 +281,41 @@ def _measure_one(listing: Listing, position: int) -> tuple[int, int, int] | Unre
         return error
 
 
+def columns_of(
+    keys: Sequence[str], sizes: ArrayLike, byte_sizes: ArrayLike, labels: ArrayLike
+) -> dict[str, NDArray[Any]]:
+    """The columns of an index.
+
+    Args:
+        keys: N names in ascending order.
+        sizes: (N, 2) upright width and height, or one pair for all images.
+        byte_sizes: (N,) of the encoded images; -1 where they are not encoded.
+        labels: (N,) index into the classes; -1 for none.
+    """
+    encoded, count = [_encode(key) for key in keys], len(keys)
+    offsets = np.zeros(count + 1, dtype=np.int64)
+    np.cumsum([len(key) for key in encoded], out=offsets[1:])
+    return {
+        "key_bytes": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        "key_offsets": offsets,
+        "ids": stable_ids(encoded),
+        "sizes": np.broadcast_to(np.asarray(sizes, dtype=np.int32), (count, 2)),
+        "byte_sizes": np.broadcast_to(np.asarray(byte_sizes, dtype=np.int64), count),
+        "labels": np.broadcast_to(np.asarray(labels, dtype=np.int64), count),
+    }
+
+
+def fingerprint_of(columns: dict[str, NDArray[Any]]) -> str:
+    """A hash that changes when an image comes, goes, is renamed or encoded again; not with a touch or labels."""
+    digest = hashlib.sha256()
+    for name in ("key_offsets", "key_bytes", "byte_sizes", "sizes"):
+        column = columns[name]
+        digest.update(column.astype(column.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
 def _save(root: Path, folder: Path, columns: dict[str, NDArray[Any]], meta: dict[str, Any]) -> None:
-    """Write a whole index in the place of the old one, with the hash of every file: readers never see half of one."""
+    """Write an index, with the hash of every file, and replace the old one at once: readers never see half of it."""
     files.make_folder(folder, inside=root)
     with files.new_folder(folder / _BUILT) as unfinished:
         hashes = write_columns(unfinished, columns)
@@ -350,7 +324,7 @@ def _save(root: Path, folder: Path, columns: dict[str, NDArray[Any]], meta: dict
 
 
 def write_columns(folder: Path, columns: dict[str, NDArray[Any]]) -> dict[str, str]:
-    """Write each column as NAME.npy, down to the disk; gives the hash of each file."""
+    """Write each column as NAME.npy and return the hash of each file."""
     for name, column in columns.items():
         with files.writing(folder / f"{name}.npy", needed=column.nbytes) as file:
             np.save(file, column, allow_pickle=False)
@@ -370,15 +344,11 @@ def read_columns(folder: Path, hashes: dict[str, str]) -> dict[str, NDArray[Any]
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in hashes}
 
 
-def _load(folder: Path, identity: list[str], paths: Sequence[str]) -> Index | None:
-    """The cached index, or None if there is none or the data have changed since.
-
-    Raises:
-        ValueError: it is damaged, or of other data.
-    """
+def _load(folder: Path, identity: list[str], paths: Sequence[str]) -> tuple[Index | None, str]:
+    """The cached index, or None if there is none, the data have changed, or it is damaged; and the damage."""
     built = folder / _BUILT
     if not built.exists():
-        return None
+        return None, ""
     try:
         digest, _, text = files.read_text(built / _META, _MAX_META_BYTES).partition("\n")
         if hashlib.sha256(text.encode()).hexdigest() != digest:
@@ -386,22 +356,24 @@ def _load(folder: Path, identity: list[str], paths: Sequence[str]) -> Index | No
         meta = json.loads(text)
         if meta["identity"] != identity:
             raise ValueError("it is of other data")
-        if [path for path, _, _ in meta["files"]] != list(paths) or any(
-            evidence_of(entry[0]) != tuple(entry) for entry in meta["files"] + meta["watched"]
+        if (
+            [path for path, _, _ in meta["files"]] != list(paths)
+            or any(evidence_of(entry[0]) != tuple(entry) for entry in meta["files"] + meta["watched"])
+            or any(map(_accessible, meta["inaccessible"]))  # it may be readable now
         ):
-            return None
-        if any(map(_accessible, meta["inaccessible"])):  # what could not be read may be readable now
-            return None
+            return None, ""
         columns = read_columns(built, meta["columns"])
         if not files.read_text(built / _META, _MAX_META_BYTES).startswith(digest):
             raise ValueError("another process has just replaced it")
-        return Index(columns, meta)
+        return Index(columns, meta), ""
     except (OSError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"it cannot be read: {error}") from None
+        return None, f"it cannot be read: {error}"
+    except ValueError as error:
+        return None, str(error)
 
 
 def _accessible(path: str) -> bool:
-    """Whether a folder can be listed, or a file be read."""
+    """Whether a folder can be listed, or a file read."""
     try:
         if os.path.isdir(path):
             os.scandir(path).close()

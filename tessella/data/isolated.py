@@ -2,8 +2,8 @@
 
     this process: bytes of an image -> pipe -> another interpreter, `serve`: decode -> size, or the reason -> pipe
 
-Decoders are large native libraries that read what strangers wrote. Training decodes in its own process, because that is
-fast; a scan of the data beforehand decodes here. No object is pickled: bytes go in, a line of JSON comes out.
+Decoders are large native libraries that read foreign files. Training decodes in its own process, because that is fast;
+a scan of the data beforehand decodes here. No object is pickled: bytes go in, a line of JSON comes out.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from tessella.console import progress_bar
 from tessella.data.decode import Unreadable, decode
 from tessella.data.sources.images import ImageSet
+from tessella.data.threads import over_rows
 
 SECONDS = 10.0  # for one image; the largest that is accepted takes about 3
 _PACKAGES = str(Path(__file__).resolve().parents[2])
@@ -34,7 +33,6 @@ COMMAND = (
 
 _START_SECONDS = 120.0  # a cold network drive may hold the interpreter
 _LENGTH_BYTES = 8
-_IMAGES_PER_TASK = 64
 
 
 class IsolatedDecoder:
@@ -48,7 +46,7 @@ class IsolatedDecoder:
         """Upright (width, height) of an image that was decoded whole.
 
         Raises:
-            Unreadable: as `decode`; or the decoder crashed, or did not come to an end.
+            Unreadable: as `decode`; or the decoder crashed or took too long.
         """
         process = self._started()
         assert process.stdin is not None
@@ -56,17 +54,17 @@ class IsolatedDecoder:
             process.stdin.write(len(encoded).to_bytes(_LENGTH_BYTES, "little"))
             process.stdin.write(encoded)
         except BrokenPipeError:
-            pass  # it died: the answer, which is none, tells
+            pass  # it died: there will be no answer
         answer = self._line(self._seconds)
         if answer is None:
             self.close()
             raise Unreadable(f"decoding it takes more than {self._seconds:g} s")
         if not answer:
             raise Unreadable(f"the decoder crashed over it ({self._cause_of_death()})")
-        found = json.loads(answer)
-        if isinstance(found, str):
-            raise Unreadable(found)
-        return found[0], found[1]
+        size = json.loads(answer)
+        if isinstance(size, str):
+            raise Unreadable(size)
+        return size[0], size[1]
 
     def close(self) -> None:
         """End the process."""
@@ -79,7 +77,7 @@ class IsolatedDecoder:
             self._process = subprocess.Popen(
                 self._command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
-            if self._line(_START_SECONDS) != b"ready\n":  # else every image would be taken for a culprit
+            if self._line(_START_SECONDS) != b"ready\n":  # else every image would be blamed
                 self.close()
                 raise RuntimeError(f"the decoding process does not start: {' '.join(self._command)}")
         return self._process
@@ -112,43 +110,32 @@ def undecodable(
     """Decode every image of a set once, each in a process that may crash.
 
     Args:
-        images: what to read; of an array in memory there is nothing to decode.
+        images: what to read; nothing is decoded of an array in memory.
         workers: decoding processes; default: the cores that this process may use.
         command: that starts one.
-        seconds: after which a decoder is given up.
+        seconds: after which decoding an image is given up.
 
     Returns:
         (key, reason) of those that could not be read or decoded whole, in row order.
     """
-    decoders: queue.SimpleQueue[IsolatedDecoder] = queue.SimpleQueue()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    everyone = [IsolatedDecoder(command, seconds) for _ in range(max(1, workers or cores or 1))]
-    for decoder in everyone:
-        decoders.put(decoder)
+    decoders = [IsolatedDecoder(command, seconds) for _ in range(max(1, workers or cores or 1))]
+    free: queue.SimpleQueue[IsolatedDecoder] = queue.SimpleQueue()
+    for decoder in decoders:
+        free.put(decoder)
     failed: dict[int, str] = {}
 
-    def check(rows: range) -> int:
-        decoder = decoders.get()
+    def check(rows: range) -> None:
+        decoder = free.get()
         try:
-            for row in rows:
-                reason = _reason_against(images, row, decoder)
-                if reason:
-                    failed[row] = reason
+            failed.update({row: reason for row in rows if (reason := _reason_against(images, row, decoder))})
         finally:
-            decoders.put(decoder)
-        return len(rows)
+            free.put(decoder)
 
-    parts = [
-        range(start, min(start + _IMAGES_PER_TASK, len(images))) for start in range(0, len(images), _IMAGES_PER_TASK)
-    ]
-    pool = ThreadPoolExecutor(len(everyone))
     try:
-        with progress_bar("decoding images", len(images)) as advance:
-            for task in as_completed([pool.submit(check, part) for part in parts]):
-                advance(task.result())
+        over_rows(len(images), check, "decoding images", len(decoders))
     finally:
-        pool.shutdown(cancel_futures=True)  # on Ctrl-C, do not decode the rest first
-        for decoder in everyone:
+        for decoder in decoders:
             decoder.close()
     return [(images.key(row), failed[row]) for row in sorted(failed)]
 
@@ -162,21 +149,21 @@ def _reason_against(images: ImageSet, row: int, decoder: IsolatedDecoder) -> str
         width, height = decoder.size(stored)
     except Unreadable as error:
         return error.reason
-    indexed = tuple(int(side) for side in images.sizes[row])
-    if (width, height) != indexed:
-        return f"{width} x {height} pixels, but {indexed[0]} x {indexed[1]} when the data set was indexed"
-    return ""
+    indexed_width, indexed_height = images.sizes[row].tolist()
+    if (width, height) == (indexed_width, indexed_height):
+        return ""
+    return f"{width} x {height} pixels, but {indexed_width} x {indexed_height} when the data set was indexed"
 
 
 def serve() -> None:
     """Answer on standard output, a line of JSON for each image on standard input, until that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     images, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries may print; that is no answer
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash shall not fill the disk
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash must not fill the disk
     answers.write(b"ready\n")
     while length := images.read(_LENGTH_BYTES):
         encoded = images.read(int.from_bytes(length, "little"))

@@ -1,4 +1,4 @@
-"""From classes to fewer: a table, or the superclasses that CIFAR-100 itself carries."""
+"""A map from classes to superclasses: a table, or that of CIFAR-100."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TABLE_BYTES = 16 << 20
 
 
 def read_label_map(path: Path) -> dict[str, str]:
-    """Class -> the class that counts instead.
+    """Class -> superclass.
 
     Args:
         path: a .csv with two columns, class and superclass, without a header or with these names; or the folder of
@@ -28,7 +28,7 @@ def read_label_map(path: Path) -> dict[str, str]:
             version is a pickle, which can run any program and is not read.
 
     Raises:
-        UserError: there is no such file, or it says two things about one class.
+        UserError: there is no such file, or it has two superclasses for one class.
     """
     try:
         return _of_cifar100(path) if path.is_dir() else _of_table(path)

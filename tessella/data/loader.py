@@ -1,15 +1,14 @@
-"""From an image set and an order to batches on the device.
+"""From an image set and a sampler to batches on the device.
 
-    order -> rows -> plan (`views.draw`)
+    sampler -> rows -> plan (`views.draw`)
       threads decode, crop and resize -----------------------> uint8 views --+
       resident on a GPU: crops of a uint8 tensor there ------> uint8 views --+--> photometric --> Batch
       on a CPU: threads decode (unless resident), crop, resize and colour --------------------> Batch
 
-All executions follow the same plan. Small images of one size become resident; everything else is decoded,
-each image once for all of its views. Threads, not processes: the JPEG decoder and the compiled kernels
+All executions follow the same plan. Small images of one size become resident: they stay in the device's memory. Others
+are decoded, each image once for all of its views. Threads, not processes: the JPEG decoder and the compiled kernels
 (`ops.kernels`) release the interpreter's lock, threads start at once, share the index, and write straight into the
-batch. On a CPU a view is coloured while it is still in the cache of the core that cut it. Without the kernels torch
-resizes, and colours whole batches on the CPU too.
+batch. On a CPU a view is coloured while it is still in the cache of the core that cut it.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,22 +26,19 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from tessella.console import progress_bar
 from tessella.data.batch import Batch
 from tessella.data.decode import Unreadable
 from tessella.data.sampler import Sampler, check_shares, share
 from tessella.data.sources import ImageSet
-from tessella.data.threads import Task, portions, run_ahead
-from tessella.data.transform import resize_pixels
+from tessella.data.threads import Task, over_rows, portions, run_ahead
 from tessella.data.views import CropGroup, ViewPlan, ViewSpec, draw
 from tessella.errors import UserError
 from tessella.ops.augment import crop_resize, photometric, to_device
-from tessella.ops.compiled import kernels
 
-_RESIDENT_IMAGES_PER_TASK = 32  # which take as long as a fraction of one decoding
+_RESIDENT_IMAGES_PER_TASK = 32  # together they take less time than one decoding
 _LARGE_PIXELS = 2**20  # from here on decoding at a fraction of the size is considered
-_SHRINK = (8, 4, 2)  # JPEG decoders skip work for these; of 3/4 and the like they make more
-_SHRUNK_CROP = 2  # a crop must still have so many times the pixels of its view per side: see `_shrink`
+_SHRINK = (8, 4, 2)  # JPEG decoders are faster at these; at 3/4 and the like they are slower
+_SHRUNK_CROP = 2  # least pixels of a shrunk crop per pixel of its view, per side: see `_shrink`
 _RESIDENT_SIDE = 96  # pixels; beyond it a decoded data set is rarely small
 _RESIDENT_BYTES = 2 << 30
 _RESIDENT_SHARE = 0.25  # of the GPU memory that is free at the start
@@ -49,7 +46,7 @@ _NONE_READABLE = "none of the data set's images can be decoded: check the files,
 
 
 class _Draft(NamedTuple):
-    """A batch in work. Threads fill `views`; for an unreadable image they change `rows` and `plan`."""
+    """An unfinished batch. Threads fill `views`; for an unreadable image they change `rows` and `plan`."""
 
     rows: NDArray[np.int64]  # (B,)
     plan: ViewPlan
@@ -72,7 +69,7 @@ class Loader:
         self,
         images: ImageSet,
         spec: ViewSpec,
-        order: Sampler,
+        sampler: Sampler,
         *,
         seed: int,
         device: torch.device | str,
@@ -87,21 +84,21 @@ class Loader:
         Args:
             images: what to read.
             spec: what to see of it.
-            order: which rows make up each step.
+            sampler: which rows make up each step.
             seed: of the run.
             device: where the batches go.
             workers: threads that decode, at least 1.
             rank: of this process.
             world_size: number of processes.
             accumulate: micro-batches per step.
-            max_unreadable: largest share of the data set's files that may be unreadable, those that were left out of
-                its list and those that fail to decode; one file always may.
+            max_unreadable: largest share of the data set's files that may be unreadable, left out of its index or
+                failing to decode; one file always may.
 
         Raises:
             UserError: if the batch cannot be shared equally, or too many images are unreadable.
         """
-        check_shares(order.batch_size, world_size, accumulate)
-        self.images, self.spec, self.order = images, spec, order
+        check_shares(sampler.batch_size, world_size, accumulate)
+        self.images, self.spec, self.sampler = images, spec, sampler
         self.seed, self.device, self.workers = seed, torch.device(device), max(1, workers)
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.max_unreadable = max_unreadable
@@ -110,8 +107,8 @@ class Loader:
         self._unreadable: set[int] = set()
         self._lock = threading.Lock()
         self._check_share()
-        self._kernels = kernels()
-        self._finishes = self._kernels is not None and self.device.type == "cpu"  # threads do all, not only crops
+        self._kernels = _compiled_kernels()
+        self._finishes = _threads_finish(self.device)
         self._mean, self._std = (np.asarray(numbers, dtype=np.float32) for numbers in (spec.mean, spec.std))
         self._sizes = np.repeat([group.size for group in spec.groups], [group.views for group in spec.groups])
         self.resident = _fits_device(images, self.device)
@@ -133,15 +130,15 @@ class Loader:
         """
         produce = self._from_device if self.resident and not self._finishes else self._from_threads
         with closing(produce(epoch, first_step)) as batches:
-            for _ in range(first_step, self.order.steps_per_epoch):
+            for _ in range(first_step, self.sampler.steps_per_epoch):
                 start = time.perf_counter()
                 step = [next(batches) for _ in range(self.accumulate)]
                 self.wait_seconds += time.perf_counter() - start
                 yield step
 
     def _micro_batches(self, epoch: int, first_step: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        for step in range(first_step, self.order.steps_per_epoch):
-            for rows in share(self.order.batch(epoch, step), self.rank, self.world_size, self.accumulate):
+        for step in range(first_step, self.sampler.steps_per_epoch):
+            for rows in share(self.sampler.batch(epoch, step), self.rank, self.world_size, self.accumulate):
                 yield step, rows
 
     # By threads
@@ -167,31 +164,26 @@ class Loader:
                 yield draft, [partial(self._fill, draft, epoch, step, positions) for positions in parts]
 
     def _empty(self, group: CropGroup, n: int) -> Tensor:
-        """Room for the views of a group."""
+        """Memory for the views of a group."""
         shape = group.views, n, 3, group.size, group.size
         if self._finishes:
             return torch.empty(shape)
-        pinned = self.device.type == "cuda"
-        if self._kernels is not None:
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        # torch resizes pixels whose channels lie side by side, and leaves them so.
-        shape = group.views, n, group.size, group.size, 3
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).permute(0, 1, 4, 2, 3)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def _fill(self, draft: _Draft, epoch: int, step: int, positions: list[int]) -> None:
         """Decode some images of a batch and cut their views; other threads fill other positions."""
         for position in positions:
             row = int(draft.rows[position])
             shrink = self._shrink(row, draft.plan.box[position])
-            found, image = self._read(row, shrink)
-            if found != row:
-                draft.rows[position] = found
-                substitute = self._plan(epoch, [found], step)
+            readable, image = self._read(row, shrink)
+            if readable != row:
+                draft.rows[position] = readable
+                substitute = self._plan(epoch, [readable], step)
                 for name in ViewPlan._fields:
                     getattr(draft.plan, name)[position] = getattr(substitute, name)[0]
-                shrink = self._shrink(found, draft.plan.box[position])
-                image = self._decode(found, shrink)
-            whole = image.shape[1] == self.images.sizes[found][0]
+                shrink = self._shrink(readable, draft.plan.box[position])
+                image = self._decode(readable, shrink)
+            whole = image.shape[1] == self.images.sizes[readable][0]
             self._cut(draft, np.ascontiguousarray(image)[None], position, 1 if whole else shrink)
 
     def _fill_from_memory(self, draft: _Draft, positions: list[int]) -> None:
@@ -204,24 +196,21 @@ class Loader:
         for group, views in zip(self.spec.groups, draft.views, strict=True):
             box, *colours = draft.plan.select(at, slice(begin, begin + group.views))
             begin += group.views
-            if self._kernels is None:
-                _cut_by_torch(images[0], box[0], views[:, first])
-            elif self._finishes:
-                self._kernels.cut_and_colour(
-                    images, box / shrink, *colours, self._mean, self._std, views.numpy(), first
-                )
+            scaled = box / shrink
+            if self._finishes:
+                self._kernels.cut_and_colour(images, scaled, *colours, self._mean, self._std, views.numpy(), first)
             else:
-                self._kernels.cut(images, box / shrink, views.numpy(), first)
+                self._kernels.cut(images, scaled, views.numpy(), first)
 
     def _shrink(self, row: int, boxes: NDArray[np.int32]) -> int:
         """At which fraction of its size a large image may be decoded for these crops: one of `_SHRINK`, or 1.
 
-        Averaging blocks of pixels in the decoder and resizing the rest is not quite resizing the whole. Where every
-        crop keeps twice the pixels of its view, views differ by 0.7 to 0.9 levels in the mean, by 4 to 5 in one value
-        of a hundred and by 25 at most; without that margin by 2.4, 15 and 75. This was measured on photos that are
-        sharp in every pixel, which large ones are not. Photos of the size of most of ImageNet's are decoded whole.
+        Averaging blocks of pixels in the decoder and then resizing is not quite resizing the whole. If every crop keeps
+        twice the pixels of its view, views differ by 0.7 to 0.9 levels in the mean, by 4 to 5 in one value of a hundred
+        and by 25 at most; without that margin by 2.4, 15 and 75. This was measured on photos that are sharp in every
+        pixel, which large ones are not. Photos of the size of most of ImageNet's are decoded whole.
         """
-        if self._kernels is None or self.images.sizes[row].prod() < _LARGE_PIXELS:
+        if self.images.sizes[row].prod() < _LARGE_PIXELS:
             return 1
         spare = (boxes[:, 2:].min(axis=1) / self._sizes).min()
         return next((shrink for shrink in _SHRINK if spare >= _SHRUNK_CROP * shrink), 1)
@@ -243,8 +232,8 @@ class Loader:
         image = self.images.image(row, shrink) if shrink > 1 else self.images.image(row)
         width, height = self.images.sizes[row].tolist()
         if image.shape not in ((height, width, 3), (-(-height // shrink), -(-width // shrink), 3)):
-            found = f"{image.shape[1]} x {image.shape[0]}"
-            raise Unreadable(f"{found} pixels, but {width} x {height} when the data set was indexed")
+            actual = f"{image.shape[1]} x {image.shape[0]}"
+            raise Unreadable(f"{actual} pixels, but {width} x {height} when the data set was indexed")
         return image
 
     def _skip(self, row: int, reason: str) -> None:
@@ -256,11 +245,11 @@ class Loader:
     def _check_share(self) -> None:
         """Stop when more of the data set's files are unreadable than allowed: half a data set is another one."""
         left_out = self.images.unreadable
-        found, files = len(left_out) + len(self._unreadable), len(left_out) + len(self.images)
-        if found > max(1, self.max_unreadable * files):
+        unreadable, files = len(left_out) + len(self._unreadable), len(left_out) + len(self.images)
+        if unreadable > max(1, self.max_unreadable * files):
             reasons = [*self.skipped.items(), *left_out[:3]][:3]
             raise UserError(
-                f"{found:,} of {files:,} images could not be read or decoded, more than the allowed "
+                f"{unreadable:,} of {files:,} images could not be read or decoded, more than the allowed "
                 f"{self.max_unreadable:.1%} ({'; '.join(f'{key}: {why}' for key, why in reasons)}): repair or remove "
                 "them (`tessella scan` lists all), or allow a larger share (--max-unreadable 0.1 for a tenth)"
             )
@@ -268,31 +257,25 @@ class Loader:
     # Resident
 
     def _read_all(self) -> Tensor:
-        """(N, 3, H, W) uint8 on the device; rows that cannot be decoded stay black and are never used."""
+        """(N, 3, H, W) uint8 on the device; rows that cannot be decoded are black and never used."""
         width, height = self.images.sizes[0]
-        pixels = np.zeros((len(self.images), 3, height, width), dtype=np.uint8)
-        if self._finishes:  # the kernels want the channels of a pixel side by side
-            pixels = np.zeros((len(self.images), height, width, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
+        pixels = np.zeros((len(self.images), height, width, 3), dtype=np.uint8)
 
-        def read(rows: NDArray[np.int64]) -> None:
-            for row in rows.tolist():
+        def read(rows: range) -> None:
+            for row in rows:
                 try:
-                    pixels[row] = self._decode(row).transpose(2, 0, 1)
+                    pixels[row] = self._decode(row)
                 except Unreadable as error:
                     self._skip(row, error.reason)
 
-        parts = np.array_split(np.arange(len(pixels)), -(-len(pixels) // 256))
-        tasks = ((len(part), [partial(read, part)]) for part in parts)
-        bar = progress_bar("reading images", len(pixels))
-        with closing(run_ahead(tasks, self.workers)) as counts, bar as advance:
-            for count in counts:
-                advance(count)
-        # The row that stands for each row: itself, or the next that could be decoded.
+        over_rows(len(pixels), read, "reading images", self.workers)
+        # The row that is shown for each row: itself, or the next that could be decoded.
         readable = np.setdiff1d(np.arange(len(pixels)), sorted(self._unreadable))
         if not len(readable):
             raise UserError(_NONE_READABLE)
         self._stand_in = readable[np.searchsorted(readable, np.arange(len(pixels))) % len(readable)]
-        return torch.from_numpy(pixels).to(self.device)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return images if self._finishes else images.contiguous().to(self.device)
 
     def _from_device(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
         for step, rows in self._micro_batches(epoch, first_step):
@@ -334,11 +317,25 @@ def _fits_device(images: ImageSet, device: torch.device) -> bool:
     return len(images) * width * height * 3 <= limit
 
 
-def _cut_by_torch(image: NDArray[np.uint8], boxes: NDArray[np.int32], views: Tensor) -> None:
-    """Views (v, 3, s, s) of one image, as `ops.kernels.cut` makes them."""
-    size = views.shape[-1]
-    for (left, top, width, height), view in zip(boxes.tolist(), views, strict=True):
-        view.copy_(resize_pixels(image[top : top + height, left : left + width], size, size).permute(2, 0, 1))
+def _threads_finish(device: torch.device) -> bool:
+    """Whether threads also colour and normalise views, and do not only cut them."""
+    return device.type == "cpu"
+
+
+def _compiled_kernels() -> ModuleType:
+    """`ops.kernels`. Importing it takes half a second; the first time on a machine, which compiles it, ten.
+
+    Raises:
+        UserError: numba is missing or incompatible, or can write its cache nowhere.
+    """
+    try:
+        from tessella.ops import kernels
+    except Exception as error:  # also NumPy's, LLVM's and the file system's
+        raise UserError(
+            f"the compiled kernels that make views cannot be loaded: {error}. If numba is missing, pip install numba; "
+            "if its cache cannot be written, set NUMBA_CACHE_DIR to a folder that can"
+        ) from error
+    return kernels
 
 
 def _colour(crops: Tensor, plan: ViewPlan, group: CropGroup, spec: ViewSpec) -> Tensor:

@@ -1,7 +1,7 @@
 """Which image is seen when: a pure function of (seed, epoch, position), the same for any number of ranks.
 
-A step's rows are computed from their positions (`ops.philox.shuffled`). No order of a whole epoch is ever drawn or
-kept, so that a hundred million images cost no more time and memory than a thousand.
+The rows of a step are computed from their positions (`ops.philox.shuffled`), without an order of the whole epoch, so
+that a hundred million images cost no more time and memory than a thousand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tessella.ops.philox import shuffled, stream_key
 
 
 class Sampler(Protocol):
-    """What the loader and the engine ask of an order."""
+    """Which images make up each step, as loader and engine use it."""
 
     batch_size: int
 
@@ -32,18 +32,13 @@ class Sampler(Protocol):
 
 
 class EpochSampler:
-    """Every image once per epoch in a random order; those that do not fill a last batch sit this epoch out."""
+    """Every image once per epoch in a random order; those that do not fill the last batch are left out."""
 
     def __init__(self, images: int, batch_size: int, seed: int) -> None:
-        """Check that the images fill a batch.
-
-        Args:
-            images: in the data set, N.
-            batch_size: images per step over all ranks and micro-batches.
-            seed: of the run.
+        """Sample batches of `batch_size` images, over all ranks and micro-batches, from `images` by the run's seed.
 
         Raises:
-            UserError: if the images do not fill one batch.
+            UserError: the images do not fill one batch.
         """
         self.images, self.batch_size = images, batch_size
         if not 0 < batch_size <= images:
@@ -65,12 +60,11 @@ class EpochSampler:
 
 
 class SlotSampler:
-    """Each slot of the batch draws from a part of the images that is its own for the whole run. MEJigClu.
+    """Each slot of the batch draws from its own part of the images, the same in the whole run. MEJigClu.
 
-    The images are cut once into C parts (`ops.partition`); an epoch changes the order within a part, never the
-    membership. With C equal to the batch size, slot k of every batch holds an image of part k. With more parts
-    than slots, each batch holds images of as many different parts, ascending: the parts take turns in an order that
-    each epoch draws anew.
+    The images are divided once into C parts (`ops.partition`); an epoch changes the order within a part only. With C
+    equal to the batch size, slot k of every batch holds an image of part k. With more parts than slots, the images of
+    a batch are of different parts, ascending; the parts take turns in an order that is random in each epoch.
     """
 
     def __init__(
@@ -83,20 +77,19 @@ class SlotSampler:
         partition_seed: int,
         uneven: Literal["drop", "wrap"] = "drop",
     ) -> None:
-        """Cut the images into parts.
+        """Divide the images into parts.
 
         Args:
             images: in the data set, N.
             batch_size: images per step over all ranks and micro-batches, n.
             seed: of the run: the order within the parts.
             parts: C, in [n, N].
-            partition_seed: of the split into parts.
-            uneven: what becomes of parts that differ in size, which they do by one image at most. "drop": an epoch is
-                as long as the smaller ones last, and the larger leave out one image, another one each epoch; "wrap": as
-                long as the larger ones last, and the smaller show one image twice.
+            partition_seed: of the division into parts.
+            uneven: part sizes may differ by one image. "drop": the larger parts leave out one image per epoch, each
+                time another one; "wrap": the smaller ones show one image twice.
 
         Raises:
-            UserError: if there are fewer parts than slots, or fewer images than parts.
+            UserError: there are fewer parts than slots, or fewer images than parts.
         """
         self.images, self.batch_size, self.parts = images, batch_size, parts
         if not 0 < batch_size <= parts:
@@ -132,39 +125,25 @@ class SlotSampler:
 
 
 def check_shares(batch_size: int, world_size: int, accumulate: int) -> None:
-    """Refuse a batch that cannot be cut into equal parts for ranks and micro-batches.
-
-    Args:
-        batch_size: images per step over all ranks and micro-batches.
-        world_size: number of ranks.
-        accumulate: micro-batches per step.
+    """Refuse a global batch that cannot be divided equally among ranks and micro-batches.
 
     Raises:
-        UserError: if `batch_size` is not a multiple of `world_size * accumulate`.
+        UserError: `batch_size` is not a multiple of `world_size * accumulate`.
     """
     parts = world_size * accumulate
     if batch_size % parts:
         below = batch_size // parts * parts
-        mend = f"{below} or {below + parts}" if below else f"{parts}"
+        choices = f"{below} or {below + parts}" if below else f"{parts}"
         raise UserError(
             f"batch_size={batch_size} cannot be shared equally by {world_size} ranks x {accumulate} "
-            f"micro-batches: use {mend}, or change the number of ranks or of micro-batches (accumulate)"
+            f"micro-batches: use {choices}, or change the number of ranks or of micro-batches (accumulate)"
         )
 
 
 def share(rows: NDArray[np.int64], rank: int, world_size: int, accumulate: int) -> list[NDArray[np.int64]]:
-    """One rank's part of a global batch.
+    """One rank's part of the (batch_size,) rows of a global batch: `accumulate` arrays.
 
-    The batch is cut into `accumulate` consecutive micro-batches and each of them into consecutive slices of the
-    ranks: what all ranks see together in one forward pass does not depend on their number.
-
-    Args:
-        rows: (batch_size,) rows of the global batch.
-        rank: in [0, world_size).
-        world_size: number of ranks.
-        accumulate: micro-batches per step.
-
-    Returns:
-        `accumulate` arrays of batch_size / (accumulate * world_size) rows.
+    The batch is divided into `accumulate` consecutive micro-batches and each of them into consecutive slices for the
+    ranks, so that what all ranks see in one forward pass does not depend on their number.
     """
     return list(rows.reshape(accumulate, world_size, -1)[:, rank])

@@ -1,8 +1,8 @@
-"""What happens to an image before a trained network sees it.
+"""The transform of images for a trained network.
 
     PIL image, uint8 tensor or decoded file -> shorter side to `resize` -> centre crop of `size` -> normalise
 
-Evaluations, embeddings and a user's own code go through the same lines.
+Evaluations, embeddings and users' own code all use it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class EvalTransform:
     resize: int  # pixels of the shorter side before the crop; size / resize is the crop fraction
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of each channel, values in [0, 1]
     std: tuple[float, float, float] = IMAGENET_STD
-    # What goes to `resize`: the shorter side, or both. VOC07's probes: the shorter side, and then both to `size`.
+    # Which sides are resized to `resize`. VOC07's probes: the shorter side, and then both to `size`.
     fit: Literal["shorter side", "both sides", "shorter side, then both"] = "shorter side"
     interpolation: Interpolation = "bilinear"
 
@@ -81,7 +81,10 @@ class EvalTransform:
             UserError: `image` is something else, or a PIL image that cannot be converted to 8-bit RGB.
         """
         if isinstance(image, Image.Image):
-            return self.normalised(self._crop_of_pil(image)[None])[0]
+            try:
+                return self.normalised(self.crop(upright_rgb(image))[None])[0]
+            except (Unreadable, OSError) as error:
+                raise UserError(f"the image cannot be converted to 8-bit RGB: {error}") from None
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() not in (3, 4):
             shape = f"{image.dtype} tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             raise UserError(f"transform takes a PIL image or a uint8 tensor (3, h, w) or (b, 3, h, w), not a {shape}")
@@ -107,18 +110,12 @@ class EvalTransform:
         """(b, size, size, 3) uint8 -> (b, 3, size, size) float32 on the same device, in `image_layout`."""
         return normalise(crops.permute(0, 3, 1, 2).to(torch.float32).div_(255), self.mean, self.std)
 
-    def _crop_of_pil(self, image: Image.Image) -> Tensor:
-        try:
-            return self.crop(upright_rgb(image))
-        except (Unreadable, OSError) as error:
-            raise UserError(f"the image cannot be converted to 8-bit RGB: {error}") from None
-
 
 def resize_pixels(image: NDArray[np.uint8], height: int, width: int, interpolation: str = "bilinear") -> Tensor:
     """(h, w, 3) -> (height, width, 3) uint8, antialiased.
 
-    By torch's kernel for uint8 pixels, which is faster than Pillow's and stays within one level of it on photos
-    (two on pure noise), because its weights have 16 bits.
+    By torch's kernel for uint8 pixels, which is faster than Pillow's. Its weights have 16 bits, so it is within one
+    level of Pillow on photos, two on pure noise.
     """
     writeable = image if image.flags.writeable else image.copy()  # torch warns of arrays that are read-only
     batch = torch.from_numpy(writeable).permute(2, 0, 1)[None]
@@ -134,7 +131,7 @@ def _centre(pixels: Tensor, size: int) -> Tensor:
 
 def _shorter_side(image: NDArray[np.uint8], resize: int, interpolation: str) -> Tensor:
     """(h, w, 3) -> uint8 with the shorter side at `resize`; the other is rounded down, as torchvision does."""
-    # Of an extreme strip only the middle, which holds the crop: 20000 x 1 pixels would become gigabytes.
+    # Of an extreme strip only the middle, which contains the crop: 20000 x 1 pixels would become gigabytes.
     height, width, _ = image.shape
     shorter = min(height, width)
     top = max(0, height - _LONGEST_STRIP * shorter) // 2

@@ -1,16 +1,15 @@
-"""Every random decision of a view, drawn as numbers before any pixel moves.
+"""Every random decision of a view, drawn as numbers before any pixel is touched.
 
 A `ViewSpec` says what is drawn, a `ViewPlan` holds what was drawn for a batch of images. The draw is a pure function
-of (seed, epoch, image id, view): workers, ranks, a resumed run and a replay cannot change it, and any two executions
-of one plan can be compared. `data.decode` executes a plan's boxes, `ops.augment` its colours.
+of (seed, epoch, image id, view), so workers, ranks and resuming do not change it. `ops.kernels` executes a plan on a
+CPU, `ops.augment` on a GPU.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,8 +24,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
-_TRIES = 10  # of a random resized crop before it falls back to a centre crop, as in torchvision
-_NUMBERS = 2 * _TRIES + 13  # uniforms per view; the order in which `draw` reads them is part of the format of a run
+_TRIES = 10  # of a random resized crop, then a centre crop, as in torchvision
+_NUMBERS = 2 * _TRIES + 13  # uniforms per view; `draw` uses them in an order that must never change
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.uint8)
 
 
@@ -39,7 +38,7 @@ _Ratio: TypeAlias = Annotated[float, Range(0.01, 100)]
 
 @dataclass(frozen=True)
 class ColorAugmentation:
-    """Chances and strengths of what happens to a crop's pixels, in this order; torchvision's conventions."""
+    """Chances and strengths of the changes of a crop's pixels, in this order; torchvision's conventions."""
 
     flip: Fraction = 0.5  # chance of a horizontal flip
     jitter: Fraction = 0.8  # chance of brightness, contrast, saturation and hue, in a random order
@@ -66,7 +65,7 @@ class CropGroup:
     tiles: Annotated[int, Range(1, 16)] = 1
     overlap: Overlap = 0.0  # of tiles, in shares of the image's side; see ops.montage.tile_boxes
     overlap_max: Overlap | None = None  # given: each overlap is drawn uniformly from [overlap, overlap_max]
-    overlap_per: Literal["image", "batch", "axis"] = "image"  # what has a draw of its own; axis: x and y of each image
+    overlap_per: Literal["image", "batch", "axis"] = "image"  # has its own draw; axis: x and y of each image
 
     def __post_init__(self) -> None:
         if self.tiles > 1 and self.views != self.tiles**2:
@@ -114,16 +113,12 @@ class ViewPlan(NamedTuple):
     solarize: NDArray[np.bool_]  # (B, V)
 
     def select(self, images: slice | NDArray[np.int64], views: slice = slice(None)) -> ViewPlan:
-        """The plan of some images and a run of views."""
-        return _plan(array[images][:, views] for array in self)
-
-
-def _plan(arrays: Iterable[NDArray[Any]]) -> ViewPlan:
-    return ViewPlan(*arrays)
+        """The plan of some images and consecutive views."""
+        return ViewPlan._make(array[images][:, views] for array in self)
 
 
 def draw(spec: ViewSpec, seed: int, epoch: int, ids: ArrayLike, sizes: ArrayLike, step: int = 0) -> ViewPlan:
-    """The plan of one epoch's views.
+    """The plan of `spec.views` views of B images in one epoch.
 
     Args:
         spec: what to draw.
@@ -132,9 +127,6 @@ def draw(spec: ViewSpec, seed: int, epoch: int, ids: ArrayLike, sizes: ArrayLike
         ids: (B,) stable 64-bit image ids.
         sizes: (B, 2) width and height of the upright images in pixels.
         step: within the epoch, from 0; matters only where a batch shares a draw (`overlap_per` "batch").
-
-    Returns:
-        A plan of B images and `spec.views` views.
     """
     ids, sizes = np.asarray(ids), np.asarray(sizes, dtype=np.int64)
     numbers = uniforms(stream_key(seed, "view"), ids, epoch, np.arange(spec.views), _NUMBERS)
@@ -143,7 +135,7 @@ def draw(spec: ViewSpec, seed: int, epoch: int, ids: ArrayLike, sizes: ArrayLike
         overlap = _draw_overlap(group, seed, epoch, [step] if group.overlap_per == "batch" else ids)
         parts.append(_draw_group(group, numbers[:, first : first + group.views], sizes, overlap))
         first += group.views
-    return _plan(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+    return ViewPlan._make(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
 
 
 def _draw_overlap(group: CropGroup, seed: int, epoch: int, counters: ArrayLike) -> NDArray[np.float64]:
@@ -161,7 +153,7 @@ def _draw_group(
     group: CropGroup, numbers: NDArray[np.float64], sizes: NDArray[np.int64], overlap: NDArray[np.float64]
 ) -> ViewPlan:
     n, views, _ = numbers.shape
-    photo = group.colors
+    colors = group.colors
     if group.tiles > 1:
         left, top, right, bottom = np.moveaxis(tile_boxes(sizes[:, 0], sizes[:, 1], group.tiles, overlap), -1, 0)
     else:
@@ -170,36 +162,30 @@ def _draw_group(
     width, height = np.maximum(right - left, 1), np.maximum(bottom - top, 1)
     x, y, w, h = _random_resized_crop(numbers[..., : 2 * _TRIES + 2], width, height, group)
     rest = numbers[..., 2 * _TRIES + 2 :]
-    strengths = np.array([photo.brightness, photo.contrast, photo.saturation])
+    strengths = np.array([colors.brightness, colors.contrast, colors.saturation])
     low, high = np.maximum(0.0, 1.0 - strengths), 1.0 + strengths
-    hue = (2.0 * rest[..., 5] - 1.0) * photo.hue
+    hue = (2.0 * rest[..., 5] - 1.0) * colors.hue
     factors = np.concatenate((low + rest[..., 2:5] * (high - low), hue[..., None]), axis=-1)
-    sigma = photo.blur_sigma[0] + rest[..., 9] * (photo.blur_sigma[1] - photo.blur_sigma[0])
+    sigma = colors.blur_sigma[0] + rest[..., 9] * (colors.blur_sigma[1] - colors.blur_sigma[0])
     return ViewPlan(
         box=np.stack((left + x, top + y, w, h), axis=-1).astype(np.int32),
-        flip=rest[..., 0] < photo.flip,
-        jitter=rest[..., 1] < photo.jitter,
+        flip=rest[..., 0] < colors.flip,
+        jitter=rest[..., 1] < colors.jitter,
         factors=factors.astype(np.float32),
         order=_ORDERS[(rest[..., 6] * len(_ORDERS)).astype(np.int64)],
-        gray=rest[..., 7] < photo.gray,
-        sigma=np.where(rest[..., 8] < photo.blur, sigma, 0.0).astype(np.float32),
-        solarize=rest[..., 10] < photo.solarize,
+        gray=rest[..., 7] < colors.gray,
+        sigma=np.where(rest[..., 8] < colors.blur, sigma, 0.0).astype(np.float32),
+        solarize=rest[..., 10] < colors.solarize,
     )
 
 
 def _random_resized_crop(
     numbers: NDArray[np.float64], width: NDArray[np.int64], height: NDArray[np.int64], group: CropGroup
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Crops by torchvision's rejection sampling, all ten tries at once; the first that fits counts, else the centre.
+    """Crops x, y, w, h (n, views) by torchvision's rejection sampling: the first of ten tries to fit, or the centre.
 
-    Args:
-        numbers: (n, views, 22) uniforms: ten of (area, ratio), then the position.
-        width: (n, views) pixels to crop from.
-        height: (n, views).
-        group: gives scale and ratio.
-
-    Returns:
-        x, y, w, h, each (n, views), relative to the area cropped from.
+    Numbers (n, views, 22) are uniforms: ten pairs of (area, ratio), then the position. Width and height (n, views) are
+    in pixels of the area to crop from.
     """
     area_u, ratio_u = numbers[..., 0 : 2 * _TRIES : 2], numbers[..., 1 : 2 * _TRIES : 2]
     area = (width * height)[..., None] * (group.scale[0] + area_u * (group.scale[1] - group.scale[0]))

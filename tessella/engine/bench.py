@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tessella.data.batch import Batch
 from tessella.data.decode import Unreadable
-from tessella.data.index import Index, columns_of
+from tessella.data.index import Index
 from tessella.data.loader import Loader
 from tessella.data.pack import encode_for_pack
 from tessella.data.sampler import EpochSampler
@@ -139,10 +139,8 @@ class _Sample(ImageSet):
     """Some images of a set, held in memory as they are stored."""
 
     def __init__(self, name: str, keys: list[str], sizes: NDArray[np.int32], stored: list[bytes | NDArray[np.uint8]]):
-        names = [key.encode("utf-8", "surrogateescape") for key in keys]
-        nothing = np.full(len(keys), -1)
-        lengths = np.array([len(one) if isinstance(one, bytes) else 0 for one in stored])
-        super().__init__(name, Index.of_columns(columns_of(names, sizes, lengths, nothing), [], []), False)
+        lengths = [len(one) if isinstance(one, bytes) else 0 for one in stored]
+        super().__init__(name, Index.of(keys, sizes, byte_sizes=lengths), False)
         self.stored = stored
 
     @property

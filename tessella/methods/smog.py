@@ -312,7 +312,7 @@ class Smog(Method):
 
         If the bank has fewer than K rows, the remaining groups start where they are.
         """
-        self.momentum_encoder.reset(self._online)
+        self.momentum_encoder.ema_update(self._online, 0.0)
         known = self.bank.known()
         local, rows = known[dist.rank() :: dist.world_size()], known.cpu().numpy()
         for h, groups in enumerate(self.groups):

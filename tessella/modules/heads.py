@@ -12,11 +12,7 @@ from torch import Tensor, nn
 class Projector(nn.Sequential):
     """Linear, optional batch norm, ReLU, Linear; then unit length.
 
-    Args:
-        dim_in: features of the backbone.
-        hidden: width of the middle layer.
-        dim_out: width of the embedding.
-        norm: batch norm after the first layer (SwAV has one, JigClu has none).
+    From `dim_in` features through `hidden` values to an embedding of `dim_out`. SwAV has the batch norm, JigClu not.
     """
 
     def __init__(self, dim_in: int, hidden: int, dim_out: int, norm: bool) -> None:
@@ -29,10 +25,7 @@ class Projector(nn.Sequential):
 
 
 class Prototypes(nn.Linear):
-    """K learned unit vectors; scores are cosine similarities.
-
-    No bias: one would shift the softmax but not the codes.
-    """
+    """K learned unit vectors; scores are cosine similarities. No bias: it would shift the softmax but not the codes."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__(dim, count, bias=False)
@@ -44,11 +37,9 @@ class Prototypes(nn.Linear):
 
 
 def mlp(*widths: int, norm_last: bool) -> nn.Sequential:
-    """Linear layers with batch norm and ReLU between them; not normalised to unit length.
+    """Linear layers of these widths with batch norm and ReLU between them; not normalised to unit length.
 
-    Args:
-        widths: input, hidden layers, output.
-        norm_last: whether a batch norm follows the last layer too.
+    `norm_last` adds a batch norm after the last layer.
     """
     layers: list[nn.Module] = []
     for dim_in, dim_out in itertools.pairwise(widths):

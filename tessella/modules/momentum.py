@@ -26,13 +26,8 @@ class MomentumEncoder(nn.ModuleDict):
 
     @torch.no_grad()
     def ema_update(self, online: Mapping[str, nn.Module], momentum: float) -> None:
-        """Set every parameter to momentum * copy + (1 - momentum) * online; momentum lies in [0, 1]."""
+        """Set every parameter to momentum * copy + (1 - momentum) * online; momentum in [0, 1], 0 copies."""
         torch._foreach_lerp_(*self._pairs(online), 1 - momentum)
-
-    @torch.no_grad()
-    def reset(self, online: Mapping[str, nn.Module]) -> None:
-        """Copy the parameters, in place; buffers stay."""
-        torch._foreach_copy_(*self._pairs(online))
 
     def _pairs(self, online: Mapping[str, nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters of the copies and of the online modules, in the same order."""

@@ -1,4 +1,4 @@
-"""Assignments of embeddings to prototypes or centres, shared equally or with a least share."""
+"""Assignments of embeddings to prototypes or centres of equal or minimum size."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _FLOAT32_EPSILON = 0.025
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int, past: Tensor | None = None) -> Tensor:
     """Codes that share the batch of all ranks equally among the prototypes. SwAV, section 3.1.
 
-    Sinkhorn-Knopp scales rows and columns of one fixed matrix exp(scores / epsilon), prototypes first and samples
-    last, so only two vectors of scales change: an iteration is two matrix-vector products. A sample lives on one
-    rank; a prototype's mass is summed over all of them, for all views at once.
+    Sinkhorn-Knopp scales rows and columns of one fixed matrix exp(scores / epsilon), so only two vectors of scales
+    change: an iteration is two matrix-vector products. A prototype's mass is summed over all ranks, for all views at
+    once.
 
     Args:
         scores: (n, K) cosine similarities of this rank's samples, n equal on all ranks; or (A, n, K) of A views, each
@@ -72,27 +72,15 @@ def _mass(scores: Tensor, epsilon: float) -> Tensor:
 
 @torch.no_grad()
 def harden(codes: Tensor) -> Tensor:
-    """Hard codes: all of a sample's mass on its largest entry, the first of equal ones. An option of SwAV.
-
-    Args:
-        codes: (..., K) soft.
-
-    Returns:
-        (..., K) one-hot, of the same dtype.
-    """
+    """Hard codes: all mass of a (..., K) code on its largest entry, the first of equal ones. An option of SwAV."""
     return torch.zeros_like(codes).scatter_(-1, codes.argmax(dim=-1, keepdim=True), 1)
 
 
 @torch.no_grad()
 def dual_assignment(scores: Tensor, duals: Tensor) -> Tensor:
-    """Cluster of each sample when clusters that are too small have been made attractive. CoKe, online assignment.
+    """Cluster of each sample, (n,) int64: argmax of scores + duals. CoKe, online assignment.
 
-    Args:
-        scores: (n, K) cosine similarities.
-        duals: (K,) what a cluster adds to its scores; 0 is the plain nearest centre.
-
-    Returns:
-        (n,) int64 argmax of scores + duals.
+    Duals (K,) make clusters that are too small attractive; at 0 it is the nearest centre. Scores (n, K) are cosines.
     """
     return (scores + duals).argmax(dim=1)
 
@@ -105,9 +93,9 @@ def dual_step(duals: Tensor, counts: Tensor, ratio: float, lr: float) -> Tensor:
 
     Args:
         duals: (K,) before the batch.
-        counts: (K,) samples of the batch of all ranks that were assigned to each cluster; they sum to its size.
-        ratio: in [0, 1]; 1 asks for equal clusters, so that duals may be negative.
-        lr: > 0. About 0.02 min(B, K): far above, single batches throw the assignment about.
+        counts: (K,) samples of the batch of all ranks in each cluster.
+        ratio: in [0, 1]; at 1, equal clusters, duals may be negative.
+        lr: > 0. About 0.02 min(B, K): far above that, single batches change the assignment.
 
     Returns:
         (K,), at least 0 if ratio < 1.
@@ -120,7 +108,7 @@ def dual_step(duals: Tensor, counts: Tensor, ratio: float, lr: float) -> Tensor:
 def average_labels(labels: Tensor, weights: Tensor, new: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Running average of one-hot labels, of which the S heaviest clusters are kept. CoKe, single view, second stage.
 
-    A label without a slot takes that of the smallest weight, whose weight goes to the others in proportion.
+    A label without a slot takes that of the smallest weight, whose weight is distributed over the others in proportion.
 
     Args:
         labels: (..., S) int, cluster of each slot, S at least 2.
@@ -143,14 +131,10 @@ def average_labels(labels: Tensor, weights: Tensor, new: Tensor, share: float) -
 
 @torch.no_grad()
 def averaged_targets(weights: Tensor, temperature: float) -> Tensor:
-    """Soft target of each slot from its averaged weight: softmax over the slots in use. CoKe, single view.
+    """Soft target of each slot: softmax of weights / temperature over the slots in use. CoKe, single view.
 
-    Args:
-        weights: (..., S) from `average_labels`.
-        temperature: > 0 (CoKe: 0.5).
-
-    Returns:
-        (..., S), sum to 1 and exactly 0 where the weight is 0; one-hot on slot 0 where all weights are 0.
+    Weights (..., S) are those of `average_labels`, temperature is > 0 (CoKe: 0.5). The result sums to 1, is exactly 0
+    where the weight is 0, and one-hot on slot 0 where all weights are 0.
     """
     used = weights > 0
     used[..., 0] |= ~used.any(dim=-1)

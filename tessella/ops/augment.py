@@ -3,10 +3,9 @@
     resident images --crop_resize--> uint8 views
     uint8 views --photometric--> flip, jitter, gray, blur, solarize, normalise --> float32 views
 
-The parameters were drawn on the host (`data.views`), so who gets which operation is known there: every
-operation runs on an index list of its samples, nothing is computed for the others, and the device is never
-asked for a value. The colours equal torchvision's on float tensors with the same parameters, the blur has Pillow's
-kernel; on a GPU that may use TF32, blur and crops are within a tenth of a level of that.
+The parameters were drawn on the host (`data.views`), so each operation runs on an index list of its samples, without
+reading a value from the device. The colours equal torchvision's on float tensors with the same parameters, the blur has
+Pillow's kernel; on a GPU that may use TF32, blur and crops are within a tenth of a level of that.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ _SOLARIZE_FROM = 128 / 255
 def crop_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Crops resized to a square, antialiased bilinear, as two batched matrix products.
 
-    Equals Pillow's crop followed by its bilinear resize within one level: Pillow also rounds between its
-    passes.
+    Equals Pillow's crop followed by its bilinear resize within one level: Pillow also rounds between its passes.
 
     Args:
         images: (n, 3, H, W) uint8.
@@ -71,8 +69,7 @@ def photometric(
         views: (n, 3, s, s) uint8, any memory format.
         flip: (n,) who is mirrored left to right.
         jitter: (n,) whose colours change.
-        factors: (n, 4) brightness, contrast, saturation (1 changes nothing), hue in turns (0 changes
-            nothing).
+        factors: (n, 4) brightness, contrast, saturation (1 changes nothing), hue in turns (0 changes nothing).
         order: (n, 4) which of the four comes first, second, ...
         gray: (n,) who loses colour.
         sigma: (n,) blur in pixels, 0 for none.
@@ -106,30 +103,21 @@ def photometric(
 
 
 def to_device(array: NDArray, device: torch.device) -> Tensor:
-    """A tensor of the array's values; the copy to a GPU is not waited for, because its source is pinned."""
+    """A tensor of the array's values. A copy to a GPU is asynchronous, from pinned memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 @torch.no_grad()
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(pixels - mean) / std per channel.
-
-    Args:
-        pixels: (n, 3, h, w) float32 in [0, 1]; overwritten.
-        mean: three numbers.
-        std: three numbers.
-
-    Returns:
-        (n, 3, h, w) float32, in `image_layout`.
-    """
+    """(pixels - mean) / std per channel, in `image_layout`. Pixels (n, 3, h, w) float32 in [0, 1] are overwritten."""
     for channel in range(3):  # plain numbers, so that nothing is copied to the device
         pixels[:, channel].sub_(mean[channel]).div_(std[channel])
     return pixels.contiguous(memory_format=image_layout(pixels.device))
 
 
 def _update(x: Tensor, rows: Tensor, operation: Callable[[Tensor], Tensor]) -> None:
-    """Replace some samples by what `operation` makes of them. It gets a copy, which it may overwrite."""
+    """Replace some samples by `operation` of them. It gets a copy, which it may overwrite."""
     if len(rows):
         x.index_copy_(0, rows, operation(x.index_select(0, rows)))
 
@@ -157,9 +145,8 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 def turn_hue(x: Tensor, factor: Tensor) -> Tensor:
     """Turn the colour circle of HSV by `factor` turns.
 
-    Value (the largest channel) and chroma (largest less smallest) stay. Only the hue is computed, in sixths
-    of a turn from red; each channel is then least + chroma * clamp(2 - its distance on the circle to the hue,
-    0, 1).
+    Value (the largest channel) and chroma (largest less smallest) stay. Only the hue is computed, in sixths of a turn
+    from red; each channel is then least + chroma * clamp(2 - its distance on the circle to the hue, 0, 1).
     """
     red, green, blue = x.unbind(1)
     value, least = x.amax(dim=1), x.amin(dim=1)
@@ -180,19 +167,10 @@ _JITTER = (_brightness, _contrast, _saturation, turn_hue)  # in the order of the
 
 
 def _resize_matrix(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """Weights of every pixel of a line for every pixel of the resized piece of it.
+    """(n, size, side) weights of every pixel of a line for every pixel of the resized piece: Pillow's bilinear filter.
 
-    A triangle that reaches one output pixel, but at least one input pixel, to either side, cut at the ends of
-    the piece and scaled to sum one: Pillow's bilinear filter.
-
-    Args:
-        start: (n,) first pixel of the piece, float32.
-        length: (n,) its pixels, float32.
-        side: pixels of the line.
-        size: pixels of the result.
-
-    Returns:
-        (n, size, side) float32.
+    A triangle that reaches one output pixel, but at least one input pixel, to either side, cut at the ends of the piece
+    and scaled to sum one. Start and length (n,) of the piece and `side`, the line's, are in pixels.
     """
     scale = (length / size)[:, None, None]
     centre = torch.arange(0.5, size, device=start.device)[None, :, None] * scale
@@ -205,14 +183,10 @@ def _resize_matrix(start: Tensor, length: Tensor, side: int, size: int) -> Tenso
 def blur_kernels(sigma: NDArray[np.float32]) -> NDArray[np.float64]:
     """Kernels of Pillow's Gaussian blur: three equal boxes, whose width has a fraction so that sigma fits exactly.
 
+    Sigma (n,) is > 0, in pixels. The result is (n, r + 1): weights at distances 0 ... r to either side.
+
     Source: Gwosdek, Grewenig, Bruhn, Weickert, "Theoretical foundations of Gaussian convolution by extended box
     filtering", SSVM 2011; Pillow's `ImageFilter.GaussianBlur`, which the official pipelines use.
-
-    Args:
-        sigma: (n,) > 0, pixels.
-
-    Returns:
-        (n, r + 1) weights at distances 0 ... r to either side.
     """
     variance = sigma[:, None].astype(np.float64) ** 2 / 3  # of one box
     whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)  # pixels to either side that count in full
@@ -224,15 +198,9 @@ def blur_kernels(sigma: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _blur_matrix(sigma: NDArray[np.float32], side: int, device: torch.device) -> Tensor:
-    """Weights of every pixel of a line for every pixel of the blurred line, whose end pixels are repeated beyond it.
+    """(n, side, side) weights of every pixel of a line for every pixel of the blurred line; rows sum to one.
 
-    Args:
-        sigma: (n,) > 0, pixels.
-        side: pixels of the line.
-        device: of the result.
-
-    Returns:
-        (n, side, side) float32, rows sum to one.
+    Beyond its ends the line continues with its end pixels. Sigma (n,) is > 0, in pixels.
     """
     kernels = blur_kernels(sigma)
     kernels = np.pad(kernels, ((0, 0), (0, max(0, side - kernels.shape[1]))))
@@ -246,15 +214,9 @@ def _blur_matrix(sigma: NDArray[np.float32], side: int, device: torch.device) ->
 
 
 def _filter_both_sides(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Filter lines across and down.
+    """Filter (n, c, H, W) across and down to (n, c, h, w).
 
-    Args:
-        x: (n, c, H, W) float32.
-        rows: (n, h, H) weights of each pixel of a column of the result.
-        columns: (n, w, W) weights of each pixel of a row of the result.
-
-    Returns:
-        (n, c, h, w).
+    Rows (n, h, H) and columns (n, w, W) are the weights of each pixel of a column, and of a row, of the result.
     """
     n, channels, height, width = x.shape
     across = torch.bmm(x.reshape(n, channels * height, width), columns.transpose(1, 2))

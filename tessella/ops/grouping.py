@@ -1,6 +1,6 @@
-"""Groups: unit vectors that move with every batch and are rebuilt from time to time. SMoG.
+"""Groups: unit vectors that move with every batch and are rebuilt at intervals. SMoG.
 
-Everything here treats the rows of all ranks as one batch: a rank passes its rows, sums are taken over all of them.
+The rows of all ranks are one batch: a rank passes its own, and sums are over all of them.
 
 Source: Pang, Zhang, Li, Cai, Lu, "Unsupervised visual representation learning by synchronous momentum grouping",
 ECCV 2022; Dhillon and Modha, "Concept decompositions for large sparse text data using clustering", 2001 (spherical
@@ -21,30 +21,20 @@ _BLOCK = 4_000_000  # scores held at a time
 
 @torch.no_grad()
 def nearest_group(embeddings: Tensor, groups: Tensor) -> Tensor:
-    """The group with the highest cosine to each row; the first of several.
-
-    Args:
-        embeddings: (n, D) unit rows.
-        groups: (K, D) unit rows.
-
-    Returns:
-        (n,) int64 in [0, K).
-    """
+    """The group (K, D) with the highest cosine to each row (n, D), the first of several: (n,) int64 in [0, K)."""
     rows = max(1, _BLOCK // len(groups))
     return torch.cat([(part.to(groups.dtype) @ groups.T).argmax(dim=1) for part in embeddings.split(rows)])
 
 
 def group_sums(embeddings: Tensor, assignments: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sum and number of this rank's rows in each group; the sums are differentiable.
+    """Sum (K, D), differentiable, and number (K,) of this rank's rows in each group.
+
+    On a GPU, which adds in no fixed order, in double precision, so that the order does not reach the float32 groups.
 
     Args:
         embeddings: (n, D).
         assignments: (n,) int64 in [0, count).
         count: number of groups K.
-
-    Returns:
-        (K, D) sums, in double precision on a GPU, which adds in no fixed order, so that the order does not reach the
-        float32 groups; and (K,) counts as floats of the same precision.
     """
     rows = embeddings.double() if embeddings.is_cuda else embeddings
     sums = rows.new_zeros(count, rows.shape[1]).index_add(0, assignments, rows)
@@ -55,13 +45,11 @@ def group_sums(embeddings: Tensor, assignments: Tensor, count: int) -> tuple[Ten
 def moved_groups(groups: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> Tensor:
     """Groups after a step towards the mean of the rows assigned to them: normalised momentum * old + rest * mean.
 
-    Differentiable with respect to `sums`.
-
     Args:
         groups: (..., K, D) unit rows.
-        sums: (..., K, D) sum of the rows of all ranks that were assigned to each group.
-        counts: (..., K) their number; a group without rows stays exactly where it is.
-        momentum: share of the old group, in [0, 1]; 0 makes this the update of spherical k-means.
+        sums: (..., K, D) sum of the rows of all ranks that were assigned to each group; may require gradient.
+        counts: (..., K) their number; a group without rows does not change.
+        momentum: share of the old group, in [0, 1]; 0 is the update of spherical k-means.
 
     Returns:
         (..., K, D) unit rows, in the precision of `groups`.
@@ -89,10 +77,10 @@ def group_loss(predictions: Tensor, groups: Tensor, labels: Tensor, temperature:
 
 @torch.no_grad()
 def spherical_kmeans(rows: Tensor, centres: Tensor, iterations: int) -> Tensor:
-    """Lloyd's algorithm on unit rows with the cosine, from given centres, for a fixed number of iterations.
+    """Lloyd's algorithm on unit rows with the cosine, for a fixed number of iterations. SMoG's regrouping.
 
-    Unlike `ops.kmeans` it needs no whole data set on one rank, starts where it is told, and lets an empty cluster
-    keep its centre: SMoG's regrouping.
+    Unlike `ops.kmeans` it works on rows that are distributed over ranks, from given centres, and an empty cluster keeps
+    its centre.
 
     Args:
         rows: (n, D) unit rows of this rank; n may differ between ranks.

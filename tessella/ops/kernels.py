@@ -1,14 +1,13 @@
-"""Crops and colours of one image's views as machine code, compiled by numba: the fast execution of a plan on a CPU.
+"""Crops and colours of one image's views, compiled to machine code by numba: how a CPU executes a plan.
 
     images, boxes ----------cut--------------> uint8 views, for a GPU to colour
     images, boxes, colours --cut_and_colour--> float32 views, ready for the network
 
 They do what `ops.augment` does on batches, view by view, so that a view's planes stay in the processor's cache, and
-release the interpreter's lock. A view depends on its own arguments only: not on its batch, nor on the thread.
+release the interpreter's lock. A view depends on its own arguments only, not on its batch or thread.
 
-Importing this module imports numba, and compiles or loads from its cache on disk; `ops.compiled` does it where
-numba is there. Loops run over slices from zero: numba would check any other index for being negative, and LLVM then
-leaves the loop scalar.
+Importing this module imports numba, and compiles or loads from its cache on disk. Loops run over slices from zero:
+numba would check any other index for being negative, and LLVM would then not vectorise the loop.
 """
 
 from __future__ import annotations
@@ -39,15 +38,9 @@ _NEUTRAL = np.array([1, 1, 1, 0], dtype=np.float32)
 def _windows(start, length, size):
     """Pillow's antialiased bilinear filter for a line: which pixels each result is made of, and how much of each.
 
-    Args:
-        start: of the piece to resize, in pixels, may be a fraction.
-        length: of the piece in pixels, > 0.
-        size: pixels of the result.
-
-    Returns:
-        first: (size,) pixel from which each window goes.
-        count: (size,) pixels in it, at least 1.
-        weights: (size, most) float32; each row's first `count` sum to one.
+    Start and length (> 0) of the piece to resize are in pixels and may be fractions; `size` is the result's. Returns,
+    for each pixel of the result, the first pixel of its window, the number of pixels in it (at least 1) and their
+    weights, (size, most) float32, of which the first `count` sum to one.
     """
     begin, end = math.floor(start), math.ceil(start + length)
     scale = length / size
@@ -90,11 +83,8 @@ def _sum_rows(pixels, first, stride, weights, count, line):
 def _resize(image, box, flip, view):
     """Cut a box out and resize it, antialiased bilinear: within one level of Pillow, which rounds in between too.
 
-    Args:
-        image: (H, W, 3) uint8, contiguous.
-        box: (4,) float64: left, top, width, height, inside the image; fractions of pixels are taken as such.
-        flip: whether the result is mirrored left to right.
-        view: (3, s, s) uint8, is overwritten.
+    The image is (H, W, 3) uint8, contiguous; the box (4,) float64, left, top, width, height inside of it, may have
+    fractions of pixels; `flip` mirrors the result, which is written to the (3, s, s) uint8 view.
     """
     size, stride = view.shape[1], 3 * image.shape[1]
     # Nothing below checks where it reads.
@@ -168,7 +158,7 @@ def _saturation(red, green, blue, factor):
 
 @_compile()
 def _hue(red, green, blue, factor):
-    """Turn the colour circle of HSV; see `ops.augment.turn_hue` for the road to it."""
+    """Turn the colour circle of HSV; see `ops.augment.turn_hue`."""
     for i in range(len(red)):
         r, g, b = red[i], green[i], blue[i]
         value, least = max(r, g, b), min(r, g, b)
@@ -237,8 +227,8 @@ def _filter(into, values, step, weights):
 def _blur(plane, weights):
     """Symmetric filter of an (s, s) plane whose border is repeated beyond it: along the rows, then down.
 
-    Both passes run over the whole plane as one long line, which costs a few values that are thrown away between the
-    rows and saves the start of a loop for each of them.
+    Both passes filter the whole plane as one long line: a few values between the rows are discarded, and no row needs a
+    loop of its own.
     """
     side, reach = plane.shape[0], len(weights) - 1
     wide = np.empty((side, side + 2 * reach), np.float32)
@@ -284,17 +274,8 @@ def _to_floats(levels, values):
 def _colour(view, jitter, factors, order, gray, sigma, solarize, mean, std, planes):
     """What `ops.augment.photometric` does after the flip, for one view.
 
-    Args:
-        view: (3, s, s) uint8.
-        jitter: whether its colours change.
-        factors: (4,) brightness, contrast, saturation, hue.
-        order: (4,) which of them comes first, second, ...
-        gray: whether it loses colour.
-        sigma: blur in pixels, 0 for none.
-        solarize: whether values of 128 and more are inverted.
-        mean: (3,) float32.
-        std: (3,) float32.
-        planes: (3, s, s) float32, receives the result.
+    From (3, s, s) uint8 to (3, s, s) float32 planes. `factors` and `order` are (4,), mean and std (3,) float32, the
+    other parameters single values.
     """
     _to_floats(view.reshape(-1), planes.reshape(-1))
     red, green, blue = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
@@ -354,7 +335,7 @@ def cut_and_colour(images, boxes, flip, jitter, factors, order, gray, sigma, sol
     Args:
         images: (n, H, W, 3) uint8, contiguous.
         boxes: (n, v, 4) float64, contiguous: left, top, width, height in pixels of the images.
-        flip: (n, v); what it and the next six mean, `ops.augment.photometric` says.
+        flip: (n, v); for this and the next six see `ops.augment.photometric`.
         jitter: (n, v).
         factors: (n, v, 4).
         order: (n, v, 4).

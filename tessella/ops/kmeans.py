@@ -1,11 +1,9 @@
-"""k-means and spherical k-means by chunked matrix products, on the device of the data.
+"""k-means by chunked matrix products, on the device of the data.
 
-The random choices are made on the CPU, so a result depends on the data and the seed. The data must be whole:
-with several ranks, gather the rows first (features are gathered anyway) and every rank computes the same
-result.
+Random choices are made on the CPU, so a result depends on the data and the seed only. With several ranks, gather all
+rows first; every rank computes the same result.
 
-Sources: Lloyd, 1982; Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007; Dhillon
-    and Modha, "Concept decompositions for large sparse text data using clustering", 2001 (spherical).
+Sources: Lloyd, 1982; Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007.
 """
 
 from __future__ import annotations
@@ -15,21 +13,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tessella.errors import UserError
+from tessella.ops.grouping import group_sums
 from tessella.ops.layout import widest_float
 
 _BLOCK = 4_000_000  # numbers held at a time
+_TOLERANCE = 1e-4
 
 
 class KMeans(NamedTuple):
     """The best of all restarts."""
 
     assignments: Tensor  # (n,) int64 in [0, k)
-    centres: Tensor  # (k, d) float32; unit rows when spherical
-    inertia: float  # sum of squared distances of the (normalised, when spherical) rows to their centres
+    centres: Tensor  # (k, d) float32
+    inertia: float  # sum of squared distances of the rows to their centres
 
 
 @torch.no_grad()
@@ -39,8 +38,6 @@ def kmeans(
     *,
     restarts: int = 10,
     iterations: int = 300,
-    tolerance: float = 1e-4,
-    spherical: bool = False,
     seed: int,
 ) -> KMeans:
     """Clusters of rows that minimise the squared distance to their centres.
@@ -49,10 +46,8 @@ def kmeans(
         x: (n, d) finite rows, on any device; computed in float32.
         k: number of clusters, 1 <= k <= n.
         restarts: runs from different k-means++ centres, of which the best counts.
-        iterations: of Lloyd's algorithm, at most, per restart.
-        tolerance: a restart ends when the centres' squared shift is at most this share of the mean variance
-            of a column, or when no row changes its cluster.
-        spherical: rows and centres are kept at unit length, so that the cosine decides.
+        iterations: of Lloyd's algorithm, at most, per restart, which ends when the centres' squared shift is at most
+            1e-4 of the mean variance of a column, or when no row changes its cluster.
         seed: of the k-means++ choices.
 
     Returns:
@@ -64,16 +59,14 @@ def kmeans(
     n = x.shape[0]
     if not 1 <= k <= n:
         raise UserError(f"{k} clusters of {n} images: ask for 1 to {n} clusters or give more images")
-    x = F.normalize(x.float(), dim=1) if spherical else x.float()
     # Distances do not depend on the origin, but their float32 rounding does.
-    origin = torch.zeros_like(x[0]) if spherical else x.mean(dim=0)
-    x = x - origin
-    threshold = tolerance * float(x.var(dim=0, correction=0).mean())
+    origin = x.float().mean(dim=0)
+    x = x.float() - origin
+    threshold = _TOLERANCE * float(x.var(dim=0, correction=0).mean())
     random = np.random.default_rng(seed)
     best: KMeans | None = None
     for _ in range(restarts):
-        centres = _plus_plus(x, k, random)
-        result = _lloyd(x, centres, iterations, threshold, spherical)
+        result = _lloyd(x, _plus_plus(x, k, random), iterations, threshold)
         if best is None or result.inertia < best.inertia:
             best = result
     assert best is not None, "restarts must be at least 1"
@@ -81,15 +74,7 @@ def kmeans(
 
 
 def nearest_centre(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centre of each row and the squared distance to it.
-
-    Args:
-        x: (n, d) float32.
-        centres: (k, d) float32 on the same device.
-
-    Returns:
-        (n,) int64 and (n,) float32, at least 0.
-    """
+    """For each row (n, d) the nearest of (k, d) centres, (n,) int64, and the squared distance, (n,) float32 >= 0."""
     rows = max(1, _BLOCK // max(centres.shape))
     half_norms = centres.square().sum(dim=1) / 2
     nearest, distance = [], []
@@ -106,7 +91,7 @@ def online_means(means: Tensor, seen: Tensor, x: Tensor, assignments: Tensor) ->
     """Running mean row of each cluster after one more batch. CoKe, update of the centres.
 
     Args:
-        means: (k, d) so far; what they are where nothing was seen does not count.
+        means: (k, d) so far; anything where nothing was seen.
         seen: (k,) float, rows behind each mean.
         x: (n, d) rows of the batch of all ranks.
         assignments: (n,) int64 in [0, k).
@@ -114,18 +99,16 @@ def online_means(means: Tensor, seen: Tensor, x: Tensor, assignments: Tensor) ->
     Returns:
         (k, d) means, unchanged where the batch has no row, and (k,) rows of the batch, both like `means`.
     """
-    # As in `_means`: a GPU adds in no fixed order.
-    wide = torch.float64 if x.is_cuda else x.dtype
-    sums = torch.zeros(means.shape, dtype=wide, device=x.device).index_add_(0, assignments, x.to(wide))
-    counts = torch.zeros_like(seen).index_add_(0, assignments, torch.ones_like(x[:, 0], dtype=seen.dtype))
+    sums, counts = group_sums(x, assignments, len(means))
+    counts = counts.to(seen.dtype)
     moved = (means * seen[:, None] + sums.to(means.dtype)) / (seen + counts).clamp_min(1)[:, None]
     return torch.where(counts[:, None] > 0, moved, means), counts
 
 
-def _lloyd(x: Tensor, centres: Tensor, iterations: int, threshold: float, spherical: bool) -> KMeans:
+def _lloyd(x: Tensor, centres: Tensor, iterations: int, threshold: float) -> KMeans:
     assignments, distance = nearest_centre(x, centres)
     for _ in range(iterations):
-        moved = _means(x, assignments, distance, centres, spherical)
+        moved = _means(x, assignments, distance, centres)
         shift = float((moved - centres).square().sum())
         centres, before = moved, assignments
         assignments, distance = nearest_centre(x, centres)
@@ -134,27 +117,26 @@ def _lloyd(x: Tensor, centres: Tensor, iterations: int, threshold: float, spheri
     return KMeans(assignments, centres, float(distance.cpu().double().sum()))
 
 
-def _means(x: Tensor, assignments: Tensor, distance: Tensor, centres: Tensor, spherical: bool) -> Tensor:
+def _means(x: Tensor, assignments: Tensor, distance: Tensor, centres: Tensor) -> Tensor:
     """Mean row of each cluster; an empty cluster takes one of the rows farthest from their centres."""
     # A GPU adds in no fixed order; in double precision the order does not reach the float32 result.
     wide = torch.float64 if x.is_cuda else torch.float32
     sums = torch.zeros(centres.shape, dtype=wide, device=x.device)
     rows = max(1, _BLOCK // x.shape[1])
-    for part, own in zip(x.split(rows), assignments.split(rows), strict=True):
-        sums.index_add_(0, own, part.to(wide))
+    for part, clusters in zip(x.split(rows), assignments.split(rows), strict=True):
+        sums.index_add_(0, clusters, part.to(wide))
     counts = torch.bincount(assignments, minlength=centres.shape[0])
     means = (sums / counts.clamp(min=1)[:, None]).float()
     empty = (counts == 0).nonzero()[:, 0]
     if len(empty):
         means[empty] = x[distance.topk(len(empty)).indices]
-    return F.normalize(means, dim=1) if spherical else means
+    return means
 
 
 def _plus_plus(x: Tensor, k: int, random: np.random.Generator) -> Tensor:
     """Rows to start from, each drawn with chance proportional to its squared distance from those before it.
 
-    Of a few draws the one that lowers the sum of distances most is kept (the greedy variant of the 2007
-    paper).
+    Of a few draws the one that lowers the sum of distances most is taken (the greedy variant of the 2007 paper).
     """
     n, draws, wide = x.shape[0], 2 + int(math.log(k)), widest_float(x.device)
     chosen = torch.empty(k, dtype=torch.int64, device=x.device)

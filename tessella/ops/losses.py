@@ -27,27 +27,27 @@ def swapped_prediction(scores: Tensor, codes: Tensor, code_views: Sequence[int],
 
 
 class _SwappedPrediction(torch.autograd.Function):
-    """The loss and, in the same passes over the scores, its gradient: the one large tensor that is kept.
+    """The loss and, in the same passes over the scores, its gradient: the only large tensor that is kept.
 
     A code q sums to 1, so its cross-entropy with x = scores / temperature is logsumexp(x) - q.x, whose gradient with
-    respect to x is softmax(x) - q. Views that predict several codes meet their sum once: both are linear in the code.
+    respect to x is softmax(x) - q. Both are linear in the code, so a view that predicts several codes uses their sum.
     """
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, codes: Tensor, code_views: Sequence[int], temperature: float) -> Tensor:
         views, batch, _ = scores.shape
         share = 1 / (len(code_views) * (views - 1) * batch)
-        asked = scores.new_full((views, 1, 1), len(code_views))  # codes that each view predicts
+        targets = scores.new_full((views, 1, 1), len(code_views))  # number of codes that each view predicts
         total = codes.sum(dim=0)
         x = scores / temperature  # becomes the gradient in place
         attraction = (total * x.sum(dim=0)).sum()
         for code, view in zip(codes, code_views, strict=True):
             attraction -= (code * x[view]).sum()
-            asked[view] -= 1
+            targets[view] -= 1
         highest = x.amax(dim=-1, keepdim=True)
         sums = x.sub_(highest).exp_().sum(dim=-1, keepdim=True)
-        loss = (asked * (highest + sums.log())).sum() - attraction
-        x.mul_(asked / sums).sub_(total)
+        loss = (targets * (highest + sums.log())).sum() - attraction
+        x.mul_(targets / sums).sub_(total)
         for code, view in zip(codes, code_views, strict=True):
             x[view] += code
         ctx.save_for_backward(x)
@@ -65,8 +65,7 @@ def supervised_contrastive(embeddings: Tensor, groups: Tensor, temperature: floa
     """Embeddings of one group attract, all others repel: -log softmax, averaged over positives outside the log.
 
     JigClu, section 3.3, L_clu: an anchor's positives are the other members of its group; the denominator holds
-    everything but the anchor itself. The positives' similarities are summed through group sums, so no N x N mask
-    is kept.
+    everything but the anchor itself. The positives' similarities are summed through group sums, without an N x N mask.
 
     Args:
         embeddings: (N, D) unit rows.
@@ -86,15 +85,10 @@ def supervised_contrastive(embeddings: Tensor, groups: Tensor, temperature: floa
 
 
 def label_cross_entropy(log_p: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Cross-entropy to a target of a few clusters, averaged over the batch.
+    """Cross-entropy to a target of a few clusters, averaged over the batch: (...).
 
-    Args:
-        log_p: (..., B, K) log-probabilities.
-        labels: (B, S) int64 clusters of the target; a cluster may occur twice.
-        weights: (B, S) their shares, rows sum to 1, constant.
-
-    Returns:
-        (...), one mean per leading index.
+    Log-probabilities are (..., B, K); the target is clusters (B, S) int64, which may repeat, with constant weights
+    (B, S) that sum to 1 in each row.
     """
     chosen = log_p.gather(-1, labels.expand(*log_p.shape[:-1], -1))
     return -(weights * chosen).sum(dim=-1).mean(dim=-1)
@@ -106,15 +100,15 @@ def crop_prediction(
     """Crops predict a label and each other: cross-entropies averaged over heads, crops and the batch. CoKe.
 
     The target of a crop is `label_weight` of its image's label and, for the rest, what the first head predicts for the
-    other large crop; small crops, the third one and on, predict the mean of the two large ones.
+    other large crop; small crops, from the third one on, predict the mean of the two large ones.
 
     Args:
         scores: (H, V, B, K) cosine similarities from H heads for V >= 2 crops.
-        labels: (B, S) int64 clusters of the image's label; a cluster may occur twice.
+        labels: (B, S) int64 clusters of the image's label; a cluster may repeat.
         weights: (B, S) their shares, rows sum to 1, constant.
         temperature: > 0 (CoKe: 0.05).
         label_weight: in [0, 1] (CoKe: 0.2).
-        large_weight: share of the two large crops in the loss, in [0, 1]; it has no effect without small ones.
+        large_weight: share of the two large crops in the loss, in [0, 1]; without small crops it has no effect.
 
     Returns:
         Scalar.

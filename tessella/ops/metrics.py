@@ -1,7 +1,6 @@
 """Figures of an evaluation: accuracy and its interval, agreement of two partitions, spread of features.
 
-Agreement of clusters with classes is computed from one contingency table, so each figure is a short formula
-that can be checked by hand. SciPy is imported where the assignment problem is solved.
+Agreement of clusters with classes is computed from one contingency table.
 """
 
 from __future__ import annotations
@@ -15,47 +14,23 @@ from torch import Tensor
 
 
 def topk_correct(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether the right class is among the k highest scores.
+    """Whether the right class is among the k highest scores: (n,) bool; False for a row with a NaN.
 
-    Args:
-        scores: (n, classes), any float type; a row with a NaN counts as wrong.
-        labels: (n,) int64 in [0, classes).
-        k: 1 <= k <= classes.
-
-    Returns:
-        (n,) bool.
+    Scores are (n, classes), labels (n,) int64 in [0, classes), 1 <= k <= classes.
     """
     hits = (scores.topk(k, dim=1).indices == labels[:, None]).any(dim=1)
     return hits & ~scores.isnan().any(dim=1)  # topk sorts NaN first, which would call a broken row right
 
 
 def per_class_accuracy(correct: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Share of right answers of each class.
-
-    Args:
-        correct: (n,) bool.
-        labels: (n,) int64 in [0, classes).
-        classes: number of classes.
-
-    Returns:
-        (classes,) float64 in [0, 1] on the CPU; NaN for a class without images.
-    """
+    """Share of right answers (n,) of each class: (classes,) float64 on the CPU; NaN for a class without images."""
     labels = labels.cpu()
     hits = torch.bincount(labels[correct.cpu()], minlength=classes).double()
     return hits / torch.bincount(labels, minlength=classes).double()
 
 
 def wilson_interval(accuracy: float, images: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share measured on independent images. Wilson, 1927.
-
-    Args:
-        accuracy: in [0, 1].
-        images: how many were judged, > 0.
-        z: 1.96 for 95 %.
-
-    Returns:
-        Lower and upper bound, in [0, 1].
-    """
+    """Bounds in [0, 1] of a share measured on independent images: Wilson's score interval, 1927; z = 1.96 for 95 %."""
     centre = accuracy + z**2 / (2 * images)
     half = z * math.sqrt(accuracy * (1 - accuracy) / images + z**2 / (4 * images**2))
     scale = 1 + z**2 / images
@@ -63,27 +38,13 @@ def wilson_interval(accuracy: float, images: int, z: float = 1.96) -> tuple[floa
 
 
 def contingency(assignments: Tensor, labels: Tensor, clusters: int, classes: int) -> NDArray[np.int64]:
-    """How many images of each class lie in each cluster.
-
-    Args:
-        assignments: (n,) int64 in [0, clusters).
-        labels: (n,) int64 in [0, classes).
-        clusters: K.
-        classes: C.
-
-    Returns:
-        (K, C) int64.
-    """
+    """How many images of each class are in each cluster: (clusters, classes) int64 from (n,) int64 numbers of both."""
     cells = assignments.cpu().long() * classes + labels.cpu().long()
     return torch.bincount(cells, minlength=clusters * classes).reshape(clusters, classes).numpy()
 
 
 def clustering_accuracy(table: NDArray[np.int64]) -> float:
-    """Accuracy under the best one-to-one map of clusters to classes (Hungarian method).
-
-    Args:
-        table: (K, K) from `contingency`; the map exists only when there are as many clusters as classes.
-    """
+    """Accuracy under the best one-to-one map of clusters to classes (Hungarian method). Table: (K, K)."""
     from scipy.optimize import linear_sum_assignment
 
     assert table.shape[0] == table.shape[1], f"a one-to-one map needs K == C, not {table.shape}"
@@ -112,17 +73,12 @@ def normalised_mutual_information(table: NDArray[np.int64]) -> float:
 def adjusted_rand_index(table: NDArray[np.int64]) -> float:
     """Share of image pairs on which both partitions agree, corrected for chance. Hubert and Arabie, 1985.
 
-    Args:
-        table: (K, C).
-
-    Returns:
-        At most 1; about 0 for independent partitions, below 0 for worse than chance.
+    Table: (K, C). At most 1; about 0 for independent partitions, below 0 for worse than chance.
     """
-    together = _pairs(table).sum()
-    in_clusters, in_classes = _pairs(table.sum(axis=1)).sum(), _pairs(table.sum(axis=0)).sum()
-    expected = in_clusters * in_classes / max(_pairs(table.sum()), 1.0)
-    best = (in_clusters + in_classes) / 2
-    return 1.0 if best == expected else float((together - expected) / (best - expected))
+    from sklearn.metrics import adjusted_rand_score
+
+    clusters, classes = (np.repeat(numbers.ravel(), table.ravel()) for numbers in np.indices(table.shape))
+    return float(adjusted_rand_score(classes, clusters))
 
 
 def perplexity(counts: NDArray[np.int64]) -> float:
@@ -131,13 +87,10 @@ def perplexity(counts: NDArray[np.int64]) -> float:
 
 
 def effective_rank(x: Tensor) -> float:
-    """Exponential of the entropy of the normalised singular values. Roy and Vetterli, 2007.
+    """Exponential of the entropy of the normalised singular values of (n, d) rows. Roy and Vetterli, 2007.
 
-    Args:
-        x: (n, d) one row per image; the mean row is removed first, so that a constant offset is no direction.
-
-    Returns:
-        In [1, min(n, d)]; 0 when all rows are equal (up to float32 rounding).
+    The mean row is removed first, so that a constant offset is no direction. In [1, min(n, d)]; 0 when all rows are
+    equal (up to float32 rounding).
     """
     x = x.double()
     spread = x - x.mean(dim=0)
@@ -149,10 +102,6 @@ def effective_rank(x: Tensor) -> float:
 
 
 def _entropy(shares: NDArray[np.float64]) -> float:
-    positive = shares[shares > 0]
-    return float(-(positive * np.log(positive)).sum())
+    from scipy.special import entr
 
-
-def _pairs(counts: NDArray[np.int64] | np.int64) -> NDArray[np.float64]:
-    counts = np.asarray(counts, dtype=np.float64)
-    return counts * (counts - 1) / 2
+    return float(entr(shares).sum())

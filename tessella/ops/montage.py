@@ -57,26 +57,18 @@ def tile_boxes(width: ArrayLike, height: ArrayLike, m: int, overlap: ArrayLike) 
 
 
 def tile_order(seed: int, step: int, count: int) -> Tensor:
-    """The step's order of all tiles of the batch, drawn alike on every rank.
+    """The step's order of the `count` = m * m * n tiles of all ranks, the same on every rank.
 
-    Args:
-        seed: of the run.
-        step: of the run, from 0.
-        count: tiles of all ranks, m * m * n.
-
-    Returns:
-        (count,) int64 permutation: position k of the shuffled list shows tile order[k].
+    (count,) int64 permutation: position k of the shuffled list shows tile order[k]. `step` counts from 0 over the run.
     """
     return torch.from_numpy(permutation(stream_key(seed, "tile"), range(count), step))
 
 
 def montage_positions(n: int, m: int, rank: int, world_size: int) -> Tensor:
-    """Positions in the permuted tile list that make up one rank's montages.
+    """Positions in the shuffled tile list that make up one rank's montages: (m * m, n / world_size) int64.
 
-    Position k of the list of m * m * n tiles lies in montage k % n, slot k // n.
-
-    Returns:
-        (m * m, n / world_size) int64: entry (slot, j) is the position shown in `slot` of the rank's j-th montage.
+    Position k of the list of m * m * n tiles lies in montage k % n, slot k // n. Entry (slot, j) is the position shown
+    in `slot` of the rank's j-th montage.
     """
     local = n // world_size
     slots = torch.arange(m * m)[:, None]
@@ -84,15 +76,7 @@ def montage_positions(n: int, m: int, rank: int, world_size: int) -> Tensor:
 
 
 def stitch(tiles: Tensor, m: int) -> Tensor:
-    """Montages from tiles.
-
-    Args:
-        tiles: (m * m, b, c, s, s), slot by slot, slots row by row.
-        m: tiles per side.
-
-    Returns:
-        (b, c, m * s, m * s).
-    """
+    """Montages (b, c, m * s, m * s) from tiles (m * m, b, c, s, s), slot by slot, slots row by row."""
     _, b, c, s, _ = tiles.shape
     grid = tiles.view(m, m, b, c, s, s)  # row, column, ...
     return grid.permute(2, 3, 0, 4, 1, 5).reshape(b, c, m * s, m * s)
@@ -100,7 +84,7 @@ def stitch(tiles: Tensor, m: int) -> Tensor:
 
 @torch.no_grad()
 def shuffled_montages(tiles: Tensor, order: Tensor, m: int) -> Tensor:
-    """This rank's montages, made of the tiles of all ranks, of which it gets its own share only. On all ranks together.
+    """This rank's montages, made of the tiles of all ranks; it receives only those. Every rank must call it.
 
     Args:
         tiles: (m * m, b, 3, s, s) of this rank's images; tile q * n + i was cut at place q from image i of the n
@@ -116,42 +100,31 @@ def shuffled_montages(tiles: Tensor, order: Tensor, m: int) -> Tensor:
     place, image = np.divmod(order.numpy(), n)  # (m * m * n,) each, by position
     has, shows = image // b, np.arange(len(image)) % n // b  # the rank that has a position's tile, that shows it
 
-    mine = np.flatnonzero(has == rank)
-    mine = mine[np.argsort(shows[mine], kind="stable")]  # by the rank that shows them, then by position
+    local = np.flatnonzero(has == rank)
+    local = local[np.argsort(shows[local], kind="stable")]  # by the rank that shows them, then by position
     wanted = np.flatnonzero(shows == rank)  # (m * m * b,), slot by slot
     arrival = np.argsort(np.argsort(has[wanted], kind="stable"))  # they come by the rank that has them
 
     def on_device(indices: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(indices).to(tiles.device, non_blocking=True)
 
-    sent = tiles[on_device(place[mine]), on_device(image[mine] - rank * b)]
-    counts = (np.bincount(who, minlength=ranks).tolist() for who in (shows[mine], has[wanted]))
+    sent = tiles[on_device(place[local]), on_device(image[local] - rank * b)]
+    counts = (np.bincount(who, minlength=ranks).tolist() for who in (shows[local], has[wanted]))
     received = dist.all_to_all(sent, *counts)
     return stitch(received[on_device(arrival)].unflatten(0, (m * m, b)), m)
 
 
 def gather_cells(cells: Tensor) -> Tensor:
-    """The way back of `shuffled_montages`: one vector per position of the permuted tile list. On all ranks together.
+    """The inverse of `shuffled_montages`: one vector per position of the shuffled tile list. Every rank must call it.
 
-    Args:
-        cells: (m * m, b, d) vectors of the cells of this rank's montages, in the order of `pool_cells`.
-
-    Returns:
-        (m * m * n, d) of all ranks, differentiable: row k shows tile order[k].
+    From (m * m, b, d) vectors of this rank's cells, in the order of `pool_cells`, to (m * m * n, d) of all ranks,
+    differentiable: row k shows tile order[k].
     """
     return dist.gather_with_grad(cells.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
 
 
 def unstitch(montages: Tensor, m: int) -> Tensor:
-    """Tiles from montages; the exact inverse of `stitch`.
-
-    Args:
-        montages: (b, c, m * s, m * s).
-        m: tiles per side.
-
-    Returns:
-        (m * m, b, c, s, s), slots row by row.
-    """
+    """Tiles (m * m, b, c, s, s), slots row by row, from montages (b, c, m * s, m * s); the inverse of `stitch`."""
     b, c, side, _ = montages.shape
     s = side // m
     grid = montages.view(b, c, m, s, m, s)
@@ -159,17 +132,10 @@ def unstitch(montages: Tensor, m: int) -> Tensor:
 
 
 def pool_cells(maps: Tensor, m: int) -> Tensor:
-    """One vector per montage slot: the feature map cut into m * m cells, each averaged.
+    """One vector per montage slot: the map (b, d, h, w) cut into m * m cells, each averaged: (m * m, b, d), row by row.
 
     A map whose side is not divisible by m is first enlarged to the next multiple (7 to 8 for m = 2, as in the
     official code), so that no column is counted in two cells.
-
-    Args:
-        maps: (b, d, h, w).
-        m: cells per side.
-
-    Returns:
-        (m * m, b, d), cells row by row.
 
     Raises:
         UserError: the map has fewer than m positions along a side, so that several tiles would share one.

@@ -29,25 +29,16 @@ def partition(images: int, parts: int, seed: int) -> NDArray[np.int32]:
 
 
 def rows_of_part(part: NDArray[np.int64], numbers: NDArray[np.int64], images: int, parts: int, seed: int) -> NDArray:
-    """Rows of the data set by part and number within it, without the whole split.
+    """Rows of the data set, (n,) int64, by part (n,) and number within it (n,), without computing the whole split.
 
-    Args:
-        part: (n,) in [0, C).
-        numbers: (n,) which image of the part, in [0, size of the part).
-        images: N.
-        parts: C.
-        seed: of the split.
-
-    Returns:
-        (n,) int64.
+    `images`, `parts` and `seed` are as for `partition`.
     """
     return _row_at(part + parts * numbers, images, seed)
 
 
 def _row_at(places: NDArray[np.int64], images: int, seed: int) -> NDArray[np.int64]:
-    """One random order of all rows. Part k is every C-th row of it, from the k-th on.
+    """One random order of all rows; part k is every C-th row of it, from the k-th on.
 
-    The file order has no say: a split into runs of consecutive rows would follow the classes of a folder that is
-    sorted by class.
+    Not runs of consecutive rows, which would follow the classes of a folder that is sorted by class.
     """
     return shuffled(stream_key(seed, "part"), places, images, 0)

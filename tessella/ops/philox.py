@@ -21,15 +21,7 @@ _ROUNDS = 16  # of `shuffled`; with 8 the orders of five things are not equally 
 
 
 def philox(key: tuple[int, int], counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]) -> NDArray[np.uint64]:
-    """Four independent 32-bit words at each counter.
-
-    Args:
-        key: two 32-bit words.
-        counter: four arrays of 32-bit words that broadcast to one shape.
-
-    Returns:
-        (4, *shape) uint64, values below 2**32.
-    """
+    """Four independent 32-bit words at each counter: (4, *shape) uint64. The counter is four arrays that broadcast."""
     words = np.broadcast_arrays(*(np.asarray(word, dtype=np.uint64) for word in counter))
     a, b, c, d = words
     key_0, key_1 = key
@@ -45,9 +37,7 @@ def philox(key: tuple[int, int], counter: tuple[ArrayLike, ArrayLike, ArrayLike,
 def stream_key(seed: int, stream: str) -> tuple[int, int]:
     """Key of a named stream, so that two uses of one seed never share numbers.
 
-    Args:
-        seed: the run's seed, 0 <= seed < 2**64.
-        stream: a name of at most four ASCII letters.
+    The seed lies in [0, 2**64); the name has at most four ASCII letters.
     """
     name = int.from_bytes(stream.encode("ascii").ljust(4)[:4], "little")
     return seed & 0xFFFFFFFF, ((seed >> 32) ^ name) & 0xFFFFFFFF
@@ -75,18 +65,10 @@ def uniforms(key: tuple[int, int], ids: ArrayLike, epoch: int, lanes: ArrayLike,
 
 
 def permutation(key: tuple[int, int], ids: ArrayLike, epoch: int) -> NDArray[np.int64]:
-    """A random order of `ids`: positions sorted by each id's own random number.
+    """A random order of (n,) distinct non-negative 64-bit ids: positions by each id's own random number, (n,) int64.
 
-    Two ids keep their relative order when others come or go, and no library's shuffle algorithm is involved, so the
-    order survives upgrades.
-
-    Args:
-        key: from `stream_key`.
-        ids: (n,) distinct non-negative 64-bit ids.
-        epoch: 0 <= epoch < 2**32.
-
-    Returns:
-        (n,) int64, a permutation of range(n).
+    Two ids keep their relative order when others come or go. No library's shuffle algorithm is involved, so the order
+    does not change with versions. The key is from `stream_key`; 0 <= epoch < 2**32.
     """
     ids64 = np.asarray(ids).astype(np.uint64)
     high, low, _, _ = philox(key, (ids64 & _LOW, ids64 >> _SHIFT, np.uint64(epoch), np.uint64(0)))

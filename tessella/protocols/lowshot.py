@@ -77,8 +77,8 @@ class ChosenImages(ImageSet):
         if (np.diff(self._rows) == 0).any():
             raise UserError(f"{annotated.name} names an image twice: keep one of the lines")
         keys = [self._all.key(int(row)) for row in self._rows]
-        index = Index.of_arrays(keys, (1, 1), labels=None, classes=[], fingerprint=annotated.fingerprint)
-        index.sizes, index.ids = self._all.sizes[self._rows], self._all.ids[self._rows]
+        index = Index.of(keys, self._all.sizes[self._rows], fingerprint=annotated.fingerprint)
+        index.ids = self._all.ids[self._rows]
         super().__init__(annotated.name, index, False)
 
     def read(self, row: int) -> bytes | NDArray[np.uint8]:  # noqa: D102

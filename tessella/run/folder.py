@@ -34,7 +34,6 @@ from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.methods import views_of
 from tessella.methods.method import Method, Progress
-from tessella.ops import compiled
 from tessella.run import checkpoints as checkpoint_files
 from tessella.run import images_seen, lock
 from tessella.run.backbone_file import write_backbone
@@ -48,7 +47,6 @@ _PACKAGES = (
     *("numba", "lightning-fabric", "timm"),
 )
 
-_MAKERS = {"torch": "torch", "compiled": "compiled kernels"}  # of views, as recorded -> in words
 _FRESH_SECONDS = 60  # after a checkpoint, in which the end of an epoch does not save another
 _KEPT = 2  # checkpoints
 _BEFORE_STEPS = {  # files of a run before its first step
@@ -189,7 +187,6 @@ class RunFolder:
         Raises:
             UserError: the checkpoints will not fit on the disk.
         """
-        self._warn_of_other_views()
         self._contents = images_seen.content_samples(images)
         state.monitor.identical_images = len(self._contents) > 1 and len(set(self._contents.values())) == 1
         values = sum(p.nbytes for p in state.method.parameters())
@@ -199,15 +196,6 @@ class RunFolder:
         files.refuse_full_disk(self.path, max(1, _KEPT + 1 - existing) * checkpoint)
         if self._config_changed:
             files.write_text(self.path / "config.yaml", to_yaml(config))
-
-    def _warn_of_other_views(self) -> None:
-        """Warn if compiled kernels make the views that torch made before, or vice versa."""
-        before = str(self.recorded_environment().get("views"))
-        if before in _MAKERS and before != compiled.in_words():
-            note(
-                f"warning: views were made by {_MAKERS[before]} when the run began, now by "
-                f"{_MAKERS[compiled.in_words()]}: they agree up to rounding, so the result changes in its last bits"
-            )
 
     def recorded_environment(self) -> dict[str, Any]:
         """The content of environment.json; empty if the file is missing or damaged."""
@@ -487,7 +475,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions(),
-        "views": compiled.in_words(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -1,7 +1,7 @@
-"""The loader's executions of one plan: compiled kernels and torch, whole images and large ones at a fraction."""
+"""The loader's executions of one plan: views finished by threads or by batch, large images whole or at a fraction."""
 
 import io
-from importlib.util import find_spec
+import sys
 
 import numpy as np
 import pytest
@@ -11,36 +11,30 @@ from PIL import Image
 from tessella.data import loader as loader_module
 from tessella.data.decode import decode
 from tessella.data.views import ColorAugmentation, CropGroup, ViewSpec
+from tessella.errors import UserError
 from tests.data.test_loader import RAW, SPEC, Pictures, load, mixed, uniform
-
-pytestmark = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
-
-
-@pytest.fixture
-def by_torch(monkeypatch):
-    """A function that loads without the compiled kernels."""
-
-    def load_by_torch(*given, **options):
-        with monkeypatch.context() as patch:
-            patch.setattr(loader_module, "kernels", lambda: None)
-            return load(*given, **options)
-
-    return load_by_torch
 
 
 @pytest.mark.parametrize("images", [mixed, uniform])
-def test_compiled_kernels_and_torch_make_the_same_batches(images, by_torch):
+def test_views_coloured_by_threads_equal_those_coloured_in_batches_as_for_a_gpu(images, monkeypatch):
     plain = ColorAugmentation(jitter=0.8, gray=0.2, blur=0.5)
     spec = ViewSpec((CropGroup(2, 24, (0.2, 1.0), colors=plain), CropGroup(3, 8, (0.05, 0.2))), **RAW)
-    _, ours = load(images(bad=[7, 8]), spec, max_unreadable=0.1)
-    _, theirs = by_torch(images(bad=[7, 8]), spec, max_unreadable=0.1)
-    for (batch,), (other,) in zip(ours, theirs, strict=True):
+    _, by_threads = load(images(bad=[7, 8]), spec, max_unreadable=0.1)
+    monkeypatch.setattr(loader_module, "_threads_finish", lambda device: False)
+    _, in_batches = load(images(bad=[7, 8]), spec, max_unreadable=0.1)
+    for (batch,), (other,) in zip(by_threads, in_batches, strict=True):
         assert torch.equal(batch.instances, other.instances)
         for views, expected in zip(batch.views, other.views, strict=True):
-            # Crops may differ by a level, or two where torch rounds its weights to 16 bits; jitter and hue enlarge it.
-            difference = (views - expected).abs() * 255
+            difference = (views - expected).abs() * 255  # a crop may differ by a level, which jitter and hue enlarge
             assert difference.mean() < 0.3
             assert difference.quantile(0.999) < 4
+
+
+def test_kernels_that_cannot_be_loaded_are_an_error_that_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tessella.ops.kernels", None)  # importing it fails
+    monkeypatch.delattr("tessella.ops.kernels", raising=False)
+    with pytest.raises(UserError, match=r"cannot be loaded: .*pip install numba.*NUMBA_CACHE_DIR"):
+        load(uniform())
 
 
 def test_on_a_cpu_threads_make_the_batches_of_a_resident_set_too():

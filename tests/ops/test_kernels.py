@@ -1,19 +1,13 @@
 """The compiled kernels against Pillow, a slow filter, and the torch operations that do the same on batches."""
 
-import warnings
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tessella.ops import compiled
+from tessella.ops import kernels
 from tessella.ops.augment import photometric
 from tests.ops.test_augment import RAW, drawn, nothing, pictures
-
-kernels = compiled.kernels()
-pytestmark = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
 
 
 def cut(images, boxes, size):
@@ -173,19 +167,3 @@ def test_takes_read_only_images_and_any_columns_of_a_plan():
     images.flags.writeable = False
     wide = {name: np.repeat(values[:, None], 3, axis=1)[:, 1] for name, values in parameters.items()}
     np.testing.assert_array_equal(cut_and_colour(images, whole(images), 8, wide), expected)
-
-
-def test_where_numba_is_missing_torch_is_chosen_and_said_to_be_slower(monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "tessella.ops.kernels", None)  # importing it fails
-    monkeypatch.delattr("tessella.ops.kernels", raising=False)
-    compiled.kernels.cache_clear()
-    try:
-        with pytest.warns(RuntimeWarning, match="without compiled kernels, slower.*pip install numba"):
-            assert compiled.kernels() is None
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # said once
-            assert compiled.in_words() == "torch"
-    finally:
-        compiled.kernels.cache_clear()

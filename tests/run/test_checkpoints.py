@@ -238,7 +238,7 @@ def test_everything_is_synced_before_the_checkpoint_gets_its_name_and_the_name_a
 ):
     done: list[tuple[str, str]] = []
     opened: dict[int, str] = {}
-    real_open, real_fsync, real_rename = os.open, os.fsync, os.rename
+    real_open, real_fsync, real_replace = os.open, os.fsync, os.replace
 
     def recorded_open(path: Any, *args: Any, **kwargs: Any) -> int:
         descriptor = real_open(path, *args, **kwargs)
@@ -249,13 +249,13 @@ def test_everything_is_synced_before_the_checkpoint_gets_its_name_and_the_name_a
         done.append(("sync", Path(opened[descriptor]).name))
         real_fsync(descriptor)
 
-    def recorded_rename(source: Any, target: Any, **kwargs: Any) -> None:
+    def recorded_replace(source: Any, target: Any, **kwargs: Any) -> None:
         done.append(("rename", Path(target).name))
-        real_rename(source, target, **kwargs)
+        real_replace(source, target, **kwargs)
 
     monkeypatch.setattr(os, "open", recorded_open)
     monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(os, "rename", recorded_rename)
+    monkeypatch.setattr(os, "replace", recorded_replace)
     path = save(tmp_path, 5, tensors_of(1), state_of(1))
     monkeypatch.undo()
     rename = done.index(("rename", "step-00000005"))

@@ -14,8 +14,8 @@ from PIL import Image
 
 from tessella.data.decode import MAX_BYTES, MAX_PIXELS, Unreadable
 from tessella.data.sources import ArrayImages, ImageSet
-from tessella.data.sources.messages import shown
 from tessella.errors import UserError
+from tessella.text import printable as shown
 
 IGNORE = 255  # class of pixels that count neither in training nor in a score
 

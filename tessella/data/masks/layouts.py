@@ -27,9 +27,9 @@ from tessella.data.masks.images import IGNORE, ArrayMasks, FileMasks, MaskedImag
 from tessella.data.sources import open_images
 from tessella.data.sources.archives import TarImages
 from tessella.data.sources.files import FileImages
-from tessella.data.sources.messages import shown
 from tessella.data.texts import ArchiveTexts, FolderTexts, Texts, first_text, part_of
 from tessella.errors import UserError
+from tessella.text import printable as shown
 
 __all__ = ["IGNORE", "ArrayMasks", "MaskedImages", "open_masks"]
 

@@ -1,20 +1,19 @@
 """Where images come from: one function, `open_images`, for folders, lists, archives and data sets by name.
 
-    what was given      how it is read                                       keys
+    given               how it is read                                       keys
     a folder            files below it, at any depth                         path below the folder
     .csv, .parquet      files that it lists                                  path as listed
     .tar[.gz], several  in place, by offset (a .gz: from a copy in the       member name, behind the archive's
                         cache)                                               name if there are several
-    a pack              images encoded anew by `tessella pack`               as in its source
+    a pack              smaller images, stored by `tessella pack`            as in its source
     cifar10, stl10 ...  torchvision's arrays, in memory                      split/number
     hf:NAME             Hugging Face `datasets`                              split/number
     digits, shapes      embedded, no download                                split/number
-    NAME:...            what a package's entry point `tessella.sources`      the package's
-                        makes of it
+    NAME:...            by a package's entry point `tessella.sources`        the package's
     anything::PART      a folder within a folder or archive; a split of      relative to the part
                         a data set by name
 
-Class labels are shown only to who asks for them.
+Class labels are part of a set only if they were asked for.
 """
 
 from __future__ import annotations
@@ -27,30 +26,27 @@ from pathlib import Path
 
 import numpy as np
 
-from tessella.data.index import cache_folder
 from tessella.data.sources.archives import archives_in, open_archives
 from tessella.data.sources.embedded import EMBEDDED
 from tessella.data.sources.files import IMAGE_SUFFIXES, ending_of, names_in
 from tessella.data.sources.folders import holds_image, open_folder
-from tessella.data.sources.images import ArrayImages, ImageSet
+from tessella.data.sources.images import ArrayImages, ImageSet, Request
 from tessella.data.sources.lists import LIST_SUFFIXES, open_list
-from tessella.data.sources.messages import not_read, shown
+from tessella.data.sources.messages import not_read
 from tessella.data.sources.named import TORCHVISION, open_hugging_face, open_torchvision
 from tessella.data.sources.packs import is_pack, open_pack
 from tessella.data.sources.tars import TAR_SUFFIXES
 from tessella.errors import UserError
 from tessella.registry import Registry
+from tessella.text import printable
 
 __all__ = ["ACCEPTED", "IMAGE_SUFFIXES", "ArrayImages", "ImageSet", "open_images"]
 
-ACCEPTED = "a folder, a .csv or .parquet list, .tar archives or the name of a data set"  # docs/data.md has all of it
-_MENDS = {  # ending of a file -> what to do
-    ".zip": "unpack it and give the folder, or pack the images as .tar",
-    ".7z": "unpack it and give the folder, or pack the images as .tar",
-    ".rar": "unpack it and give the folder, or pack the images as .tar",
+ACCEPTED = "a folder, a .csv or .parquet list, .tar archives or the name of a data set"  # all of it: docs/data.md
+_REMEDIES = {  # ending of a file that cannot be opened -> what to do
+    **dict.fromkeys((".zip", ".7z", ".rar"), "unpack it and give the folder, or pack the images as .tar"),
     ".txt": "a list of one path per line is read when it is called .csv",
-    ".tsv": "save the list as .csv",
-    ".xlsx": "save the list as .csv",
+    **dict.fromkeys((".tsv", ".xlsx"), "save the list as .csv"),
     **dict.fromkeys(IMAGE_SUFFIXES, "it is a single image: give the folder that holds it"),
 }
 
@@ -66,78 +62,70 @@ def open_images(data: str, *, labels: bool = False, cache: Path | None = None, d
     Args:
         data: see the module's table.
         labels: also give classes: the first folder below `data` (or below its part), the list's column, or
-            what the data set by name brings.
+            what the data set by name has.
         cache: folder for indexes and decompressed archives; by default $TESSELLA_CACHE or ~/.cache/tessella.
         download: whether a data set by name may be fetched; False for names that no user has typed.
 
     Raises:
         UserError: nothing there, nothing readable in it, or labels asked for that it does not have.
     """
-    base, part = _split_part(data)
-    prefix, colon, _ = base.partition(":")
+    path, part = data, None
+    if "::" in data and not os.path.exists(data):
+        path, _, part = data.rpartition("::")
+    name, (prefix, colon, rest) = path.lower(), path.partition(":")
     by_package = bool(colon) and prefix in SOURCES
     if not download and (by_package or data.startswith("hf:")):
-        raise UserError(f"{shown(data)} may be fetched over the network: give --data {shown(data)} to allow it.")
+        raise UserError(
+            f"{printable(data)} may be fetched over the network: give --data {printable(data)} to allow it."
+        )
+    request = Request(data, name, (part and part.strip("/")) or None, labels, cache, download)
     if by_package:
         images = SOURCES[prefix](data, labels)
     elif data.startswith("hf:"):
-        images = open_hugging_face(data, base.removeprefix("hf:"), part or "train", labels, cache)
-    elif base.lower() in EMBEDDED:
-        return EMBEDDED[base.lower()](data, part, labels)
-    elif base.lower() in TORCHVISION:
-        return open_torchvision(data, base.lower(), part, labels, download)
+        images = open_hugging_face(request._replace(path=rest))
+    elif name in EMBEDDED:
+        return EMBEDDED[name](request)
+    elif name in TORCHVISION:
+        return open_torchvision(request)
     else:
-        images = _open_path(data, os.path.expanduser(base), part, labels, cache or cache_folder())
+        images = _open_path(request._replace(path=os.path.expanduser(path)))
     _check_not_empty(images)
     if labels:
         _check_labels(images)
     return images
 
 
-def _split_part(data: str) -> tuple[str, str | None]:
-    if "::" not in data or os.path.exists(data):
-        return data, None
-    base, _, part = data.rpartition("::")
-    return base, part.strip("/") or None
-
-
-def _open_path(data: str, path: str, part: str | None, labels: bool, cache: Path) -> ImageSet:
+def _open_path(request: Request) -> ImageSet:
+    path = request.path
     if os.path.isdir(path):
         if is_pack(path):
-            return open_pack(data, path, part, labels)
+            return open_pack(request)
         archives = archives_in(path)
-        if archives and not holds_image(path):
-            return open_archives(data, path, archives, part, labels, cache)
-        return open_folder(data, path, part, labels, cache)
+        return open_archives(request, archives) if archives and not holds_image(path) else open_folder(request)
     if os.path.isfile(path):
         if path.lower().endswith(TAR_SUFFIXES):
-            return open_archives(data, path, [path], part, labels, cache)
+            return open_archives(request, [path])
         if path.lower().endswith(LIST_SUFFIXES):
-            if part:
-                raise UserError(f"{data}: a list has no parts; leave out ::{part}")
-            return open_list(data, path, labels, cache)
+            return open_list(request)
     elif not os.path.lexists(path):
-        found = sorted(name for name in glob.glob(path) if name.lower().endswith(TAR_SUFFIXES))
-        if found:
-            return open_archives(data, path, found, part, labels, cache)
-    raise UserError(_not_found(data, path))
+        archives = sorted(name for name in glob.glob(path) if name.lower().endswith(TAR_SUFFIXES))
+        if archives:
+            return open_archives(request, archives)
+    raise UserError(_not_found(request.data, path))
 
 
 def _not_found(data: str, path: str) -> str:
     if os.path.exists(path):
-        problem = f"{shown(data)} is not a folder, list or archive that can be read"
-        mend = _MENDS.get(ending_of(path))
-        if mend:
-            return f"{problem}: {mend}"
-    else:
-        problem = f"{shown(data)} does not exist"
-        path = path.rstrip("/")
-        near = difflib.get_close_matches(os.path.basename(path), names_in(os.path.dirname(path) or "."), 2)
-        known = difflib.get_close_matches(data.partition("::")[0].lower(), [*EMBEDDED, *TORCHVISION], 2)
-        choices = [os.path.join(os.path.dirname(path), name) for name in near] + known
-        if choices:
-            problem += f"; near it is {' or '.join(map(shown, choices))}"
-    return f"{problem}. Give {ACCEPTED}"
+        problem = f"{printable(data)} is not a folder, list or archive that can be read"
+        remedy = _REMEDIES.get(ending_of(path))
+        return f"{problem}: {remedy}" if remedy else f"{problem}. Give {ACCEPTED}"
+    problem = f"{printable(data)} does not exist"
+    folder, name = os.path.split(path.rstrip("/"))
+    near = difflib.get_close_matches(name, names_in(folder or "."), 2)
+    known = difflib.get_close_matches(data.partition("::")[0].lower(), [*EMBEDDED, *TORCHVISION], 2)
+    choices = [os.path.join(folder, other) for other in near] + known
+    hint = f"; near it is {' or '.join(map(printable, choices))}" if choices else ""
+    return f"{problem}{hint}. Give {ACCEPTED}"
 
 
 def _check_not_empty(images: ImageSet) -> None:
@@ -146,12 +134,12 @@ def _check_not_empty(images: ImageSet) -> None:
     if images.unreadable:
         key, reason = images.unreadable[0]
         raise UserError(
-            f"{shown(images.name)} has no readable image: all {len(images.unreadable)} files failed,"
-            f" the first is {shown(key) or 'the whole'}: {shown(reason)}"
+            f"{printable(images.name)} has no readable image: all {len(images.unreadable)} files failed,"
+            f" the first is {printable(key) or 'the whole'}: {printable(reason)}"
         )
     others = f" It holds {not_read(images.passed_over)}." if images.passed_over else ""
     raise UserError(
-        f"{shown(images.name)} holds no images: files ending in {' '.join(IMAGE_SUFFIXES)} are looked for, at any"
+        f"{printable(images.name)} holds no images: files ending in {' '.join(IMAGE_SUFFIXES)} are looked for, at any"
         f" depth.{others}"
     )
 
@@ -161,13 +149,13 @@ def _check_labels(images: ImageSet) -> None:
     if len(images.index.classes) == 1 and len(parts) > 2:
         joint = "/" if "::" in images.name else "::"
         raise UserError(
-            f"{shown(images.name)} has all its images in one class, {shown(parts[0])}: name the folder that"
-            f" holds the classes' folders, for example {shown(images.name + joint + '/'.join(parts[:-2]))}"
+            f"{printable(images.name)} has all its images in one class, {printable(parts[0])}: name the folder that"
+            f" holds the classes' folders, for example {printable(images.name + joint + '/'.join(parts[:-2]))}"
         )
     missing = np.flatnonzero(images.index.labels < 0)
     if len(missing):
         raise UserError(
-            f"{shown(images.name)} has no class for {len(missing)} of its {len(images)} images, for example"
-            f" {shown(images.key(int(missing[0])))}: put each image in a folder named after its class, or"
+            f"{printable(images.name)} has no class for {len(missing)} of its {len(images)} images, for example"
+            f" {printable(images.key(int(missing[0])))}: put each image in a folder named after its class, or"
             " give a .csv list with the columns path and label"
         )

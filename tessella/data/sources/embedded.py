@@ -5,49 +5,44 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tessella.data.sources.images import ArrayImages, ImageSet
+from tessella.data.sources.images import ArrayImages, ImageSet, Request
 from tessella.data.sources.messages import check_split
 from tessella.data.sources.shapes import CLASSES as SHAPES
 from tessella.data.sources.shapes import draw_shapes
 
 
-def open_digits(data: str, part: str | None, labels: bool) -> ImageSet:
+def open_digits(request: Request) -> ImageSet:
     """scikit-learn's 1797 handwritten digits of 8 x 8 pixels, enlarged to 32 x 32; every fifth for tests."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    check_split(data, part or "all", ("train", "test", "all"))
     bunch = load_digits()
-    rows = _rows_of_split(len(bunch.target), part, testing=np.arange(len(bunch.target)) % 5 == 0)
+    rows = _rows_of_split(request, testing=np.arange(len(bunch.target)) % 5 == 0)
     levels = np.rint(bunch.images[rows] * (255 / 16)).astype(np.uint8)
-    enlarged = [np.asarray(Image.fromarray(level).resize((32, 32), Image.Resampling.BICUBIC)) for level in levels]
-    return ArrayImages(
-        data,
-        np.stack(enlarged),
-        bunch.target[rows] if labels else None,
-        classes=[str(digit) for digit in range(10)] if labels else None,
-        keys=[f"digits/{row:04d}" for row in rows],
-    )
+    images = [np.asarray(Image.fromarray(level).resize((32, 32), Image.Resampling.BICUBIC)) for level in levels]
+    return _named(request, "digits", np.stack(images), rows, bunch.target[rows], [str(digit) for digit in range(10)])
 
 
-def open_shapes(data: str, part: str | None, labels: bool) -> ImageSet:
+def open_shapes(request: Request) -> ImageSet:
     """Generated shapes, 2000 for training and 500 for testing."""
-    check_split(data, part or "all", ("train", "test", "all"))
-    rows = _rows_of_split(2500, part, testing=np.arange(2500) >= 2000)
-    images, numbers = draw_shapes(rows)
-    return ArrayImages(
-        data,
-        images,
-        numbers if labels else None,
-        classes=SHAPES if labels else None,
-        keys=[f"shapes/{row:04d}" for row in rows],
-    )
+    rows = _rows_of_split(request, testing=np.arange(2500) >= 2000)
+    images, labels = draw_shapes(rows)
+    return _named(request, "shapes", images, rows, labels, SHAPES)
 
 
-def _rows_of_split(count: int, part: str | None, testing: NDArray[np.bool_]) -> NDArray[np.int64]:
-    if part in (None, "all"):
-        return np.arange(count)
-    return np.flatnonzero(testing if part == "test" else ~testing)
+def _rows_of_split(request: Request, testing: NDArray[np.bool_]) -> NDArray[np.int64]:
+    split = request.part or "all"
+    check_split(request.data, split, ("train", "test", "all"))
+    return np.flatnonzero({"train": ~testing, "test": testing, "all": np.ones_like(testing)}[split])
 
 
-EMBEDDED = {"digits": open_digits, "shapes": open_shapes}  # (data, part, labels) -> images
+def _named(
+    request: Request, name: str, images: NDArray[np.uint8], rows: NDArray[np.int64], labels: NDArray, classes: list[str]
+) -> ImageSet:
+    keys = [f"{name}/{row:04d}" for row in rows]
+    if not request.labels:
+        return ArrayImages(request.data, images, keys=keys)
+    return ArrayImages(request.data, images, labels, classes=classes, keys=keys)
+
+
+EMBEDDED = {"digits": open_digits, "shapes": open_shapes}

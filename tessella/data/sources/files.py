@@ -15,10 +15,9 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".avif", *((".heic", ".heif") if HEIC else ())),
 )
-_LONGEST_ENDING = 10  # characters; what is longer is no kind of file
+_LONGEST_ENDING = 10  # characters; a longer one is no kind of file
 _RETRY_SECONDS = (0.1, 1.0)
-# Errors of network mounts that may pass.
-_PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+_TEMPORARY_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # of network mounts
 
 
 class FileImages(ImageSet):
@@ -33,23 +32,18 @@ class FileImages(ImageSet):
 
 
 def read_file(path: str, size: int | None = None, limit: int = MAX_BYTES) -> bytes:
-    """The first `size` bytes of a regular file, or all. After an error of a network mount it tries again.
+    """The first `size` bytes of a regular file, or all if it has at most `limit`; network errors are tried again.
 
-    What has become a pipe or a device since it was listed is recognised without waiting for it.
-
-    Args:
-        path: of the file.
-        size: bytes; None for all.
-        limit: bytes; a larger file is refused when all of it is asked for.
+    A file that has become a pipe or a device since it was listed is recognised without waiting for it.
 
     Raises:
-        Unreadable: it is gone or no regular file; or all was asked for, and that is more than `limit`.
+        Unreadable: it is gone, no regular file, or larger than `limit` if all of it is read.
     """
     for wait in (*_RETRY_SECONDS, None):
         try:
             return read_bytes(path, limit, size)
         except FileError as error:
-            if wait is None or error.errno not in _PASSING_ERRORS:
+            if wait is None or error.errno not in _TEMPORARY_ERRORS:
                 if error.errno:
                     raise Inaccessible(f"the file cannot be read: {error.strerror}") from error
                 raise Unreadable(str(error.strerror)) from error
@@ -64,7 +58,7 @@ def ending_of(name: str) -> str:
 
 
 def names_in(folder: str) -> list[str]:
-    """What a folder holds, in order; nothing if it cannot be read."""
+    """The names in a folder, in order, without hidden ones; none if it cannot be read."""
     try:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError:

@@ -1,11 +1,12 @@
-"""What every source opens into: an `ImageSet`; and the one that needs no source, an array in memory."""
+"""What every source opens into: an `ImageSet`; and the simplest one, an array in memory."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +14,17 @@ from numpy.typing import ArrayLike, NDArray
 from tessella.data.decode import decode
 from tessella.data.index import Index
 from tessella.errors import UserError
+
+
+class Request(NamedTuple):
+    """Images as a user asks for them; what the openers of all kinds of sources take."""
+
+    data: str  # as given, for messages and records
+    path: str  # of the folder, archive, list or pack; or the name of the data set
+    part: str | None  # a folder within it, or a split
+    labels: bool  # show the classes
+    cache: Path | None  # folder for indexes and decompressed archives; None: the usual one
+    download: bool  # whether a data set by name may be fetched
 
 
 class ImageSet:
@@ -48,17 +60,17 @@ class ImageSet:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when an image comes, goes, is renamed or encoded anew; not when it is touched."""
+        """Changes when an image comes, goes, is renamed or encoded again; not when it is touched."""
         return self.index.fingerprint
 
     @property
     def unreadable(self) -> list[tuple[str, str]]:
-        """(key, reason) of what looked like an image and is not in the set."""
+        """(key, reason) of what has the name of an image and is not in the set."""
         return self.index.unreadable
 
     @property
     def passed_over(self) -> dict[str, int]:
-        """Ending -> number of files that lie among the images and are of no kind that is read."""
+        """Ending -> number of files among the images that are of a kind which is not read."""
         return self.index.passed_over
 
     @cached_property
@@ -117,7 +129,12 @@ class ArrayImages(ImageSet):
         keys: Sequence[str] | None = None,
     ) -> None:
         images = np.asarray(images)
-        _check_array(name, images)
+        gray, colour = images.ndim == 3, images.ndim == 4 and images.shape[-1] == 3
+        if images.dtype != np.uint8 or not (gray or colour) or 0 in images.shape:
+            raise UserError(
+                f"{name} is an array of {images.dtype} {images.shape}: give uint8 (N, H, W, 3), or (N, H, W) for"
+                " gray, with N, H and W at least 1"
+            )
         if labels is not None:
             labels = np.asarray(labels)
             if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
@@ -125,16 +142,15 @@ class ArrayImages(ImageSet):
                     f"labels of {name} are {labels.dtype} {labels.shape}: give one integer per image,"
                     f" {len(images)} in all"
                 )
-            if classes is None:
-                classes = [str(number) for number in range(int(labels.max()) + 1)]
+            classes = classes or [str(number) for number in range(int(labels.max()) + 1)]
         digest = hashlib.sha256(repr(images.shape).encode())
         for image in images:  # one by one: a whole array that is not contiguous would be copied
             digest.update(image.tobytes())
-        index = Index.of_arrays(
+        index = Index.of(
             keys or [f"{row:09d}" for row in range(len(images))],
             (images.shape[2], images.shape[1]),
-            labels=labels,
-            classes=list(classes or []),
+            labels=-1 if labels is None else labels,
+            classes=classes or (),
             fingerprint=digest.hexdigest(),
         )
         super().__init__(name, index, labels is not None)
@@ -143,12 +159,3 @@ class ArrayImages(ImageSet):
     def read(self, row: int) -> NDArray[np.uint8]:  # noqa: D102
         image = self._images[row]
         return np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image
-
-
-def _check_array(name: str, images: NDArray[Any]) -> None:
-    gray, colour = images.ndim == 3, images.ndim == 4 and images.shape[-1] == 3
-    if images.dtype != np.uint8 or not (gray or colour) or 0 in images.shape:
-        raise UserError(
-            f"{name} is an array of {images.dtype} {images.shape}: give uint8 (N, H, W, 3), or (N, H, W) for"
-            " gray, with N, H and W at least 1"
-        )

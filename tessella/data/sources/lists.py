@@ -1,7 +1,7 @@
 """A list of image files, .csv or .parquet: paths, and labels if it has such a column.
 
-Paths are absolute or relative to the list, and may lead anywhere: a list is the user's own, as a path on the command
-line is. What must not lead out of its data set are the lists within one (`data.texts`).
+Paths are absolute or relative to the list, and may lead anywhere: a list is the user's own, like a path on the command
+line. Lists within a data set (`data.texts`) must not lead out of it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import decimal
 import io
 import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tessella import files
 from tessella.data.index import Listing, cached_index, evidence_of, sample
 from tessella.data.sources.files import IMAGE_SUFFIXES, FileImages, read_file
-from tessella.data.sources.images import ImageSet
-from tessella.data.sources.messages import shown
+from tessella.data.sources.images import ImageSet, Request
 from tessella.errors import UserError
 from tessella.files import open_regular
+from tessella.text import printable
 
 LIST_SUFFIXES = (".csv", ".parquet")
 _PATH_COLUMNS = ("path", "file", "image", "filename")
@@ -30,53 +29,52 @@ _LABELS = (str, bytes, int, float, bool, type(None), datetime.date, decimal.Deci
 _COLUMNS_NAMED = 10
 _MAX_ROWS = 10**9
 _MAX_CSV_BYTES = 2**34
-_MAX_PATH = 2**15  # characters; no system knows longer ones
+_MAX_PATH = 2**15  # characters; no system has longer ones
 _ROWS_AT_ONCE = 2**16
 
 
-def open_list(data: str, path: str, labels: bool, cache: Path) -> ImageSet:
+def open_list(request: Request) -> ImageSet:
     """Open the files that a list names.
 
-    Args:
-        data: the source as given, for reports.
-        path: of the list.
-        labels: show the classes.
-        cache: folder for the index.
-
     Raises:
-        UserError: the list cannot be read, is no list, or gives one path two labels.
+        UserError: the list cannot be read, is no list, or gives one path two labels; or a part of it is asked for.
     """
-    path = os.path.abspath(path)
-    root = os.path.dirname(path)
-    index = cached_index(["list", path], [path], partial(_list_of_file, data, path), cache)
-    return FileImages(data, index, labels, root)
+    if request.part:
+        raise UserError(f"{request.data}: a list has no parts; leave out ::{request.part}")
+    path = os.path.abspath(request.path)
+    index = cached_index(["list", path], [path], partial(_list_of_file, request.data, path), request.cache)
+    return FileImages(request.data, index, request.labels, os.path.dirname(path))
 
 
 def _list_of_file(data: str, path: str) -> Listing:
-    paths, values, columns = (_read_csv if path.lower().endswith(".csv") else _read_parquet)(data, path)
+    names, values, columns = (_read_csv if path.lower().endswith(".csv") else _read_parquet)(data, path)
     strange = next((value for value in values if not isinstance(value, _LABELS)), None)
     if strange is not None:
-        raise UserError(f"{shown(data)}: a label is a {type(strange).__name__}: give numbers or names in that column")
-    labels, classes = _number_labels(values)
-    _check_one_label_each(data, paths, labels)
-    root = os.path.dirname(path)
-    there = [evidence_of(os.path.join(root, name)) for name in paths]
-    if paths and not any(there):
         raise UserError(
-            f"{shown(data)}: none of its {len(paths):,} files is there; the first was looked for at "
-            f"{shown(os.path.join(root, paths[0]))}. Paths come from {columns}: they must be absolute, or relative to "
+            f"{printable(data)}: a label is a {type(strange).__name__}: give numbers or names in that column"
+        )
+    labels, classes = _number_labels(values)
+    label_of: dict[str, int] = {}
+    for name, label in zip(names, labels, strict=True):
+        if label_of.setdefault(name, label) != label:
+            raise UserError(f"{printable(data)} lists {printable(name)} with two labels: keep one of the lines")
+    paths = [os.path.join(os.path.dirname(path), name) for name in names]
+    evidence = [evidence_of(file) for file in paths]
+    if names and not any(evidence):
+        raise UserError(
+            f"{printable(data)}: none of its {len(names):,} files is there; the first was looked for at "
+            f"{printable(paths[0])}. Paths come from {columns}: they must be absolute, or relative to "
             f"the list, in a column called {', '.join(_PATH_COLUMNS[:-1])} or {_PATH_COLUMNS[-1]}"
         )
-    sizes = [evidence[1] if evidence else 1 for evidence in there]
     return Listing(
-        keys=paths,
-        read=lambda position, size: read_file(os.path.join(root, paths[position]), size),
-        # What is gone or a folder fails when it is read, with its reason.
-        byte_sizes=[max(size, 1) for size in sizes],
+        keys=names,
+        read=lambda position, size: read_file(paths[position], size),
+        # A missing file or a folder fails when it is read, with its reason.
+        byte_sizes=[max(found[1], 1) if found else 1 for found in evidence],
         labels=labels,
         classes=classes,
-        file_of=lambda position: os.path.join(root, paths[position]),
-        watched=sample([os.path.join(root, name) for name in paths]),
+        file_of=lambda position: paths[position],
+        watched=sample(paths),
     )
 
 
@@ -88,12 +86,12 @@ def _read_csv(data: str, path: str) -> tuple[list[str], list[Any], str]:
     try:
         text = files.read_text(path, _MAX_CSV_BYTES, errors="surrogateescape")
         if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
-            raise UserError(f"{shown(data)} is in UTF-16: save the list as UTF-8")
+            raise UserError(f"{printable(data)} is in UTF-16: save the list as UTF-8")
         rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
     except OSError as error:
-        raise UserError(f"{shown(data)} cannot be read: {error.strerror}") from None
+        raise UserError(f"{printable(data)} cannot be read: {error.strerror}") from None
     except csv.Error as error:
-        raise UserError(f"{shown(data)} cannot be read as csv: {error}") from None
+        raise UserError(f"{printable(data)} cannot be read as csv: {error}") from None
     if not rows:
         return [], [], ""
     header = [name.strip().lower() for name in rows[0]]
@@ -112,7 +110,7 @@ def _read_csv(data: str, path: str) -> tuple[list[str], list[Any], str]:
 
 
 def _in_words(header: list[str], column: int) -> str:
-    return f"the column {shown(header[column])!r} of {', '.join(map(shown, header[:_COLUMNS_NAMED]))}"
+    return f"the column {printable(header[column])!r} of {', '.join(map(printable, header[:_COLUMNS_NAMED]))}"
 
 
 def _read_parquet(data: str, path: str) -> tuple[list[str], list[Any], str]:
@@ -129,7 +127,9 @@ def _read_parquet(data: str, path: str) -> tuple[list[str], list[Any], str]:
         texts = [names[column] for column in columns if _is_text(schema.types[column])]
         with parquet.ParquetFile(path, read_dictionary=texts) as file:
             if file.metadata.num_rows > _MAX_ROWS:
-                raise UserError(f"{shown(data)} claims {file.metadata.num_rows:,} rows; up to {_MAX_ROWS:,} are read")
+                raise UserError(
+                    f"{printable(data)} claims {file.metadata.num_rows:,} rows; up to {_MAX_ROWS:,} are read"
+                )
             paths, values = list[Any](), list[Any]()
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=chosen):
                 listed = batch.column(chosen[0])
@@ -139,7 +139,7 @@ def _read_parquet(data: str, path: str) -> tuple[list[str], list[Any], str]:
         raise
     except Exception as error:  # of a damaged file: Arrow's own errors, and many others
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{shown(data)} cannot be read as parquet: {shown(reason)}") from error
+        raise UserError(f"{printable(data)} cannot be read as parquet: {printable(reason)}") from error
     return paths, values, _in_words(names, path_column)
 
 
@@ -150,7 +150,9 @@ def _unpacked(column: Any, data: str, name: str) -> list[str]:
     words = column.dictionary if kinds.is_dictionary(column.type) else column
     distinct: list[Any] = words.to_pylist() if _is_text(words.type) else [None]
     if not all(isinstance(word, str) and len(word) <= _MAX_PATH for word in distinct) or column.null_count:
-        raise UserError(f"{shown(data)}: column {shown(name)!r} holds no paths; name the column of paths 'path'")
+        raise UserError(
+            f"{printable(data)}: column {printable(name)!r} holds no paths; name the column of paths 'path'"
+        )
     if words is column:
         return distinct
     return [distinct[number] for number in column.indices.to_pylist()]
@@ -170,11 +172,11 @@ def _columns_of_list(header: list[str]) -> tuple[int, int]:
 
 
 def _number_labels(values: list[Any]) -> tuple[list[int], list[str]]:
-    """Integers keep their value, so that two lists agree on it; names are numbered in sorted order."""
-    values = [None if value != value else value for value in values]  # NaN: a table's way to say none
-    given = {value for value in values if value is not None}
+    """Label of each image and the classes. Integers keep their value, so that two lists agree; names are sorted."""
+    values = [None if value != value else value for value in values]  # NaN is how tables store none
+    distinct = {value for value in values if value is not None}
     try:
-        numbers = {value: int(value) for value in given}
+        numbers = {value: int(value) for value in distinct}
         if any(number != value for value, number in numbers.items() if isinstance(value, float)):
             numbers = {}  # 0.5 is a name
     except (ValueError, TypeError, OverflowError):
@@ -182,13 +184,6 @@ def _number_labels(values: list[Any]) -> tuple[list[int], list[str]]:
     if numbers and max(numbers.values()) <= 10**6:
         classes = [str(number) for number in range(max(0, max(numbers.values()) + 1))]
         return [-1 if value is None else max(-1, numbers[value]) for value in values], classes
-    classes = sorted({str(value) for value in given})
+    classes = sorted(map(str, distinct))
     position = {name: label for label, name in enumerate(classes)}
     return [-1 if value is None else position[str(value)] for value in values], classes
-
-
-def _check_one_label_each(data: str, paths: list[str], labels: list[int]) -> None:
-    first: dict[str, int] = {}
-    for path, label in zip(paths, labels, strict=True):
-        if first.setdefault(path, label) != label:
-            raise UserError(f"{shown(data)} lists {shown(path)} with two labels: keep one of the lines")

@@ -1,4 +1,4 @@
-"""Data sets that other libraries bring, by name: torchvision's, as arrays in memory, and Hugging Face's."""
+"""Data sets of other libraries by name: torchvision's, as arrays in memory, and Hugging Face's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from tessella.data.decode import MAX_BYTES, Unreadable
 from tessella.data.index import Index, Listing, cache_folder, cached_index
 from tessella.data.sources.files import read_file
-from tessella.data.sources.images import ArrayImages, ImageSet
+from tessella.data.sources.images import ArrayImages, ImageSet, Request
 from tessella.data.sources.messages import check_split
 from tessella.errors import UserError
 from tessella.files import exclusive
@@ -24,10 +24,7 @@ _BOTH = {"train": {"train": True}, "test": {"train": False}}
 TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "cifar10": ("CIFAR10", _BOTH),
     "cifar100": ("CIFAR100", _BOTH),
-    "stl10": (
-        "STL10",
-        {split: {"split": split} for split in ("train", "test", "unlabeled", "train+unlabeled")},
-    ),
+    "stl10": ("STL10", {split: {"split": split} for split in ("train", "test", "unlabeled", "train+unlabeled")}),
     "svhn": ("SVHN", {split: {"split": split} for split in ("train", "test", "extra")}),
     "mnist": ("MNIST", _BOTH),
     "fashionmnist": ("FashionMNIST", _BOTH),
@@ -36,34 +33,28 @@ TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 }
 
 
-def open_torchvision(data: str, name: str, part: str | None, labels: bool, download: bool = True) -> ImageSet:
-    """Open a data set of torchvision, from $TESSELLA_DATA or downloaded.
-
-    Args:
-        data: the source as given, for reports.
-        name: a key of `TORCHVISION`.
-        part: a split; by default the first.
-        labels: give classes.
-        download: whether it may be fetched if it is not there.
+def open_torchvision(request: Request) -> ImageSet:
+    """Open a data set of torchvision, from $TESSELLA_DATA or downloaded; its path is a key of `TORCHVISION`.
 
     Raises:
         UserError: no such split, not there, no network, or images without a class although labels are asked for.
     """
+    data, name = request.data, request.path
     class_name, splits = TORCHVISION[name]
-    split = part or next(iter(splits))
+    split = request.part or next(iter(splits))
     check_split(data, split, list(splits))
-    dataset = _load_torchvision(data, class_name, splits[split], download)
+    dataset = _load_torchvision(data, class_name, splits[split], request.download)
     pixels = np.asarray(dataset.data)
     if pixels.ndim == 4 and pixels.shape[1] == 3:
         pixels = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
     targets = np.asarray(dataset.targets if hasattr(dataset, "targets") else dataset.labels).astype(np.int64)
-    if labels and (targets < 0).any():
+    if request.labels and (targets < 0).any():
         raise UserError(f"{data} has images without a class: use {name}::train or {name}::test, or no labels")
     return ArrayImages(
         data,
         pixels,
-        targets if labels else None,
-        classes=getattr(dataset, "classes", None) if labels else None,
+        targets if request.labels else None,
+        classes=getattr(dataset, "classes", None) if request.labels else None,
         keys=[f"{split}/{row:06d}" for row in range(len(pixels))],
     )
 
@@ -99,25 +90,21 @@ class HuggingFaceImages(ImageSet):
         return self._read(int(self.index.column("row")[row]), MAX_BYTES + 1)
 
 
-def open_hugging_face(data: str, name: str, split: str, labels: bool, cache: Path | None) -> ImageSet:
-    """Open a data set of the Hugging Face hub, or a folder that its library can load.
+def open_hugging_face(request: Request) -> ImageSet:
+    """Open a data set of the Hugging Face hub, or a folder that its library can load; its part is a split.
 
-    Args:
-        data: the source as given, for reports.
-        name: as the hub has it.
-        split: as the hub has it.
-        labels: show the classes: of the first column of class labels, or of the integers in `label`.
-        cache: folder for the index; None for the default.
+    Classes are those of the first column of class labels, or the integers in `label`.
 
     Raises:
         UserError: the package is missing, or the data set cannot be loaded or has no column of images.
     """
+    data, split = request.data, request.part or "train"
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"{data} needs the package datasets: pip install 'tessella[huggingface]'") from error
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        dataset = datasets.load_dataset(request.path, split=split)
     except Exception as error:  # of the hub, the network, the parser ...
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{data} cannot be loaded ({reason}): check name and split (::{split})") from error
@@ -135,18 +122,18 @@ def open_hugging_face(data: str, name: str, split: str, labels: bool, cache: Pat
 
     def list_rows() -> Listing:
         values = dataset[label_column] if label_column else [None] * len(dataset)
-        numbers = [-1 if value is None else int(value) for value in values]
+        labels = [-1 if value is None else int(value) for value in values]
         return Listing(
             keys=[f"{split}/{row:09d}" for row in range(len(dataset))],
             read=read,
             byte_sizes=None,
-            labels=numbers,
-            classes=classes or [str(number) for number in range(max(numbers, default=-1) + 1)],
+            labels=labels,
+            classes=classes or [str(number) for number in range(max(labels, default=-1) + 1)],
             columns={"row": range(len(dataset))},
         )
 
-    index = cached_index(["hf", name, split, dataset._fingerprint], [], list_rows, cache)
-    return HuggingFaceImages(data, index, labels, read)
+    index = cached_index(["hf", request.path, split, dataset._fingerprint], [], list_rows, request.cache)
+    return HuggingFaceImages(data, index, request.labels, read)
 
 
 def _hugging_face_labels(dataset: Any, datasets: Any) -> tuple[str | None, list[str]]:

@@ -1,4 +1,4 @@
-"""Images as a Python program has them: names, arrays, lists of files or pictures, data sets of other libraries.
+"""Images of a Python program: names, arrays, lists of files or PIL images, data sets of other libraries.
 
 A data set of your own needs two methods:
 
@@ -8,7 +8,7 @@ A data set of your own needs two methods:
     classes             optional: names of the classes, in the order of their numbers
 
 torch's and Hugging Face's data sets have them already. Every image is opened once at the start, for its size and a
-hash: resuming a run notices images that have changed. For millions of files give a folder, a list or an archive.
+hash, so that resuming a run notices images that have changed. For millions of files give a folder, list or archive.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tessella.data.decode import Unreadable, decode, upright_rgb
-from tessella.data.index import Index, columns_of
+from tessella.data.index import Index
 from tessella.data.sources import open_images
 from tessella.data.sources.files import read_file
 from tessella.data.sources.images import ArrayImages, ImageSet
@@ -37,7 +37,7 @@ _ACCEPTED = (
 
 
 def images_of(data: Any, labels: bool = False) -> ImageSet:
-    """Open what was given as images.
+    """Open images that are given in any of the module's forms.
 
     Args:
         data: see the module.
@@ -62,7 +62,7 @@ def images_of(data: Any, labels: bool = False) -> ImageSet:
 
 
 class ObjectImages(ImageSet):
-    """Images that a Python object gives one by one. Threads call `__getitem__` at the same time.
+    """Images that a Python object returns one by one. Threads call `__getitem__` at the same time.
 
     Args:
         data: see the module.
@@ -88,11 +88,10 @@ class ObjectImages(ImageSet):
         if labels and (numbers < 0).any():
             row = int(np.argmax(numbers < 0))
             raise UserError(f"image {row} has no class: give pairs (image, class number), or dictionaries with 'label'")
-        keys = [f"{row:09d}".encode() for row in range(count)]
-        columns = columns_of(keys, sizes, np.full(count, -1, dtype=np.int64), numbers)
+        keys = [f"{row:09d}" for row in range(count)]
         classes = _classes(data, int(numbers.max()) + 1) if labels else []
-        meta = {"classes": classes, "fingerprint": digest.hexdigest(), "unreadable": []}
-        super().__init__(type(data).__name__, Index(columns, meta), labels)
+        index = Index.of(keys, sizes, labels=numbers, classes=classes, fingerprint=digest.hexdigest())
+        super().__init__(type(data).__name__, index, labels)
 
     def read(self, row: int) -> NDArray[np.uint8]:  # noqa: D102
         try:
@@ -102,11 +101,10 @@ class ObjectImages(ImageSet):
 
 
 def _parts(item: Any) -> tuple[Any, int | None]:
-    """Image and class number of what a data set gave."""
+    """Image and class number of an item of a data set."""
     if isinstance(item, Mapping):
-        image = item["image"] if "image" in item else next(
-            (value for value in item.values() if isinstance(value, Image.Image)), None
-        )  # fmt: skip
+        pictures = (value for value in item.values() if isinstance(value, Image.Image))
+        image = item["image"] if "image" in item else next(pictures, None)
         label = item.get("label", item.get("labels"))
         return image, None if label is None else int(label)
     if isinstance(item, tuple | list) and len(item) == 2:

@@ -1,10 +1,10 @@
-"""A pack: images encoded anew, smaller, once; `tessella pack` writes it (`data.pack`), this reads it.
+"""A pack: smaller copies of the images; `tessella pack` writes it (`data.pack`), this module reads it.
 
     PACK/pack.json         settings, source, classes, size and sha256 of every shard; written last: no pack without it
     PACK/index/*.npy       columns of the index, memory-mapped as they are
     PACK/shard-00000.tar   JPEGs named by the row that they had in the source
 
-Keys are the source's, so that ids, and with them every random decision about an image, stay what they were.
+Keys are those of the source, so that ids, and with them every random decision about an image, stay the same.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from typing import Any
 import numpy as np
 
 from tessella import files
-from tessella.data.index import Index, columns_of, read_columns
+from tessella.data.index import Index, labels_by_folder, read_columns
 from tessella.data.sources.archives import TarImages
-from tessella.data.sources.messages import part_not_found, shown
+from tessella.data.sources.images import Request
+from tessella.data.sources.messages import part_not_found, with_parents
 from tessella.data.sources.tars import Archives
 from tessella.errors import UserError
+from tessella.text import printable
 
 FORMAT = 2
-DESCRIPTION, PACKING, COLUMNS = "pack.json", "packing.json", "index"  # PACKING: one that is being written
+DESCRIPTION, PACKING, COLUMNS = "pack.json", "packing.json", "index"  # PACKING: of an unfinished pack
 
 _NEEDED = {"ids", "sizes", "labels", "byte_sizes", "key_bytes", "key_offsets", "source_archive", "source_offset"}
 _MAX_DESCRIPTION_BYTES = 2**31
-_LEVELS_LISTED = 100_000  # keys that are looked at for parts to propose
+_KEYS_FOR_HINTS = 100_000  # keys whose folders are proposed instead of a missing part
 
 
 def is_pack(path: str) -> bool:
@@ -35,30 +37,24 @@ def is_pack(path: str) -> bool:
     return any(os.path.isfile(os.path.join(path, name)) for name in (DESCRIPTION, PACKING))
 
 
-def open_pack(data: str, path: str, part: str | None, labels: bool) -> TarImages:
-    """Open a pack as a set of images.
-
-    Args:
-        data: the source as given, for reports.
-        path: of the pack.
-        part: a folder of the images that were packed, or None.
-        labels: show the classes.
+def open_pack(request: Request) -> TarImages:
+    """Open a pack as a set of images; its part is a folder of the images that were packed.
 
     Raises:
         UserError: the pack is unfinished, damaged or of another format, or has no such part.
     """
-    folder = Path(path)
+    folder = Path(request.path)
     description = read_description(folder)
     shards = [folder / shard["file"] for shard in description["shards"]]
     for file, shard in zip(shards, description["shards"], strict=True):
         found = file.stat().st_size if file.is_file() else None
         if found != shard["bytes"]:
             state = "is missing" if found is None else f"has {found:,} bytes instead of {shard['bytes']:,}"
-            raise UserError(f"{shown(str(file))} {state}: copy the pack again, or pack the images anew")
+            raise UserError(f"{printable(str(file))} {state}: copy the pack again, or pack the images again")
     index = Index(_columns(folder, description), description)
-    if part:
-        index = _part(data, index, part)
-    return TarImages(data, index, labels, Archives([str(file) for file in shards]))
+    if request.part:
+        index = _part(request.data, index, request.part)
+    return TarImages(request.data, index, request.labels, Archives([str(file) for file in shards]))
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -69,7 +65,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     path = folder / DESCRIPTION
     if not os.path.lexists(path):
-        raise UserError(f"{shown(str(folder))} is a pack that is not finished: give the same `tessella pack` once more")
+        raise UserError(
+            f"{printable(str(folder))} is a pack that is not finished: give the same `tessella pack` once more"
+        )
     try:
         content = files.read_json(path, _MAX_DESCRIPTION_BYTES)
         number = content["format"]
@@ -77,11 +75,11 @@ def read_description(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         number, whole = FORMAT, False
     if not whole:
-        raise UserError(f"{shown(str(path))} is damaged: copy the pack again, or pack the images again")
+        raise UserError(f"{printable(str(path))} is damaged: copy the pack again, or pack the images again")
     if number != FORMAT:
         raise UserError(
-            f"{shown(str(folder))} is a pack of format {shown(str(number))[:20]}; this version reads format {FORMAT}: "
-            "pack the images again"
+            f"{printable(str(folder))} is a pack of format {printable(str(number))[:20]}; this version reads format "
+            f"{FORMAT}: pack the images again"
         )
     return content
 
@@ -108,8 +106,8 @@ def _columns(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
         _check_columns(columns, description["images"], len(description["classes"]))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the index of {shown(str(folder))} is damaged ({shown(str(error))[:200]}): copy the pack again, or pack "
-            "the images again"
+            f"the index of {printable(str(folder))} is damaged ({printable(str(error))[:200]}): copy the pack again, "
+            "or pack the images again"
         ) from None
     return columns
 
@@ -141,18 +139,13 @@ def _part(data: str, index: Index, part: str) -> Index:
     below = f"{part}/"
     rows = [row for row in range(len(index)) if index.key(row).startswith(below)]
     if not rows:
-        known = (index.key(row).split("/")[:-1] for row in range(min(len(index), _LEVELS_LISTED)))
-        folders = {"/".join(names[: depth + 1]) for names in known for depth in range(len(names))}
-        raise UserError(part_not_found(data, part, sorted(folders)))
+        folders = {index.key(row).rpartition("/")[0] for row in range(min(len(index), _KEYS_FOR_HINTS))}
+        raise UserError(part_not_found(data, part, with_parents(folders)))
     keys = [index.key(row).removeprefix(below) for row in rows]
-    names = [key.partition("/")[0] if "/" in key else None for key in keys]
-    classes = sorted({name for name in names if name is not None})
-    number = {name: label for label, name in enumerate(classes)}
-    labels = np.array([-1 if name is None else number[name] for name in names])
-    columns = columns_of(
-        [key.encode("utf-8", "surrogateescape") for key in keys], index.sizes[rows], index.byte_sizes[rows], labels
+    labels, classes = labels_by_folder(keys)
+    unreadable = [(key.removeprefix(below), reason) for key, reason in index.unreadable if key.startswith(below)]
+    sizes, byte_sizes = index.sizes[rows], index.byte_sizes[rows]
+    places = {f"source_{name}": index.column(name)[rows] for name in ("archive", "offset")}
+    return Index.of(
+        keys, sizes, byte_sizes=byte_sizes, labels=labels, classes=classes, unreadable=unreadable, columns=places
     )
-    for name in ("archive", "offset"):
-        columns[f"source_{name}"] = index.column(name)[rows]
-    unreadable = [(key.removeprefix(below), why) for key, why in index.unreadable if key.startswith(below)]
-    return Index.of_columns(columns, classes, unreadable)

@@ -30,7 +30,7 @@ from tessella.errors import UserError
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 _MAX_OPEN = 256  # archives held open, of the 1024 files that a process may usually have
-_MAX_HEADER = 2**20  # bytes; longest extended header that is believed
+_MAX_HEADER = 2**20  # bytes; longest extended header that is accepted
 _COPY_CHUNK = 2**22  # bytes
 _MAX_RATIO = 100  # decompressed / compressed bytes; photos stay below 2, drawings below 50
 _ALWAYS_ALLOWED = 2**26  # decompressed bytes, whatever the ratio
@@ -69,17 +69,17 @@ class Archives:
     @contextlib.contextmanager
     def _descriptor(self, archive: int) -> Iterator[int]:
         with self._lock:
-            kept = self._descriptors.get(archive)
-            if kept is None and len(self._descriptors) < self._most_open:
-                kept = self._descriptors[archive] = os.open(self.paths[archive], os.O_RDONLY | os.O_CLOEXEC)
-        if kept is not None:
-            yield kept
+            descriptor = self._descriptors.get(archive)
+            if descriptor is None and len(self._descriptors) < self._most_open:
+                descriptor = self._descriptors[archive] = os.open(self.paths[archive], os.O_RDONLY | os.O_CLOEXEC)
+        if descriptor is not None:
+            yield descriptor
             return
-        passing = os.open(self.paths[archive], os.O_RDONLY | os.O_CLOEXEC)
+        temporary = os.open(self.paths[archive], os.O_RDONLY | os.O_CLOEXEC)
         try:
-            yield passing
+            yield temporary
         finally:
-            os.close(passing)
+            os.close(temporary)
 
 
 def _files_allowed() -> int:
@@ -95,17 +95,14 @@ def _files_allowed() -> int:
 def walk_tar(
     path: str, suffixes: tuple[str, ...], passed_over: Counter[str] | None = None
 ) -> tuple[list[Member], list[tuple[str, str]]]:
-    """All images of one .tar, and what looks like an image but is not readable in place.
+    """All images of one uncompressed .tar, and (name, reason) of those that cannot be read in place.
 
-    Hidden members and those with other suffixes are passed over, as in folders.
+    The name is "" for the archive as a whole. Hidden members and those with other suffixes are left out, as in folders.
 
     Args:
-        path: of an uncompressed archive.
+        path: of the archive.
         suffixes: of images, in lower case.
         passed_over: receives the number of other files by ending.
-
-    Returns:
-        Members in the archive's order, and (name, reason) pairs; the name is "" for the archive as a whole.
     """
     members: list[Member] = []
     unreadable: list[tuple[str, str]] = []
@@ -117,7 +114,7 @@ def walk_tar(
             end_of_file, before = os.fstat(file.fileno()).st_size, -1
             while (entry := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep a kilobyte per member
-                if tar.offset <= before:  # a negative size leads back, and round and round
+                if tar.offset <= before:  # a negative size leads back, without end
                     raise tarfile.ReadError(f"the header at byte {entry.offset} claims {entry.size} bytes")
                 before = tar.offset
                 name = entry.name.removeprefix("./").lstrip("/")
@@ -134,15 +131,15 @@ def walk_tar(
                     members.append(Member(name, entry.offset_data, entry.size))
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                # tarfile takes a header that it cannot parse for the end.
+                # tarfile ends at a header that it cannot parse.
                 unreadable.append(("", f"damaged header at byte {tar.offset}; what follows is not read"))
-    except Exception as error:  # headers are foreign data: tarfile can raise anything over them
+    except Exception as error:  # headers are foreign data: tarfile can raise anything
         unreadable.append(("", f"damaged or truncated archive: {' '.join(str(error).split())[:200]}"))
     return members, unreadable
 
 
 def tar_on_disk(path: str, cache: Path) -> str:
-    """Path of an uncompressed archive: the given one, or a copy of a .tar.gz in the cache, made if need be.
+    """Path of an uncompressed archive: the given one, or a copy of a .tar.gz in the cache, made if missing.
 
     Raises:
         UserError: the archive is damaged, or there is no room for the copy.
@@ -168,7 +165,7 @@ def tar_on_disk(path: str, cache: Path) -> str:
 
 
 def _decompress(path: str, copy: Path, compressed_bytes: int) -> None:
-    """Decompress under a temporary name in the same folder, then rename: the copy is whole or absent."""
+    """Make the decompressed copy, whole or not at all."""
     shown = os.path.basename(path)
     try:
         files.make_folder(copy.parent)
