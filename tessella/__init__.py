@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         demo,
         embed,
         evaluate,
+        export,
         import_weights,
         load_backbone,
         pack,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _FUNCTIONS = (
-    *("bench", "compare", "demo", "embed", "evaluate", "import_weights", "load_backbone", "pack", "pretrain"),
+    *("bench", "compare", "demo", "embed", "evaluate", "export", "import_weights", "load_backbone", "pack", "pretrain"),
     *("resume", "scan", "write_report"),
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "demo",
     "embed",
     "evaluate",
+    "export",
     "import_weights",
     "load_backbone",
     "pack",

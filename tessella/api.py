@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from tessella.data.pack import Packed
     from tessella.data.sources import ImageSet
+    from tessella.formats.export import Exported
     from tessella.modules.backbone import Backbone
     from tessella.protocols.features import Features
     from tessella.recipes.suggest import Scan
@@ -71,6 +72,7 @@ else:  # as words of the command line; torch and numpy are not imported for it
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Formats: TypeAlias = tuple[Literal["hub", "onnx", "pt2", "torchvision", "safetensors"], ...]
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -457,6 +459,45 @@ def import_weights(file: FilePath, *, out: FilePath, from_: str = "auto") -> Off
     from tessella.weights.imported import import_weights as convert
 
     return convert(Path(file), Path(out), from_)
+
+
+@_command
+def export(
+    backbone: FilePath,
+    out: FilePath,
+    *,
+    to: Formats = (),
+    data: Images | None = None,
+    push: str | None = None,
+) -> Exported:
+    """Write a backbone for other libraries; each of them loads it back, and what it computes is compared.
+
+    OUT/README.md is a model card, OUT/check.json the largest differences on real images. Above 1e-5 relative, nothing
+    is written.
+
+    Args:
+        backbone: a run, imported or official weights, torchvision:NAME, timm:NAME, or random:NAME.
+        out: folder of the files; missing or empty.
+        to: hub (timm and transformers), onnx, pt2 (torch.export), torchvision, safetensors; default: all that can
+            carry the network.
+        data: images to compare on; default: two photographs that scikit-learn brings.
+        push: OWNER/NAME of a repository on the Hugging Face hub to upload OUT to, with the login of huggingface-hub;
+            a new repository is private.
+
+    Returns:
+        The differences; `grid()` is what the command prints.
+
+    Raises:
+        UserError: a format cannot carry the network (the text says which can), or a tool computes something else.
+    """
+    from tessella.data.sources.objects import images_of
+    from tessella.formats.export import export as write_formats
+    from tessella.formats.model import Model
+    from tessella.weights.resolve import resolve_backbone
+
+    model = Model.of(resolve_backbone(str(backbone)))
+    images = None if data is None else images_of(data)
+    return write_formats(model, Path(out), to, source=Path(backbone), images=images, push=push)
 
 
 def _network(backbone: Network, image_size: int | None) -> Any:

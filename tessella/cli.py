@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 
 _HELP = ("-h", "--help")
-_WORK_GOES_TO_FILES = ("demo", "pack", "pretrain", "resume", "evaluate", "embed", "import", "report")
+_WORK_GOES_TO_FILES = ("demo", "pack", "pretrain", "resume", "evaluate", "embed", "import", "export", "report")
 _SHOWN_UNREADABLE = 20  # files that `scan` lists with their reason
 
 
@@ -374,6 +374,13 @@ def _show_import(official: Any, given: dict[str, Any]) -> None:
     print(f"Train on it:  tessella pretrain RECIPE --data DATA --out RUN --init-from {name}")
 
 
+def _show_export(exported: Any, given: dict[str, Any]) -> None:
+    exported.grid().show()
+    _show_written(given["out"], given, ", with README.md and check.json")
+    if exported.page:
+        print(printable(f"On the hub: {exported.page}"))
+
+
 def _show_comparison(comparison: Any, given: dict[str, Any]) -> None:
     if given.get("out") is not None:
         _show_written(given["out"], given)
@@ -558,6 +565,11 @@ COMMANDS: dict[str, Command] = {
         "FILE --out DIR [--from PROJECT]",
         "official checkpoints of the five methods, and ResNets, in",
         _derived("import_weights", ("file",), _show_import),
+    ),
+    "export": Command(
+        "BACKBONE --out FOLDER [--to hub onnx pt2 torchvision safetensors] [--push OWNER/NAME]",
+        "write a backbone for timm, transformers, onnxruntime, torch, torchvision; compared",
+        _derived("export", ("backbone",), _show_export),
     ),
     "report": Command(
         "RUN",

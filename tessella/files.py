@@ -215,7 +215,7 @@ def writing(path: Path, *, inside: Path | None = None, needed: int = 0, lasting:
                 folder.sync()
 
 
-def write_bytes(path: Path, data: bytes, *, inside: Path | None = None, lasting: bool = True) -> None:
+def write_bytes(path: Path, data: bytes | memoryview, *, inside: Path | None = None, lasting: bool = True) -> None:
     """Write a file, whole or not at all; arguments and errors as `writing`."""
     with writing(path, inside=inside, needed=len(data), lasting=lasting) as file:
         file.write(data)

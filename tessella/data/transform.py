@@ -24,7 +24,7 @@ from tessella.errors import UserError
 from tessella.ops.augment import normalise
 
 MAX_SIDE = 4096  # pixels
-_LONGEST_STRIP = 16  # longer side / shorter side that is resized whole
+LONGEST_STRIP = 16  # longer side / shorter side that is resized whole
 
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -134,8 +134,8 @@ def _shorter_side(image: NDArray[np.uint8], resize: int, interpolation: str) -> 
     # Of an extreme strip only the middle, which contains the crop: 20000 x 1 pixels would become gigabytes.
     height, width, _ = image.shape
     shorter = min(height, width)
-    top = max(0, height - _LONGEST_STRIP * shorter) // 2
-    left = max(0, width - _LONGEST_STRIP * shorter) // 2
+    top = max(0, height - LONGEST_STRIP * shorter) // 2
+    left = max(0, width - LONGEST_STRIP * shorter) // 2
     image = image[top : height - top, left : width - left]
     height, width, _ = image.shape
     return resize_pixels(image, resize * height // shorter, resize * width // shorter, interpolation)

@@ -114,17 +114,22 @@ def _timm_network(name: str, config: BackboneConfig) -> Any:
     options: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     if config.pool == "average":
         options["global_pool"] = ""  # none: the mean is taken over the normalised positions
-    # Crops of several sizes go through one network.
-    if timm.models.is_model_in_modules(name, ["swin_transformer", "swin_transformer_v2"]):
-        options["strict_img_size"] = False
-    elif timm.models.is_model_in_modules(name, ["vision_transformer", "deit", "eva"]):
-        options["dynamic_img_size"] = True
     try:
-        return timm.create_model(name, pretrained=False, num_classes=0, **options)
+        return timm.create_model(name, pretrained=False, num_classes=0, **timm_options(name), **options)
     except (TypeError, AssertionError, RuntimeError) as error:  # RuntimeError: a tag that timm does not know
         raise UserError(
             f"{config.name} cannot be built with drop_path={config.drop_path}, pool={config.pool}: {error}"
         ) from None
+
+
+def timm_options(name: str) -> dict[str, Any]:
+    """What makes a network of timm take crops of several sizes, as arguments of `timm.create_model`."""
+    import timm
+
+    if timm.models.is_model_in_modules(name, ["swin_transformer", "swin_transformer_v2"]):
+        return {"strict_img_size": False}
+    takes_any = not timm.models.is_model_in_modules(name, ["vision_transformer", "deit", "eva"])
+    return {} if takes_any else {"dynamic_img_size": True}
 
 
 def _small_stem(net: Any, config: BackboneConfig) -> None:

@@ -52,8 +52,7 @@ def write_names(run: Path, images: ImageSet) -> None:
     Raises:
         UserError: the disk is full.
     """
-    path = run / NAME
-    if len(images) > _MOST_IMAGES or _fingerprint_in(path) == images.fingerprint:
+    if len(images) > _MOST_IMAGES or known_images(run)[0] == images.fingerprint:
         return
     name_bytes, offsets = images.index.encoded_keys
     tensors = {
@@ -63,7 +62,7 @@ def write_names(run: Path, images: ImageSet) -> None:
         "name_offsets": _tensor(offsets),
         "fingerprint": _tensor(np.frombuffer(images.fingerprint.encode(), dtype=np.uint8)),
     }
-    files.write_tensors(path, tensors)
+    files.write_tensors(run / NAME, tensors)
 
 
 def changes(run: Path, images: ImageSet, fingerprint: str, other_contents: list[str]) -> str:
@@ -76,9 +75,8 @@ def changes(run: Path, images: ImageSet, fingerprint: str, other_contents: list[
         other_contents: from `changed_contents`.
     """
     added, removed, encoded_again = [], [], set(other_contents)
-    path = run / NAME
-    if fingerprint != images.fingerprint and _fingerprint_in(path) == fingerprint:
-        saved = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    if fingerprint != images.fingerprint and known_images(run)[0] == fingerprint:
+        saved = {name: tensor.numpy() for name, tensor in load_file(run / NAME).items()}
         _, now, before = np.intersect1d(images.ids, saved["ids"], return_indices=True)
         other_sizes = (_sizes(images)[now] != saved["looks"][before]).any(axis=1)
         encoded_again |= {images.key(row) for row in now[other_sizes].tolist()}
@@ -113,14 +111,15 @@ def _name(saved: dict[str, NDArray[np.int64]], row: int) -> str:
     return saved["name_bytes"][start:end].tobytes().decode("utf-8", "backslashreplace")
 
 
-def _fingerprint_in(path: Path) -> str:
-    """The fingerprint of the images in a file of names; empty if the file is missing or damaged."""
+def known_images(run: Path) -> tuple[str, int]:
+    """The fingerprint and number of a run's images; empty and 0 if the file of names is missing or damaged."""
     try:
-        files.open_regular(path).close()  # safetensors would wait for a pipe
-        with safe_open(path, "pt") as file:
-            return bytes(file.get_tensor("fingerprint").tolist()).decode("ascii", "replace")
-    except (OSError, SafetensorError, ValueError):
-        return ""
+        files.open_regular(run / NAME).close()  # safetensors would wait for a pipe
+        with safe_open(run / NAME, "pt") as file:
+            fingerprint = bytes(file.get_tensor("fingerprint").tolist()).decode("ascii", "replace")
+            return fingerprint, file.get_slice("ids").get_shape()[0]
+    except (OSError, SafetensorError, ValueError, IndexError):
+        return "", 0
 
 
 def _tensor(values: NDArray[np.generic]) -> Tensor:

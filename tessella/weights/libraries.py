@@ -18,15 +18,16 @@ from torch import Tensor
 from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.files import read_json
-from tessella.modules.backbone import BackboneConfig
+from tessella.modules.backbone import BackboneConfig, build_backbone
 from tessella.modules.resnet import LAYERS
 from tessella.run.config import from_dict
 from tessella.weights.files import read_file
 from tessella.weights.official import infer_resnet, unwrap
 
-_CONFIG = "config.json"  # of a folder that timm writes
+CONFIG = "config.json"  # of a folder that timm writes
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # beside it
+OWN_FACTS = "tessella"  # in config.json, if `tessella export` wrote it
 _MOST_BYTES = 1 << 20  # of config.json
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # beside it
 
 
 class Pretrained(NamedTuple):
@@ -79,7 +80,7 @@ def timm_network(given: str) -> Pretrained:
         return _timm_of_file(name, Path(file), {})
     path = Path(name)
     if not timm.is_model(name) and path.exists():
-        return _timm_of_folder(path)
+        return timm_folder(path)
     _refuse_unknown(name)
     try:
         net: Any = timm.create_model(name, pretrained=True, num_classes=0)
@@ -96,19 +97,38 @@ def is_local(given: str) -> bool:
     return bool(file) or (not timm.is_model(name) and Path(name).exists())
 
 
-def _timm_of_folder(path: Path) -> Pretrained:
+def timm_folder(path: Path) -> Pretrained:
+    """The network in a folder that timm or `tessella export` wrote, or in a weights file beside its config.json.
+
+    Raises:
+        UserError: it is none, or its weights do not fit.
+    """
     folder = path if path.is_dir() else path.parent
-    if path.is_file() and not (folder / _CONFIG).is_file():
+    if path.is_file() and not (folder / CONFIG).is_file():
         raise UserError(f"{path} does not say which network it is of: give timm:NAME={path}")
-    config = read_json(folder / _CONFIG, _MOST_BYTES)
+    config = read_json(folder / CONFIG, _MOST_BYTES)
     name = config.get("architecture") if isinstance(config, dict) else None
     facts = config.get("pretrained_cfg", {}) if isinstance(name, str) else None
     if not isinstance(name, str) or not isinstance(facts, dict):
-        raise UserError(f"{folder / _CONFIG} is not a config.json of timm: it names no architecture")
-    files = [path] if path.is_file() else [folder / file for file in _WEIGHTS if (folder / file).is_file()]
+        raise UserError(f"{folder / CONFIG} is not a config.json of timm: it names no architecture")
+    files = [path] if path.is_file() else [folder / file for file in WEIGHTS if (folder / file).is_file()]
     if not files:
-        raise UserError(f"{folder} holds no weights of timm: expected {' or '.join(_WEIGHTS)}")
+        raise UserError(f"{folder} holds no weights of timm: expected {' or '.join(WEIGHTS)}")
+    own = config.get(OWN_FACTS)
+    if isinstance(own, dict):
+        return _exported(files[0], own)
     return _timm_of_file(name, files[0], facts)
+
+
+def _exported(file: Path, facts: Mapping[str, Any]) -> Pretrained:
+    """What `tessella export` wrote, with its own network and transform."""
+    backbone = from_dict(BackboneConfig, facts.get("architecture"), f"{OWN_FACTS}.architecture of {file.parent}")
+    transform = from_dict(EvalTransform, facts.get("transform"), f"{OWN_FACTS}.transform of {file.parent}")
+    prefix = "net." if backbone.name.startswith("timm:") else ""
+    with torch.device("meta"):
+        names = build_backbone(backbone).state_dict()  # without a classifier
+    tensors = {prefix + key: value for key, value in read_file(file).items() if prefix + key in names}
+    return Pretrained(backbone, tensors, transform)
 
 
 def _timm_of_file(name: str, file: Path, facts: Mapping[str, Any]) -> Pretrained:

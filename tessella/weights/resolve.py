@@ -22,13 +22,14 @@ from tessella.run.backbone_file import BackboneFile, read_backbone, tensors_sha2
 from tessella.run.config import from_dict
 from tessella.run.folder import RunFolder, eval_transform
 from tessella.weights.imported import is_imported, read_imported
-from tessella.weights.libraries import Pretrained, is_local, timm_network, torchvision_network
+from tessella.weights.libraries import CONFIG, Pretrained, is_local, timm_folder, timm_network, torchvision_network
 from tessella.weights.official import SETTING, Official, official_transform, read_official
 
 _ACCEPTED = (
-    "give a run folder, a folder of `tessella import`, an official checkpoint or a ResNet's weights (.pth, .pth.tar, "
-    ".pt, .torch, .safetensors), torchvision:NAME or timm:NAME for a pretrained network, timm:FOLDER or timm:NAME=FILE "
-    "for one that is here, or random:NAME (for example random:resnet18, or random:resnet18?stem=small&width=32&size=32)"
+    "give a run folder, a folder of `tessella import` or `tessella export`, an official checkpoint or a ResNet's "
+    "weights (.pth, .pth.tar, .pt, .torch, .safetensors), torchvision:NAME or timm:NAME for a pretrained network, "
+    "timm:FOLDER or timm:NAME=FILE for one that is here, or random:NAME (for example random:resnet18, or "
+    "random:resnet18?stem=small&width=32&size=32)"
 )
 _BACKBONE = "backbone."
 
@@ -62,7 +63,7 @@ def resolve_backbone(spec: str, *, image_size: int | None = None, seed: int = 0)
     not kept them.
 
     Args:
-        spec: RUN | IMPORTED | FILE | torchvision:NAME | timm:NAME | timm:FOLDER | timm:NAME=FILE |
+        spec: RUN | IMPORTED | EXPORTED | FILE | torchvision:NAME | timm:NAME | timm:FOLDER | timm:NAME=FILE |
             random:NAME[?width=..&stem=..&size=..].
         image_size: pixels of the evaluated crop; default: the run's or the network's, or 224.
         seed: of a random initialisation.
@@ -125,7 +126,7 @@ def read_weights(spec: str, *, image_size: int | None = None, download: bool = T
     if library == "timm":
         return _described(timm_network(network), spec, image_size)
     if path.is_dir():
-        return _official(read_imported(path), path.name, image_size) if is_imported(path) else _run(path, image_size)
+        return _folder(path, image_size)
     if path.exists():
         return _file(path, image_size)
     raise UserError(f"{spec!r} names no backbone: {_ACCEPTED}")
@@ -178,6 +179,17 @@ def _load(module: nn.Module, tensors: dict[str, Tensor], weights: Weights) -> No
         raise UserError(
             f"the weights of {weights.name} do not fit its settings, {weights.backbone.name}: {reason}"
         ) from None
+
+
+def _folder(path: Path, image_size: int | None) -> Weights:
+    if is_imported(path):
+        return _official(read_imported(path), path.name, image_size)
+    if not (path / "config.yaml").exists():  # no run
+        if (path / CONFIG).is_file():
+            return _described(timm_folder(path), path.name, image_size)
+        if (path / "backbone.safetensors").is_file():
+            return _file(path / "backbone.safetensors", image_size)
+    return _run(path, image_size)
 
 
 def _run(path: Path, image_size: int | None) -> Weights:

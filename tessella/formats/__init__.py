@@ -1,0 +1,1 @@
+"""A backbone for other libraries: written in their formats, loaded back by them, compared, described."""
