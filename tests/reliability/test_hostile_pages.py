@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -14,13 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from tessella.atlas import page as atlas_page
+from tessella.atlas.content import Group
 from tessella.modules.backbone import BackboneConfig
 from tessella.report.compare import compare
 from tessella.report.evaluation import write_pages
+from tessella.text import printable
+from tests.atlas.contents import generated
+from tests.browser import CHROMIUM, Browser
 from tests.report.test_evaluation import record
 from tests.report.test_run_report import Elements, clusters, images, page_of, run_folder, write_log
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 CALL = "document.documentElement.setAttribute('ran','yes')"  # what a dump of the page would show
 
@@ -158,3 +163,110 @@ def test_a_real_browser_runs_nothing_and_asks_for_nothing(tmp_path, asked):
     policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     naked.write_text(f"<!doctype html><html><head>{policy}</head><body>{texts}</body></html>", errors="replace")
     assert 'ran="yes"' not in in_browser(naked, tmp_path / "profile") and requests == []
+
+
+# --- the page of an atlas, which has a program of its own ---
+
+
+def atlas(folder: Path, names: list[str]) -> Path:
+    """The page of an atlas with an attack in each place that takes a text."""
+    every = " ".join(names)
+    n = 40
+    content = generated(
+        n,
+        title=every,
+        banner=names,
+        stages=[(name, name) for name in names],
+        facts=dict(zip(names, names, strict=True)),
+        keys=[names[row % len(names)] for row in range(n)],
+        href=[names[row % len(names)] for row in range(n)],
+        labels=[names[row % len(names)] for row in range(n)],
+        inbox=[Group(name, [row, row + 1], name) for row, name in enumerate(names)],
+        unreadable=[(name, name) for name in names],
+        events=[{"action": "name", "clusters": [str(a + 1)], "name": name} for a, name in enumerate(names[:3])]
+        + [{"action": "name", "clusters": [name], "name": name} for name in names],
+    )
+    return atlas_page.write_page(content, folder)
+
+
+def sha256(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def test_the_atlas_runs_its_own_program_and_no_other(tmp_path, monkeypatch):
+    for limit in (30_000, 10):  # one file; with scripts of pictures
+        monkeypatch.setattr(atlas_page, "_ONE_FILE", limit)
+        page = atlas(tmp_path, attacks()).read_text(encoding="utf-8")
+        scripts = re.findall(r"<script([^>]*)>(.*?)</script>", page, re.DOTALL)
+        programs = [text for attributes, text in scripts if not attributes]
+        kinds = {attributes for attributes, _ in scripts} - {""}
+        assert len(programs) == 1 and not [
+            kind for kind in kinds if not re.match(r' type="(text/plain|application/json)"', kind)
+        ]
+        (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+        policies = [a["content"] for tag, a in Elements(page).tags if tag == "meta" and "http-equiv" in a]
+        own = f"script-src {sha256(programs[0])}"
+        common = f"style-src {sha256(style)}; img-src data: blob:; base-uri 'none'; form-action 'none'"
+        if limit == 30_000:
+            assert policies == [f"default-src 'none'; {own}; {common}"]
+        else:
+            assert policies == [f"default-src 'none'; {own} 'strict-dynamic'; {common}", f"{own} 'self' file:"]
+        assert page.index("Content-Security-Policy") < 300
+        for tag, attributes in Elements(page).tags:
+            assert not [key for key in attributes if key.startswith("on")], (tag, attributes)
+            assert "src" not in attributes and tag not in ("iframe", "object", "embed", "base", "form"), tag
+        assert not re.search("[\u202a-\u202e\u2066-\u2069\x00\x1b\u2028\ud800]", page)
+        assert "<!--" not in page and "1337" not in page
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
+def test_hostile_names_are_letters_wherever_the_atlas_shows_them(tmp_path, asked):
+    server, requests = asked
+    names = attacks(server)
+    page = atlas(tmp_path, [*names, "x" * 4000])
+    with Browser(tmp_path / "profile") as browser:
+        browser.look(1400, 900)
+        browser.open(page)
+        browser.press("2")
+        for row, name in enumerate(names):
+            browser.run(f"document.getElementById('tile-{row}').click()")
+            assert browser.run("document.querySelector('#details h2').textContent") == printable(name)
+            link = browser.run("document.querySelector('#details p a')?.protocol ?? ''")
+            assert link in ("", "file:", "http:", "https:")
+        browser.press("3", "/")
+        browser.type("script")
+        assert "script>" in browser.run("document.getElementById('view-inbox').textContent")
+        assert "script>" in browser.run("document.getElementById('tree').textContent")
+        browser.press("Escape")
+        browser.click("#node-1")
+        browser.press("n")
+        assert "script>" in browser.run("document.getElementById('bar').textContent")  # names to choose from
+        browser.press("Escape", "1")
+        browser.run("document.querySelector('details').open = true")
+        seen = browser.run("document.documentElement.outerHTML")
+        assert browser.run("document.documentElement.getAttribute('ran')") is None
+        made = "iframe, object, base, form, meta[http-equiv=refresh], [onload], [onerror]"
+        assert browser.run(f"document.querySelectorAll('{made}').length") == 0
+        assert not re.search(
+            "[\u202a-\u202e\u2066-\u2069\x00\x1b\u2028]", re.sub(r"<script.*?</script>", "", seen, flags=re.DOTALL)
+        )
+        assert browser.errors() == [] and browser.requests() == [page.as_uri()]
+    assert requests == []
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
+def test_the_policy_of_the_atlas_alone_stops_what_an_escape_forgot(tmp_path, asked, monkeypatch):
+    server, requests = asked
+    (tmp_path / "evil.js").write_text(CALL)
+    evil = "".join(text for text in attacks(server)[:12] if "refresh" not in text and "</textarea>" not in text)
+    evil += "<script src=evil.js></script><script src=page/evil.js></script>"
+    with Browser(tmp_path / "profile") as browser:
+        for limit in (30_000, 10):
+            monkeypatch.setattr(atlas_page, "_ONE_FILE", limit)
+            page = atlas(tmp_path, ["a.jpg"])
+            page.write_text(page.read_text(encoding="utf-8").replace("<noscript>", evil + "<noscript>"))
+            browser.open(page)
+            browser.wait("document.querySelector('.tile, .overlay')")
+            assert browser.run("document.documentElement.getAttribute('ran')") is None
+            assert browser.errors()  # the browser says what it has refused
+    assert requests == []

@@ -109,6 +109,7 @@ function nameOf(path) {
 }
 
 const titleOf = (path) => (nameOf(path) ? `${nameOf(path)} (${path})` : `cluster ${path}`);
+const stepOf = (path) => (state.resolved.names.has(path) ? `${path} ${state.resolved.names.get(path)}` : path);
 const isNamed = (node) => Boolean(nameOf(node.path)) || (node.inner.length > 0 && node.inner.every(isNamed));
 const nodeOf = (row) => state.nodes.get(state.resolved.paths[row]);
 
@@ -386,7 +387,7 @@ function treeItem(node) {
     showTree();
   } }, node.inner.length ? (open ? "▾" : "▸") : ""),
   treePicture(node),
-  element("span", { class: "name" }, own || element("i", {}, name || commonLabel(node) || `cluster ${node.path}`),
+  element("span", { class: "name" }, own ? element("span", {}, own) : element("i", {}, name || commonLabel(node) || `cluster ${node.path}`),
     (name || commonLabel(node)) && element("small", {}, node.path)),
   element("span", { class: "size" }, number(node.rows.length)),
   element("input", { type: "checkbox", tabindex: "-1", "aria-label": `Choose cluster ${node.path} too`, onclick: (event) => {
@@ -431,7 +432,7 @@ function showBar() {
   const trail = element("nav", { class: "trail", "aria-label": "Cluster path" });
   if (node && state.chosen.size === 1 && !state.list) {
     for (const above of [...pathsUp(path)].reverse()) {
-      trail.append(element("a", { href: "#", onclick: (event) => { event.preventDefault(); choose(above); } }, nameOf(above) ? `${above} ${nameOf(above)}` : above));
+      trail.append(element("a", { href: "#", onclick: (event) => { event.preventDefault(); choose(above); } }, stepOf(above)));
     }
   }
   const actions = [];
@@ -457,12 +458,12 @@ function showNaming() {
   let highlighted = -1;
   const field = element("input", { id: "name", type: "text", autocomplete: "off", maxlength: 200, role: "combobox", "aria-expanded": "true",
     "aria-controls": "names", "aria-label": `Name of ${what}`, placeholder: "Name", value: images ? "" : nameOf(paths[0]) });
-  const fill = () => {
+  const fill = (text) => {
     highlighted = -1;
-    list.replaceChildren(...suggestions(field.value).map((name) => element("button", { type: "button", role: "option", tabindex: "-1", "aria-selected": "false",
+    list.replaceChildren(...suggestions(text).map((name) => element("button", { type: "button", role: "option", tabindex: "-1", "aria-selected": "false",
       onclick: () => acceptName(name) }, name)));
   };
-  field.addEventListener("input", fill);
+  field.addEventListener("input", () => fill(field.value));
   field.addEventListener("keydown", (event) => {
     if (event.isComposing) return;
     if (event.key === "Enter") acceptName(highlighted >= 0 ? list.children[highlighted].textContent : field.value);
@@ -477,7 +478,7 @@ function showNaming() {
     event.preventDefault();
     event.stopPropagation();
   });
-  fill();
+  fill("");  // all, also where there is a name already
   const form = element("div", { class: "naming" },
     element("div", { class: "sample" }, ordered(rowsShown, "typical").slice(0, 8).map(thumbnail)),
     element("label", { for: "name" }, `Name of ${what}`),
@@ -530,7 +531,7 @@ function showDetails() {
   const facts = [["Size", `${number(width)} × ${number(height)} pixels`]];
   if (node) {
     facts.push(["Cluster", element("span", {}, [...pathsUp(node.path)].reverse().map((path) => element("a", { href: "#", class: "step",
-      onclick: (event) => { event.preventDefault(); choose(path); } }, nameOf(path) ? `${path} ${nameOf(path)}` : path)))]);
+      onclick: (event) => { event.preventDefault(); choose(path); } }, stepOf(path))))]);
   }
   facts.push(["Name", label || element("i", {}, "none yet")]);
   if (labelOf(row)) facts.push(["Label from before", labelOf(row)]);
@@ -721,7 +722,7 @@ function showHelp() {
     element("p", {}, "Look at a cluster on the wall, press N, and type what its images have in common. Split what is mixed, merge what belongs together. The inbox has copies and odd images."),
     element("p", {}, "Nothing leaves this page, and no image is changed. What you decide is kept in this browser; “Save names” writes it as names.json, which “tessella label” reads."),
     element("dl", { class: "keys" }, KEYS.map(([key, text]) => element("div", {}, element("dt", {}, element("kbd", {}, key)), element("dd", {}, text)))),
-  ], [["Close", null, "primary"]]);
+  ], [["Close", null, "primary"], ["Load names…", () => $("file").click()]]);
 }
 
 function showBanner() {

@@ -3,10 +3,11 @@
 const ARRAYS = {
   i1: Int8Array, u1: Uint8Array, i2: Int16Array, u2: Uint16Array, i4: Int32Array, f4: Float32Array, i8: BigInt64Array,
 };
-const DECODED_SHEETS = 24;  // kept, of at most 2.4 MB each
-const LOADED_SCRIPTS = 24;  // kept, of about 1 MB each
+const DECODED_SHEETS = 16;  // kept, of at most 2.4 MB each
+const LOADED_SCRIPTS = 6;  // kept, of about 1.5 MB each
 
 const content = JSON.parse(document.getElementById("content").textContent);
+document.getElementById("content").remove();  // tens of megabytes
 const count = content.count;
 const rows = unpackAll(content.arrays);
 const ids = Array.from(rows.ids, String);
@@ -18,13 +19,17 @@ function unpackAll(arrays) {
   const unpacked = {};
   for (const [name, packed] of Object.entries(arrays)) {
     if (packed === null) continue;
-    const text = atob(packed.data);
-    const bytes = new Uint8Array(text.length);
-    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-    unpacked[name] = new ARRAYS[packed.kind](bytes.buffer);
+    unpacked[name] = new ARRAYS[packed.kind](bytesOfBase64(packed.data).buffer);
   }
   content.arrays = null;  // the texts are needed no more
   return unpacked;
+}
+
+function bytesOfBase64(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const text = atob(base64), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
 }
 
 /** Text on one line, every character that could steer the reader's eye written out; as tessella/text.py. */
@@ -91,7 +96,8 @@ const sheets = {
 
   async work() {
     if (this.running >= 3 || !this.waiting.size) return;
-    const sheet = [...this.waiting.keys()].pop();
+    const latest = [...this.waiting.keys()].reverse();
+    const sheet = latest.find((one) => this.loaded.entries.has(blockOf(one))) ?? latest[0];
     const callbacks = this.waiting.get(sheet);
     this.waiting.delete(sheet);
     this.running++;
@@ -109,25 +115,24 @@ const sheets = {
   },
 
   async decode(sheet) {
-    const image = new Image();
-    image.src = `data:image/webp;base64,${await this.text(sheet)}`;
-    await image.decode();
+    const bitmap = await createImageBitmap(new Blob([bytesOfBase64(await this.text(sheet))], { type: "image/webp" }));
     const canvas = document.createElement("canvas");
-    canvas.width = image.width;
-    canvas.height = image.height;
-    canvas.getContext("2d", { willReadFrequently: true }).drawImage(image, 0, 0);
+    canvas.width = bitmap.width;
+    canvas.height = bitmap.height;
+    canvas.getContext("2d", { willReadFrequently: true }).drawImage(bitmap, 0, 0);
+    bitmap.close();  // an <img> would keep its pixels for as long as the browser likes
     return canvas;
   },
 
   async text(sheet) {
     if (!scripts.length) return document.getElementById(`sheet-${sheet}`).textContent;
-    const block = Math.floor(sheet / sheetsPerScript);
+    const block = blockOf(sheet);
     if (!this.loaded.get(block)) this.loaded.set(block, loadScript(block));
     return (await this.loaded.get(block))[sheet % sheetsPerScript];
   },
 };
 
-
+const blockOf = (sheet) => Math.floor(sheet / sheetsPerScript);
 const arriving = new Map();
 
 /** The sheets in a script beside the page, which calls `tessellaPictures`. */

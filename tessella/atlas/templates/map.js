@@ -5,7 +5,8 @@ const LARGEST_PICTURE = Math.max(SMALLEST_PICTURE, Math.min(112, 1.5 * side));
 const FIRST_SCALE = 300;  // CSS pixels of the map's side at level 0; each level is larger by the square root of 2
 const LEVELS = 30;
 const SLOT = Math.min(side, 64);  // pixels of a picture in the renderers' store
-const STORE = 4096;  // pixels of the store's side
+const STORE = 4096;  // pixels of the side of WebGL's store
+const PICTURES_KEPT = Math.floor(STORE / SLOT) ** 2;
 const OVERLAP = 0.2;  // of its side, that a picture may cover of another one
 const DRAW_WITH = location.hash.slice(1);  // atlas.html#webgl2 and atlas.html#plain choose a renderer
 const MARGIN = 0.05;  // free space around the whole map, of its side
@@ -64,17 +65,14 @@ class PictureLevels {
   }
 }
 
-/** What the renderers keep of pictures: places in a large texture or canvas, the longest unused given up first. */
+/** Which pictures the renderers keep, by number: the longest unused is given up for a new one. */
 class Slots {
   constructor(store) {
-    this.perLine = Math.floor(STORE / SLOT);
-    this.store = store;  // (slot's x, slot's y, sheet, x, y) -> nothing
+    this.store = store;  // (slot, sheet, x, y) -> nothing
     this.of = new Map();  // row -> slot, the longest unused first
     this.asked = new Set();
     this.visible = [];
   }
-
-  origin(slot) { return [(slot % this.perLine) * SLOT, Math.floor(slot / this.perLine) * SLOT]; }
 
   /** Mark rows as in use, and fetch those that are missing; `arrived` is called when there is something new. */
   use(visible, arrived) {
@@ -100,14 +98,14 @@ class Slots {
 
   add(row, picture) {
     let slot = this.of.size;
-    if (slot >= this.perLine ** 2) {
+    if (slot >= PICTURES_KEPT) {
       const [oldest, free] = this.of.entries().next().value;
       this.of.delete(oldest);
       slot = free;
     }
     this.of.set(row, slot);
     const { x, y } = cellOf(row);
-    this.store(...this.origin(slot), picture, x, y);
+    this.store(slot, picture, x, y);
   }
 }
 
@@ -167,11 +165,17 @@ class GpuRenderer {
     gl.enable(gl.BLEND);
     gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
     const small = element("canvas", { width: SLOT, height: SLOT }).getContext("2d", { willReadFrequently: true });
-    this.slots = new Slots((slotX, slotY, picture, x, y) => {
+    this.slots = new Slots((slot, picture, x, y) => {
       small.drawImage(picture, x, y, side, side, 0, 0, SLOT, SLOT);
       const pixels = small.getImageData(0, 0, SLOT, SLOT);
-      gl.texSubImage2D(gl.TEXTURE_2D, 0, slotX, slotY, SLOT, SLOT, gl.RGBA, gl.UNSIGNED_BYTE, pixels.data);
+      gl.texSubImage2D(gl.TEXTURE_2D, 0, ...this.origin(slot), SLOT, SLOT, gl.RGBA, gl.UNSIGNED_BYTE, pixels.data);
     });
+  }
+
+  /** Where a picture lies in the texture. */
+  origin(slot) {
+    const perLine = Math.floor(STORE / SLOT);
+    return [(slot % perLine) * SLOT, Math.floor(slot / perLine) * SLOT];
   }
 
   program(vertex, fragment) {
@@ -224,8 +228,9 @@ class GpuRenderer {
     const there = visible.filter((row) => this.slots.of.has(row));
     const floats = new Float32Array(5 * there.length), bytes = new Uint8Array(floats.buffer);
     there.forEach((row, i) => {
-      floats.set(view.place(row), 5 * i);
-      floats.set(this.slots.origin(this.slots.of.get(row)), 5 * i + 2);
+      floats[5 * i] = view.left(row);
+      floats[5 * i + 1] = view.top(row);
+      floats.set(this.origin(this.slots.of.get(row)), 5 * i + 2);
       bytes.set(this.shades.subarray(4 * row, 4 * row + 4), 20 * i + 16);
     });
     gl.bindBuffer(gl.ARRAY_BUFFER, this.instanceBuffer);
@@ -250,12 +255,15 @@ class PlainRenderer {
   constructor(canvas) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
-    this.kept = element("canvas", { width: STORE, height: STORE });
-    const store = this.kept.getContext("2d", { willReadFrequently: true });
-    this.slots = new Slots((slotX, slotY, picture, x, y) => {
-      store.drawImage(picture, x, y, side, side, slotX, slotY, SLOT, SLOT);
+    this.pages = [];  // canvases of 8 x 8 pictures: a browser copies a whole canvas when a picture in it has changed
+    this.slots = new Slots((slot, picture, x, y) => {
+      const page = this.pages[slot >> 6] ??= element("canvas", { width: 8 * SLOT, height: 8 * SLOT });
+      const [slotX, slotY] = this.origin(slot);
+      page.getContext("2d", { willReadFrequently: true }).drawImage(picture, x, y, side, side, slotX, slotY, SLOT, SLOT);
     });
   }
+
+  origin(slot) { return [(slot & 7) * SLOT, ((slot >> 3) & 7) * SLOT]; }
 
   shade(shades) {
     this.shades = shades;
@@ -263,33 +271,33 @@ class PlainRenderer {
   }
 
   draw(view, visible, size, dotSize) {
-    const { context, canvas } = this, { ratio } = view;
-    const image = context.createImageData(canvas.width, canvas.height), pixels = new Uint32Array(image.data.buffer);
-    const dot = Math.max(1, Math.round(0.8 * dotSize * ratio));
-    for (let row = 0; row < count; row++) {
-      const left = Math.round((rows.place[2 * row] / 65535 * view.scale * view.stretch + view.x) * ratio - dot / 2);
-      const top = Math.round((rows.place[2 * row + 1] / 65535 * view.scale + view.y) * ratio - dot / 2);
-      if (left < 0 || top < 0 || left + dot > canvas.width || top + dot > canvas.height) continue;
-      for (let y = top; y < top + dot; y++) {
-        const start = y * canvas.width + left;
-        pixels.fill(this.words[row], start, start + dot);
-      }
-    }
-    context.putImageData(image, 0, 0);
-    context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    const border = size < 40 ? 1 : 2;
+    this.drawDots(view, dotSize);
+    const { context } = this, border = size < 40 ? 1 : 2, inner = size - 2 * border;
+    context.setTransform(view.ratio, 0, 0, view.ratio, 0, 0);
     for (const row of visible) {
       const slot = this.slots.of.get(row);
       if (slot === undefined) continue;
-      const [x, y] = view.place(row), [red, green, blue, alpha] = this.shades.subarray(4 * row, 4 * row + 4);
-      context.globalAlpha = alpha / 255;
-      context.fillStyle = `rgb(${red} ${green} ${blue})`;
-      context.fillRect(x - size / 2, y - size / 2, size, size);
-      const inner = size - 2 * border;
-      context.drawImage(this.kept, ...this.slots.origin(slot), SLOT, SLOT, x - inner / 2, y - inner / 2, inner, inner);
+      const left = view.left(row) - size / 2, top = view.top(row) - size / 2, shade = 4 * row;
+      context.globalAlpha = this.shades[shade + 3] / 255;
+      context.fillStyle = `rgb(${this.shades[shade]} ${this.shades[shade + 1]} ${this.shades[shade + 2]})`;
+      context.fillRect(left, top, size, size);
+      const [slotX, slotY] = this.origin(slot);
+      context.drawImage(this.pages[slot >> 6], slotX, slotY, SLOT, SLOT, left + border, top + border, inner, inner);
     }
     context.globalAlpha = 1;
-    context.setTransform(1, 0, 0, 1, 0, 0);
+  }
+
+  drawDots(view, dotSize) {
+    const { context } = this, { width, height } = this.canvas, { ratio } = view;
+    if (this.image?.width !== width || this.image.height !== height) this.image = context.createImageData(width, height);
+    const pixels = new Uint32Array(this.image.data.buffer).fill(0);
+    const dot = Math.max(1, Math.round(0.8 * dotSize * ratio));
+    for (let row = 0; row < count; row++) {
+      const left = Math.round(view.left(row) * ratio - dot / 2), top = Math.round(view.top(row) * ratio - dot / 2);
+      if (left < 0 || top < 0 || left + dot > width || top + dot > height) continue;
+      for (let y = top; y < top + dot; y++) pixels.fill(this.words[row], y * width + left, y * width + left + dot);
+    }
+    context.putImageData(this.image, 0, 0);
   }
 }
 
@@ -392,12 +400,9 @@ class ImageMap {
     this.paint();
   }
 
-  place(row) {
-    return [
-      rows.place[2 * row] / 65535 * this.scale * this.stretch + this.x,
-      rows.place[2 * row + 1] / 65535 * this.scale + this.y,
-    ];
-  }
+  left(row) { return rows.place[2 * row] / 65535 * this.scale * this.stretch + this.x; }
+
+  top(row) { return rows.place[2 * row + 1] / 65535 * this.scale + this.y; }
 
   /** Colours of all images: (n, 4) bytes. */
   shade(shades) {
@@ -422,7 +427,7 @@ class ImageMap {
     this.visible = [];
     for (const shown of this.levels.upTo(Math.floor(level))) {
       for (const row of shown) {
-        const [x, y] = this.place(row);
+        const x = this.left(row), y = this.top(row);
         if (x > -margin && y > -margin && x < this.width + margin && y < this.height + margin) this.visible.push(row);
       }
     }
@@ -440,7 +445,7 @@ class ImageMap {
     context.clearRect(0, 0, this.width, this.height);
     const pictures = new Set(this.visible);
     const frame = (row, width, stroke) => {
-      const [x, y] = this.place(row), shown = pictures.has(row) ? this.size : this.dotSize() + 4;
+      const x = this.left(row), y = this.top(row), shown = pictures.has(row) ? this.size : this.dotSize() + 4;
       context.strokeStyle = stroke;
       context.lineWidth = width;
       context.strokeRect(x - shown / 2 - 1, y - shown / 2 - 1, shown + 2, shown + 2);
@@ -468,7 +473,7 @@ class ImageMap {
   drawLabels(context, colour) {
     const taken = [];
     for (const { row, text, named } of this.on.labels(this.scale / this.whole)) {
-      const [x, y] = this.place(row);
+      const x = this.left(row), y = this.top(row);
       if (x < 0 || y < 0 || x > this.width || y > this.height) continue;
       context.font = `${named ? 600 : 400} ${named ? 15 : 12}px system-ui, sans-serif`;
       const shown = text.length > 28 ? `${text.slice(0, 27)}…` : text;
@@ -494,12 +499,12 @@ class ImageMap {
   /** The image at a point of the box, -1 where there is none. */
   at(x, y) {
     for (let i = this.visible.length - 1; i >= 0; i--) {
-      const [px, py] = this.place(this.visible[i]);
-      if (Math.abs(px - x) < this.size / 2 && Math.abs(py - y) < this.size / 2) return this.visible[i];
+      const row = this.visible[i];
+      if (Math.abs(this.left(row) - x) < this.size / 2 && Math.abs(this.top(row) - y) < this.size / 2) return row;
     }
     let nearest = -1, least = 9;
     for (let row = 0; row < count; row++) {
-      const [px, py] = this.place(row), distance = Math.hypot(px - x, py - y);
+      const distance = Math.hypot(this.left(row) - x, this.top(row) - y);
       if (distance < least) [nearest, least] = [row, distance];
     }
     return nearest;
@@ -509,7 +514,7 @@ class ImageMap {
   within(polygon) {
     const inside = [];
     for (let row = 0; row < count; row++) {
-      const [x, y] = this.place(row);
+      const x = this.left(row), y = this.top(row);
       let odd = false;
       for (let i = 0, j = polygon.length - 1; i < polygon.length; j = i++) {
         const [ax, ay] = polygon[i], [bx, by] = polygon[j];
