@@ -250,11 +250,10 @@ def _score_own(method: Method, backbone: nn.Module, data: EvalData, config: _Own
     features = data.features(backbone, "test")
     assert features.labels is not None and method.clusters
     present, labels = features.labels.unique(return_inverse=True)
-    found = assign(method, features.x, data.device)
-    if data.predictions is not None:
-        columns = {"label": [data.classes[i] for i in features.labels.tolist()], "cluster": found.tolist()}
-        save_predictions(data.predictions, "own-clusters", data.test, features.rows, columns)
-    scores = score_assignments(found, labels, method.clusters)
+    assigned = assign(method, features.x, data.device)
+    columns = {"label": [data.classes[i] for i in features.labels.tolist()], "cluster": assigned.tolist()}
+    save_predictions(data.predictions, "own-clusters", data.test, features.rows, columns)
+    scores = score_assignments(assigned, labels, method.clusters)
     return scores | {"split": "test", "clusters": method.clusters, "classes": len(present)}
 
 

@@ -52,15 +52,14 @@ def clustering(backbone: nn.Module, data: EvalData, config: ClusteringConfig) ->
     present, labels = features.labels.unique(return_inverse=True)
     k = config.clusters or config.clusters_per_class * len(present)
     x = F.normalize(features.x.to(data.device), dim=1)
-    runs, found = [], {}
+    runs, assigned = [], {}
     for seed in progress(config.seeds, f"k-means with {k} clusters", len(config.seeds)):
         assignments = kmeans(x, k, restarts=config.restarts, iterations=config.iterations, seed=seed).assignments
         runs.append(score_assignments(assignments, labels, k))
-        found[f"cluster_{seed}"] = assignments.tolist()
-    if data.predictions is not None:
-        names = [data.classes[i] for i in features.labels.tolist()]
-        name = data.file_name(f"{clustering_name(config)}-{config.split}")
-        save_predictions(data.predictions, name, data.images(config.split), features.rows, {"label": names} | found)
+        assigned[f"cluster_{seed}"] = assignments.tolist()
+    columns = {"label": [data.classes[i] for i in features.labels.tolist()]} | assigned
+    name = data.file_name(f"{_kind(config)}-{config.split}")
+    save_predictions(data.predictions, name, data.images(config.split), features.rows, columns)
     names = [name for name in runs[0] if name != "permuted"]
     scores: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in names}
     chance = [run["permuted"] for run in runs]
@@ -68,11 +67,6 @@ def clustering(backbone: nn.Module, data: EvalData, config: ClusteringConfig) ->
     if len(runs) > 1:
         scores["std"] = {name: float(np.std([run[name] for run in runs], ddof=1)) for name in names}
     return scores | {"split": config.split, "clusters": k, "classes": len(present)}
-
-
-def clustering_name(config: ClusteringConfig) -> str:
-    """Name for the record: over-clustering is not to be confused with one cluster per class."""
-    return "overclustering" if config.clusters_per_class > 1 else "clustering"
 
 
 def score_assignments(assignments: Tensor, labels: Tensor, clusters: int) -> dict[str, Any]:
@@ -115,9 +109,8 @@ def _agreement(assignments: Tensor, labels: Tensor, clusters: int) -> dict[str, 
     }
 
 
-def _name_of(config: ClusteringConfig) -> str:
-    kind = "overclustering" if config.clusters_per_class > 1 else "clustering"
-    return kind if config.split == "test" else f"{kind}-{config.split}"
+def _kind(config: ClusteringConfig) -> str:
+    return "overclustering" if config.clusters_per_class > 1 else "clustering"
 
 
 CLUSTERING = Protocol(
@@ -131,5 +124,5 @@ CLUSTERING = Protocol(
     },
     {"accuracy": "ACC", "nmi": "NMI", "ari": "ARI"},
     quick={"classes": ("clustering", "overclustering")},
-    name_of=_name_of,
+    name_of=lambda config: _kind(config) if config.split == "test" else f"{_kind(config)}-{config.split}",
 )

@@ -123,7 +123,7 @@ def svm(backbone: nn.Module, data: EvalData | MultiLabelData, config: SvmConfig)
     mine = _my_classes(problem)
     for column in progress(mine, "SVMs", len(mine)):
         y = np.where(problem.train_y[:, column] == PRESENT, 1, -1)
-        chosen[column] = _pick_cost(problem.train_x, y, config.costs, config)
+        chosen[column] = _pick_cost(problem.train_x, y, config)
         scores[:, column] = _decide(problem.train_x, y, problem.test_x, chosen[column], config)
     scores, chosen = _sum_over_ranks(scores, data), _sum_over_ranks(chosen, data)
     _save(data, data.file_name("svm"), problem, scores)
@@ -146,38 +146,37 @@ def lowshot(backbone: nn.Module, data: EvalData | MultiLabelData, config: LowSho
     """
     problem = _problem(backbone, data, config.squash, shorter_first=False)
     most = min(int((problem.train_y[:, i] == PRESENT).sum()) for i in problem.learnable)
-    asked = [k for k in config.positives if k <= most]
-    if not asked:
+    counts = [k for k in config.positives if k <= most]
+    if not counts:
         raise UserError(
             f"{min(config.positives)} positive images of each class were asked for, and one has only {most}: give more "
             "train images, or leave this protocol out"
         )
-    result: dict[str, Any] = {}
-    rounds = [(k, draw) for k in asked for draw in range(config.draws)]
-    found: dict[int, list[float]] = {}
-    chance: dict[int, list[float]] = {}
+    result: dict[str, Any] = {"permuted": {}}
+    rounds = [(k, draw) for k in counts for draw in range(config.draws)]
+    judged: dict[int, list[dict[str, Any]]] = {k: [] for k in counts}
     for k, draw in progress(rounds, "low-shot SVMs", len(rounds)):
         scores = np.zeros(problem.test_y.shape)
         for column in _my_classes(problem):
             rows = _few_rows(problem.train_y[:, column], k, len(problem.learnable), config.seed, draw, column)
             x, y = problem.train_x[rows], np.where(problem.train_y[rows, column] == PRESENT, 1, -1)
-            few = k < config.cross_validate_from
-            cost = config.few_cost if few else _pick_cost(x, y, config.costs, config)
+            cost = config.few_cost if k < config.cross_validate_from else _pick_cost(x, y, config)
             scores[:, column] = _decide(x, y, problem.test_x, cost, config)
         scores = _sum_over_ranks(scores, data)
         _save(data, data.file_name("lowshot", f"-{k}-draw{draw}"), problem, scores)
-        judged = _judged(problem, scores)
-        found.setdefault(k, []).append(judged["map"])
-        chance.setdefault(k, []).append(judged["permuted"]["map"])
-    for k, values in found.items():
+        judged[k].append(_judged(problem, scores))
+    for k, draws in judged.items():
+        values = [one["map"] for one in draws]
         result[f"map_{k}"] = float(np.mean(values))
         result[f"std_{k}"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    result["permuted"] = {f"map_{k}": float(np.mean(values)) for k, values in chance.items()}
-    result["cross_validated"] = [k for k in asked if k >= config.cross_validate_from]
-    result["transform"] = asdict(problem.transform)
-    left = [k for k in config.positives if k > most]
-    notes = [f"{', '.join(map(str, left))} positives left out: a class has only {most}"] if left else []
-    return result | {"notes": notes + judged["notes"]}
+        result["permuted"][f"map_{k}"] = float(np.mean([one["permuted"]["map"] for one in draws]))
+    left_out = [k for k in config.positives if k > most]
+    notes = [f"{', '.join(map(str, left_out))} positives left out: a class has only {most}"] if left_out else []
+    return result | {
+        "cross_validated": [k for k in counts if k >= config.cross_validate_from],
+        "transform": asdict(problem.transform),
+        "notes": notes + judged[counts[-1]][-1]["notes"],
+    }
 
 
 def average_precision(scores: Sequence[float] | Matrix, targets: Sequence[int] | NDArray[np.int8]) -> float:
@@ -264,10 +263,11 @@ def _few_rows(targets: NDArray[np.int8], k: int, classes: int, seed: int, draw: 
     return np.sort(np.concatenate(parts))
 
 
-def _pick_cost(x: Matrix, y: NDArray[np.int64], costs: tuple[float, ...], config: SvmConfig | LowShotConfig) -> float:
+def _pick_cost(x: Matrix, y: NDArray[np.int64], config: SvmConfig | LowShotConfig) -> float:
     """The C of the best mean average precision over three folds; of equal ones the smallest."""
     from sklearn.model_selection import StratifiedKFold
 
+    costs = config.costs
     if len(costs) == 1:
         return costs[0]
     if min((y == 1).sum(), (y == -1).sum()) < _FOLDS:
@@ -309,27 +309,26 @@ def _sum_over_ranks(values: Matrix, data: ImageData) -> Matrix:
 
 
 def _judged(problem: _Problem, scores: Matrix) -> dict[str, Any]:
-    values = {problem.classes[i]: average_precision(scores[:, i], problem.test_y[:, i]) for i in problem.learnable}
-    per_class = {name: value for name, value in values.items() if not np.isnan(value)}
-    if not per_class:
+    """Average precision of each class, and their mean."""
+    values = {i: average_precision(scores[:, i], problem.test_y[:, i]) for i in problem.learnable}
+    columns = [i for i, value in values.items() if not np.isnan(value)]
+    if not columns:
         raise UserError("no class of the train images is in a test image, so there is nothing to score")
-    notes = []
-    if len(per_class) < len(problem.classes):
-        left = [name for name in problem.classes if name not in per_class]
-        notes = [f"{len(left)} classes without train or test images are not in the mean, for example {left[0]}"]
-    columns = [i for i in problem.learnable if problem.classes[i] in per_class]
+    left_out = [name for i, name in enumerate(problem.classes) if i not in columns]
+    example = f"{len(left_out)} classes without train or test images are not in the mean, for example "
 
     def mean_precision(order: NDArray[np.int64]) -> dict[str, float]:
-        shown = problem.test_y[order]
-        return {"map": float(np.mean([average_precision(scores[:, i], shown[:, i]) for i in columns]))}
+        targets = problem.test_y[order]
+        return {"map": float(np.mean([average_precision(scores[:, i], targets[:, i]) for i in columns]))}
 
-    result = mean_precision(np.arange(len(scores)))
-    return result | {"per_class": per_class, "notes": notes, "permuted": permuted(mean_precision, len(scores))}
+    return mean_precision(np.arange(len(scores))) | {
+        "per_class": {problem.classes[i]: values[i] for i in columns},
+        "notes": [example + left_out[0]] if left_out else [],
+        "permuted": permuted(mean_precision, len(scores)),
+    }
 
 
 def _save(data: EvalData | MultiLabelData, name: str, problem: _Problem, scores: Matrix) -> None:
-    if data.predictions is None:
-        return
     columns: dict[str, Any] = {}
     for i in problem.learnable:
         columns[f"label of {problem.classes[i]}"] = problem.test_y[:, i].tolist()

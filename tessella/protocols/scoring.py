@@ -114,23 +114,13 @@ def _mistakes(predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> list
 def save_classification(
     data: EvalData, name: str, rows: NDArray[np.int64], labels: Tensor, logits: Tensor, more: str = ""
 ) -> None:
-    """Write NAME.csv: key, label, predicted, and the classes that come second to fifth.
+    """As `save_classes`, from (n, C) logits: the predicted class, and those that come second to fifth.
 
-    Args:
-        data: says whether and where.
-        name: of the protocol, unless the data have its title.
-        rows: (n,) of the test images.
-        labels: (n,) int64.
-        logits: (n, C); where one is NaN, the columns of the prediction are empty.
-        more: what tells this file from the protocol's others.
+    Where a logit is NaN, the columns of the prediction are empty.
     """
-    if data.predictions is None:
-        return
     top = top_classes(logits)
-    columns: dict[str, Iterable[Any]] = {"label": _names(labels, data.classes)}
-    for place in range(top.shape[1]):
-        columns["predicted" if place == 0 else f"top{place + 1}"] = _names(top[:, place], data.classes)
-    save_predictions(data.predictions, data.file_name(name, more), data.test, rows, columns)
+    columns = {"predicted" if place == 0 else f"top{place + 1}": top[:, place] for place in range(top.shape[1])}
+    save_classes(data, name, rows, labels, columns, more)
 
 
 def save_classes(
@@ -141,20 +131,30 @@ def save_classes(
     predicted: Mapping[str, Tensor],
     more: str = "",
 ) -> None:
-    """Write NAME.csv: key, label, and a column of predicted classes for each name in `predicted`, (n,) int64 each."""
-    if data.predictions is not None:
-        columns = {"label": labels} | dict(predicted)
-        named = {title: _names(numbers, data.classes) for title, numbers in columns.items()}
-        save_predictions(data.predictions, data.file_name(name, more), data.test, rows, named)
+    """Write NAME.csv: key, label, and columns of predicted classes.
+
+    Args:
+        data: says whether and where.
+        name: of the protocol, unless the data have its title.
+        rows: (n,) of the test images.
+        labels: (n,) int64.
+        predicted: title -> (n,) int64; -1 is an empty cell.
+        more: what distinguishes this file from the protocol's others.
+    """
+    columns = {
+        title: [data.classes[i] if i >= 0 else "" for i in numbers.tolist()]
+        for title, numbers in ({"label": labels} | dict(predicted)).items()
+    }
+    save_predictions(data.predictions, data.file_name(name, more), data.test, rows, columns)
 
 
 def save_predictions(
-    folder: Path, name: str, images: ImageSet, rows: NDArray[np.int64], columns: Mapping[str, Iterable[Any]]
+    folder: Path | None, name: str, images: ImageSet, rows: NDArray[np.int64], columns: Mapping[str, Iterable[Any]]
 ) -> None:
     """Write NAME.csv: one line per image, its key first; whole or not at all. Rank 0 writes, on all ranks together.
 
     Args:
-        folder: made if need be.
+        folder: made if need be; None to write nothing.
         name: of the file, without ending.
         images: give the keys; what is not printable in them and in the names of classes becomes a backslash escape,
             and an apostrophe stands before what a spreadsheet would run.
@@ -165,23 +165,13 @@ def save_predictions(
         UserError: the folder cannot be written.
     """
     with dist.shared_errors():
-        if dist.rank() == 0:
-            _write_predictions(folder, name, images, rows, columns)
-
-
-def _write_predictions(
-    folder: Path, name: str, images: ImageSet, rows: NDArray[np.int64], columns: Mapping[str, Iterable[Any]]
-) -> None:
-    files.make_folder(folder)
-    with files.writing(folder / f"{name}.csv") as file:
-        text = io.TextIOWrapper(file, newline="", encoding="utf-8", errors="backslashreplace")
-        writer = csv.writer(text)
-        writer.writerow(["key", *columns])
-        keys = (images.key(int(row)) for row in rows)
-        for line in zip(keys, *columns.values(), strict=True):
-            writer.writerow([cell(value) if isinstance(value, str) else value for value in line])
-        text.detach()
-
-
-def _names(numbers: Tensor, classes: Sequence[str]) -> list[str]:
-    return [classes[i] if i >= 0 else "" for i in numbers.tolist()]
+        if folder is not None and dist.rank() == 0:
+            files.make_folder(folder)
+            with files.writing(folder / f"{name}.csv") as file:
+                text = io.TextIOWrapper(file, newline="", encoding="utf-8", errors="backslashreplace")
+                writer = csv.writer(text)
+                writer.writerow(["key", *columns])
+                for row, *values in zip(rows.tolist(), *columns.values(), strict=True):
+                    key = cell(images.key(row))
+                    writer.writerow([key, *(cell(value) if isinstance(value, str) else value for value in values)])
+                text.detach()
