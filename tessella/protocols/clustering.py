@@ -79,10 +79,9 @@ def score_assignments(assignments: Tensor, labels: Tensor, clusters: int) -> dic
             ARI are the figures to compare.
 
     Returns:
-        `nmi` (arithmetic mean), `ari`, `purity` (accuracy when each cluster is named after its majority),
-        `used_clusters`, `perplexity` of the cluster sizes,
-        `largest_share`; first of all `accuracy`, where there are as many clusters as classes. `permuted`: what the
-        agreements are on average when the labels are put in a random order.
+        `accuracy`, where there are as many clusters as classes; `nmi` (arithmetic mean), `ari`, `purity` (accuracy when
+        each cluster is named after its majority), `used_clusters`, `perplexity` of the cluster sizes, `largest_share`.
+        `permuted`: the agreements to expect with the labels in a random order.
 
     Raises:
         UserError: there is no image.

@@ -37,7 +37,7 @@ T = TypeVar("T")
 _GATHER_ROWS = 8192  # rows of one rank that travel at a time: the device never holds the whole result
 _IN_MEMORY = 1 << 30  # bytes; a larger matrix of features lies in a file while it is made
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}  # no names of classes
-_SPOT_CHECKS = 8  # images whose kept features are compared with new ones
+_SPOT_CHECKS = 8  # images whose stored features are compared with new ones
 _SPOT_TOLERANCE = 0.01  # relative; TF32 and other batch sizes move features by less
 
 
@@ -50,15 +50,9 @@ class Features(NamedTuple):
     skipped: dict[str, str]  # key -> why the image could not be read
 
 
-class _Kept(NamedTuple):
-    backbone: nn.Module
-    digests: dict[str, str]
-    features: Features
-
-
 @dataclass
 class ImageData:
-    """Images to learn from and to be judged on; remembers each backbone's features."""
+    """Images to learn from and to be judged on; holds each backbone's features."""
 
     train: ImageSet
     test: ImageSet
@@ -68,8 +62,11 @@ class ImageData:
     batch_size: int = 256
     title: str = ""  # of the protocol that runs: what its files are called
     predictions: Path | None = None  # folder that receives what each protocol predicts of the test images
-    cache: Path | None = None  # folder that keeps features for later evaluations
-    _kept: dict[tuple[str, EvalTransform, int], _Kept] = field(default_factory=dict, init=False, repr=False)
+    cache: Path | None = None  # folder that stores features for later evaluations
+    # (split, transform, id of the backbone) -> the backbone, so that its id stays its own, its digests and features
+    _held: dict[tuple[str, EvalTransform, int], tuple[nn.Module, dict[str, str], Features]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @property
     def same_images(self) -> bool:
@@ -86,7 +83,7 @@ class ImageData:
 
     def skipped(self, split: str) -> dict[str, str] | None:
         """Key -> reason of the split's unreadable images; None before its features were asked for."""
-        return next((kept.features.skipped for (name, *_), kept in self._kept.items() if name == split), None)
+        return next((held[-1].skipped for (name, *_), held in self._held.items() if name == split), None)
 
     def features(self, backbone: nn.Module, split: str, transform: EvalTransform | None = None) -> Features:
         """Features of "train" or "test"; extracted once, and again when the weights have changed.
@@ -97,61 +94,50 @@ class ImageData:
             transform: instead of the evaluation's own.
         """
         transform = transform or self.transform
-        place = split, transform, id(backbone)
-        digests = tensor_digests(backbone)
-        kept = self._kept.get(place)
-        if kept is None or kept.digests != digests:
-            self._kept.pop(place, None)  # before the new ones take their memory
-            kept = self._kept[place] = _Kept(backbone, digests, self._find(backbone, digests, split, transform))
-        return kept.features
+        place, digests = (split, transform, id(backbone)), tensor_digests(backbone)
+        if place not in self._held or self._held[place][1] != digests:
+            self._held.pop(place, None)  # before the new ones take their memory
+            features = self._labelled(self._load_or_extract(backbone, digests, split, transform), split)
+            self._held[place] = backbone, digests, features
+        return self._held[place][-1]
 
-    def _find(self, backbone: nn.Module, digests: dict[str, str], split: str, transform: EvalTransform) -> Features:
-        """Features from the cache, or extracted and then cached; all ranks take the same way."""
-        images = self.images(split)
-        title = f"features of {split}"
+    def _load_or_extract(
+        self, backbone: nn.Module, digests: dict[str, str], split: str, transform: EvalTransform
+    ) -> Features:
+        """Features from the cache, or extracted and then cached; the same on all ranks."""
+        images, title = self.images(split), f"features of {split}"
         if self.cache is None:
-            return self._labelled(self._extract(backbone, images, transform, title), split)
+            return extract(backbone, images, transform, title=title, **self._options)
         folder = self.cache / "features"
         key = feature_cache.feature_key(digests, repr(backbone), images.fingerprint, asdict(transform), self.device)
         stored = feature_cache.load(folder, key)
         if all(dist.gather_objects(stored is not None)):
             assert stored is not None
             if self._agrees(backbone, stored, images, transform):
-                return self._labelled(Features(stored.x, None, stored.rows, stored.skipped), split)
-        found = self._extract(backbone, images, transform, title)
+                return Features(stored.x, None, stored.rows, stored.skipped)
+        features = extract(backbone, images, transform, title=title, **self._options)
         if dist.rank() == 0:
-            feature_cache.save(folder, key, Stored(found.x, found.rows, found.skipped))
+            feature_cache.save(folder, key, Stored(features.x, features.rows, features.skipped))
         dist.barrier()
         stored = feature_cache.load(folder, key, verify=False)
-        if stored is not None and stored.x.shape == found.x.shape:  # the file's map instead of a copy in memory
-            found = found._replace(x=stored.x)
-        return self._labelled(found, split)
+        if stored is not None and stored.x.shape == features.x.shape:  # the file's map instead of a copy in memory
+            features = features._replace(x=stored.x)
+        return features
 
     def _agrees(self, backbone: nn.Module, stored: Stored, images: ImageSet, transform: EvalTransform) -> bool:
-        """Whether a few features computed anew are the stored ones.
+        """Compute a few features again and compare them with the stored ones.
 
-        Tensors and their modules' names do not say everything about a network, nor a file's name and size about an
-        image.
+        The key is not proof: tensors and names of modules do not determine a network, nor name and size an image file.
         """
         if not len(stored.rows):
             return False
         places = np.unique(np.linspace(0, len(stored.rows) - 1, _SPOT_CHECKS).round().astype(np.int64))
         try:
-            new = self._extract(backbone, images, transform, "", stored.rows[places])
-        except UserError:  # of unreadable images, which the extraction of all tells better
+            new = extract(backbone, images, transform, rows=stored.rows[places], title="", **self._options)
+        except UserError:  # unreadable images, which the extraction of all reports better
             return False
         old = stored.x[torch.from_numpy(places)]
         return new.x.shape == old.shape and bool((new.x - old).norm() <= _SPOT_TOLERANCE * old.norm())
-
-    def _extract(
-        self,
-        backbone: nn.Module,
-        images: ImageSet,
-        transform: EvalTransform,
-        title: str,
-        rows: NDArray[np.int64] | None = None,
-    ) -> Features:
-        return extract(backbone, images, transform, rows=rows, title=title, **self._options)
 
     def apply(self, model: nn.Module, dim: int, split: str, rows: NDArray[np.int64] | None = None) -> Features:
         """A module's `dim` outputs, as they are, for the rows of a split; default: all rows."""
@@ -161,9 +147,9 @@ class ImageData:
     def _options(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "device": self.device, "workers": self.workers}
 
-    def _labelled(self, found: Features, split: str) -> Features:
+    def _labelled(self, features: Features, split: str) -> Features:
         """The features with this data's labels; here there are none."""
-        return found
+        return features
 
 
 @dataclass
@@ -221,8 +207,8 @@ class EvalData(ImageData):
         text = json.dumps([self.classes, *(self._labels[split].tolist() for split in ("train", "test"))])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _labelled(self, found: Features, split: str) -> Features:
-        return found._replace(labels=self._labels[split][torch.from_numpy(found.rows)])
+    def _labelled(self, features: Features, split: str) -> Features:
+        return features._replace(labels=self._labels[split][torch.from_numpy(features.rows)])
 
 
 def _some(names: set[str]) -> str:
@@ -259,9 +245,9 @@ def extract(
         UserError: no image can be read, or a feature is NaN or infinite.
     """
     options = {"rows": rows, "batch_size": batch_size, "device": device, "workers": workers, "title": title}
-    found = apply_to_images(backbone, int(backbone.feature_dim), images, transform, **options)  # type: ignore[arg-type]
-    _check_features(found.x, images)
-    return found
+    features = apply_to_images(backbone, int(backbone.feature_dim), images, transform, **options)  # type: ignore[arg-type]
+    _check_features(features.x, images)
+    return features
 
 
 def apply_to_images(
@@ -279,9 +265,9 @@ def apply_to_images(
     """As `extract`, for any module with `dim` outputs, which may be NaN or infinite."""
     device = torch.device(device)
     backbone.to(device)
-    wanted = np.arange(len(images)) if rows is None else rows
-    mine = wanted[rank_rows(len(wanted))]
-    found = _matrix(len(mine), dim)
+    rows = np.arange(len(images)) if rows is None else rows
+    mine = rows[rank_rows(len(rows))]
+    outputs = _matrix(len(mine), dim)
     seen = torch.zeros(len(mine), dtype=torch.uint8)
     skipped: dict[str, str] = {}
     options = {"batch_size": batch_size, "device": device, "workers": workers, "skipped": skipped}
@@ -292,15 +278,15 @@ def apply_to_images(
                 places = torch.from_numpy(np.searchsorted(mine, shown))
                 # Inference mode here, not around the loop: the loader's threads write into its tensors.
                 with torch.inference_mode():
-                    found[places] = backbone(pixels).float().cpu()
+                    outputs[places] = backbone(pixels).float().cpu()
                 seen[places] = 1
-    found, seen = gather_rows(found, len(wanted), device), gather_rows(seen, len(wanted), device)
+    outputs, seen = gather_rows(outputs, len(rows), device), gather_rows(seen, len(rows), device)
     readable = seen.nonzero()[:, 0]
-    if len(readable) < len(found):
-        found = found[readable]
-    rows = wanted[readable.numpy()]
+    if len(readable) < len(outputs):
+        outputs = outputs[readable]
+    rows = rows[readable.numpy()]
     labels = None if images.labels is None else torch.as_tensor(np.asarray(images.labels)[rows]).long()
-    return Features(found, labels, rows, dict(from_all_ranks(list(skipped.items()))))
+    return Features(outputs, labels, rows, dict(from_all_ranks(list(skipped.items()))))
 
 
 def rank_rows(n: int) -> NDArray[np.int64]:
@@ -328,8 +314,7 @@ def gather_rows(mine: Tensor, n: int, device: torch.device) -> Tensor:
     for start in range(0, longest, _GATHER_ROWS):
         stop = min(start + _GATHER_ROWS, longest)
         part = mine.new_zeros((stop - start, *mine.shape[1:]))  # ranks may differ by one row, a gather may not
-        own = mine[start:stop]
-        part[: len(own)] = own
+        part[: len(mine[start:stop])] = mine[start:stop]
         parts = dist.gather(part.to(device)).cpu().unflatten(0, (ranks, -1)).transpose(0, 1).flatten(0, 1)
         rows = whole[start * ranks : stop * ranks]
         rows.copy_(parts[: len(rows)])
@@ -337,7 +322,7 @@ def gather_rows(mine: Tensor, n: int, device: torch.device) -> Tensor:
 
 
 def from_all_ranks(mine: list[T]) -> list[T]:
-    """The ranks' lists of small objects, one behind the other."""
+    """The ranks' lists of small objects, joined in rank order."""
     return [item for part in dist.gather_objects(mine) for item in part]
 
 
@@ -417,13 +402,10 @@ def _common_classes(train: ImageSet, test: ImageSet) -> tuple[list[str], dict[st
         most = max(int(labels.max(initial=-1)) for labels in numbers.values())
         names = [str(i) for i in range(most + 1)]
         return names, {split: torch.from_numpy(labels) for split, labels in numbers.items()}
-    classes = [*train.classes, *(name for name in test.classes if name not in set(train.classes))]
+    classes = list(dict.fromkeys([*train.classes, *test.classes]))
     position = {name: i for i, name in enumerate(classes)}
-    to_common = np.array([position[name] for name in test.classes], dtype=np.int64)
-    return classes, {
-        "train": torch.from_numpy(numbers["train"]),
-        "test": torch.from_numpy(to_common[numbers["test"]]),
-    }
+    numbers["test"] = np.array([position[name] for name in test.classes], dtype=np.int64)[numbers["test"]]
+    return classes, {split: torch.from_numpy(labels) for split, labels in numbers.items()}
 
 
 def _mapped_classes(
@@ -439,7 +421,5 @@ def _mapped_classes(
         )
     names = sorted({mapping[classes[i]] for i in present})
     number = {name: i for i, name in enumerate(names)}
-    to_new = torch.tensor(
-        [number[mapping[name]] if name in mapping and mapping[name] in number else -1 for name in classes]
-    )
+    to_new = torch.tensor([number.get(mapping.get(name, ""), -1) for name in classes])
     return names, {split: to_new[old] for split, old in labels.items()}

@@ -1,11 +1,9 @@
 """Weighted k-nearest-neighbour classification of frozen features: no training, so nothing to tune.
 
-    unit features of test x unit features of train -> k nearest -> each votes exp(similarity / T) for its
-    class
+    unit features of test x unit features of train -> k nearest -> each votes exp(similarity / T) for its class
 
-Exact: every similarity is computed, block by block. Source: Wu, Xiong, Yu, Lin, "Unsupervised feature
-    learning via non-parametric instance discrimination", CVPR 2018 (k 200, T 0.1 there; k 20 and T 0.07 are
-    today's usual figures).
+Exact: every similarity is computed, block by block. Source: Wu, Xiong, Yu, Lin, "Unsupervised feature learning via
+non-parametric instance discrimination", CVPR 2018 (k 200, T 0.1 there; k 20 and T 0.07 are usual today).
 """
 
 from __future__ import annotations
@@ -53,28 +51,17 @@ def knn(backbone: nn.Module, data: EvalData, config: KnnConfig) -> dict[str, Any
     ks = sorted({min(k, most) for k in (*config.k, _HEADLINE[0])})
     temperatures = sorted({*config.temperatures, _HEADLINE[1]})
     mine = torch.from_numpy(rank_rows(len(test.x)))
-    predictions = knn_predict(
-        train.x,
-        train.labels,
-        test.x[mine],
-        classes=len(data.classes),
-        ks=ks,
-        temperatures=temperatures,
-        chunk=config.chunk,
-        exclude=mine if loo else None,
-        device=data.device,
+    options: dict[str, Any] = {"classes": len(data.classes), "chunk": config.chunk, "device": data.device}
+    voted = knn_predict(
+        train.x, train.labels, test.x[mine], ks=ks, temperatures=temperatures, exclude=mine if loo else None, **options
     )
-    predictions = {
-        setting: gather_rows(predicted.cpu(), len(test.x), data.device) for setting, predicted in predictions.items()
-    }
+    predictions = {setting: gather_rows(classes.cpu(), len(test.x), data.device) for setting, classes in voted.items()}
     headline = predictions[min(_HEADLINE[0], most), _HEADLINE[1]]
     scores = accuracy_scores(headline, test.labels, data.classes)
-    named = {
-        "k1" if k == 1 else f"k{k}_T{temperature:g}": found for (k, temperature), found in predictions.items()
-    }  # for the plain nearest neighbour every temperature says the same
-    scores |= {name: float((found == test.labels).double().mean()) for name, found in named.items()}
-    chance = {name: permuted_accuracy(found, test.labels, len(data.classes)) for name, found in named.items()}
-    scores["permuted"] |= chance
+    # For the plain nearest neighbour every temperature says the same.
+    named = {"k1" if k == 1 else f"k{k}_T{t:g}": classes for (k, t), classes in predictions.items()}
+    scores |= {name: float((classes == test.labels).double().mean()) for name, classes in named.items()}
+    scores["permuted"] |= {name: permuted_accuracy(p, test.labels, len(data.classes)) for name, p in named.items()}
     save_classes(data, "knn", test.rows, test.labels, {"predicted": headline} | named)
     scores["leave_one_out"] = loo
     clipped = sorted({k for k in (*config.k, _HEADLINE[0]) if k > most})

@@ -3,14 +3,14 @@
     fast         cached, standardised features (no augmentation) -> logistic regression by L-BFGS; its setting, C, is
                  picked on a held-out part of train. The default; reported as `linear-fast`, because an augmented probe
                  scores up to two points more.
-    lr-grid      the same features -> SGD with ten learning rates in one pass; picked on the held-out part, then once
-                 more on all of train. Needs no more memory for more images.
+    lr-grid      the same features -> SGD with ten learning rates in one pass; the best on the held-out part is trained
+                 again on all of train. Needs no more memory for more images.
     the others   the published probes: SGD or LARS on augmented images, a row of `RECIPES` each.
     fewlabels    `fast` with a fixed C on 1 and 10 labels per class, mean over draws.
 
-The published probes report the best epoch on the test set. Here the last epoch is the result and the best one stands
-beside it under a name that says what it is. The last batch of an epoch is kept although it is not full, as the official
-codes of SwAV and JigClu do.
+The published probes report the best epoch on the test set. Here the result is that of the last epoch, and the best one
+is given too, under a name that says what it is. The last batch of an epoch is used although it is not full, as in the
+official codes of SwAV and JigClu.
 """
 
 from __future__ import annotations
@@ -130,16 +130,16 @@ class LinearHead(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What one C gave on the held-out part of train."""
+    """A value that was tried, and its scores on the held-out part of train. Trials compare by accuracy, then loss."""
 
-    c: float
     top1: float
-    loss: float
-    head: LinearHead
+    minus_loss: float  # decides where accuracies are equal, as often on few images
+    value: float  # C or the learning rate
 
-    def quality(self) -> tuple[float, float]:
-        """Accuracy; where it is equal, as often on few images, the loss decides."""
-        return self.top1, -self.loss
+    @classmethod
+    def of(cls, value: float, logits: Tensor, labels: Tensor) -> Trial:
+        """Score (n, C) logits of held-out images; a loss that is not finite is the worst."""
+        return cls(top1_of(logits, labels), -float(F.cross_entropy(logits, labels).nan_to_num(torch.inf)), value)
 
 
 def linear(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dict[str, Any]:
@@ -177,13 +177,8 @@ def few_labels(backbone: nn.Module, data: EvalData, config: FewLabelsConfig) -> 
         results, predicted, chance = [], {}, []
         for draw in progress(range(config.draws), f"{count} labels per class", config.draws):
             rows = balanced_rows(train.labels, count, config.seed, draw)
-            head = fit_logistic(
-                x[rows].to(data.device),
-                train.labels[rows].to(data.device),
-                len(data.classes),
-                config.c,
-                iterations=config.iterations,
-            )
+            few_x, few_labels = x[rows].to(data.device), train.labels[rows].to(data.device)
+            head = fit_logistic(few_x, few_labels, len(data.classes), config.c, iterations=config.iterations)
             logits = F.linear(test_x, *head).cpu()
             predicted[f"predicted_{draw}"] = logits.argmax(dim=1)
             results.append(top1_of(logits, test.labels))
@@ -203,13 +198,7 @@ def schedule(recipe: Recipe, epochs: int, steps_per_epoch: int) -> Schedule:
 
 
 def fit_logistic(
-    x: Tensor,
-    labels: Tensor,
-    classes: int,
-    c: float,
-    *,
-    start: LinearHead | None = None,
-    iterations: int = 1000,
+    x: Tensor, labels: Tensor, classes: int, c: float, *, start: LinearHead | None = None, iterations: int = 1000
 ) -> LinearHead:
     """Multinomial logistic regression: the minimum of C * (sum of cross-entropies) + |weight|² / 2.
 
@@ -226,7 +215,7 @@ def fit_logistic(
     """
     weight = torch.zeros(classes, x.shape[1], device=x.device) if start is None else start.weight.clone()
     bias = torch.zeros(classes, device=x.device) if start is None else start.bias.clone()
-    solver = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=iterations,
         history_size=10,
@@ -243,7 +232,7 @@ def fit_logistic(
         weight.grad.add_(weight, alpha=decay)
         return loss + weight.square().sum() * (decay / 2)
 
-    solver.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)  # type: ignore[arg-type]
     return LinearHead(weight, bias)
 
 
@@ -276,35 +265,39 @@ def _fast(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dict[str
     assert train.labels is not None and test.labels is not None
     x, labels = train.x.to(data.device), train.labels.to(data.device)
     trials = _try_penalties(x, labels, len(data.classes), config)
-    best = max(trials, key=Trial.quality)
+    best = max(trials)
     shift, scale = standardisation(x)
     x = (x - shift) / scale
-    head = fit_logistic(x, labels, len(data.classes), best.c, start=best.head, iterations=config.iterations)
+    start, c = trials[best], best.value
+    head = fit_logistic(x, labels, len(data.classes), c, start=start, iterations=config.iterations)
     logits = F.linear((test.x.to(data.device) - shift) / scale, *head).cpu()
     save_classification(data, "linear-fast", test.rows, test.labels, logits)
     scores = classification_scores(logits, test.labels, data.classes)
-    scores |= {"c": best.c, "held_out_top1": {f"{trial.c:g}": trial.top1 for trial in trials}}
-    if len(config.c) > 1 and best.c == config.c[-1]:
-        scores["notes"] = [f"the chosen C {best.c:g} is the largest tried: a larger one may score more"]
+    scores |= {"c": c, "held_out_top1": {f"{trial.value:g}": trial.top1 for trial in trials}}
+    if len(config.c) > 1 and c == config.c[-1]:
+        scores["notes"] = [f"the chosen C {c:g} is the largest tried: a larger one may score more"]
     return scores
 
 
-def _try_penalties(x: Tensor, labels: Tensor, classes: int, config: LinearConfig) -> list[Trial]:
+def _try_penalties(x: Tensor, labels: Tensor, classes: int, config: LinearConfig) -> dict[Trial, LinearHead]:
     """Fit on most of train with one C after the other, judge on the rest."""
     fit_rows, held_rows = _held_out(labels.cpu(), config)
     shift, scale = standardisation(x[fit_rows])
     fit_x, held_x = (x[fit_rows] - shift) / scale, (x[held_rows] - shift) / scale
-    fit_labels, held_labels = labels[fit_rows], labels[held_rows]
-    trials: list[Trial] = []
+    heads: dict[Trial, LinearHead] = {}
+    head = None
     for c in progress(config.c, "Linear probe", len(config.c)):
-        start = trials[-1].head if trials else None
-        head = fit_logistic(fit_x, fit_labels, classes, c, start=start, iterations=config.iterations)
-        logits = F.linear(held_x, *head)
-        trials.append(Trial(c, top1_of(logits, held_labels), float(F.cross_entropy(logits, held_labels)), head))
-        past_best = len(trials) - 1 - max(range(len(trials)), key=lambda i: trials[i].quality())
-        if past_best >= 2 and trials[-3].loss < trials[-2].loss < trials[-1].loss:
+        head = fit_logistic(fit_x, labels[fit_rows], classes, c, start=head, iterations=config.iterations)
+        heads[Trial.of(c, F.linear(held_x, *head), labels[held_rows])] = head
+        *_, third, second, last = [None, None, *heads]
+        if (
+            third
+            and second
+            and third.minus_loss > second.minus_loss > last.minus_loss
+            and max(heads) not in (second, last)
+        ):
             break  # only worse from here, and the largest C take most of the time
-    return trials
+    return heads
 
 
 def _held_out(labels: Tensor, config: LinearConfig) -> tuple[Tensor, Tensor]:
@@ -326,16 +319,14 @@ def _lr_grid(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dict[
         return [torch.cat([F.linear(part, *head).cpu() for part in parts]) for head in heads]
 
     heads = fit_by_sgd(train, fit_rows, classes, config.lrs, standard, config, device)
-    held_labels, trials = train.labels[held_rows], []
-    for lr, logits in zip(config.lrs, logits_of(heads, train.x[held_rows]), strict=True):
-        loss = float(F.cross_entropy(logits, held_labels).nan_to_num(torch.inf))
-        trials.append((top1_of(logits, held_labels), -loss, lr))
-    best = max(trials)[2]
+    held_logits = logits_of(heads, train.x[held_rows])
+    trials = [Trial.of(*one, train.labels[held_rows]) for one in zip(config.lrs, held_logits, strict=True)]
+    best = max(trials).value
     heads = fit_by_sgd(train, torch.arange(len(train.x)), classes, (best,), standard, config, device)
     (logits,) = logits_of(heads, test.x)
     save_classification(data, "linear-lr-grid", test.rows, test.labels, logits)
     scores = classification_scores(logits, test.labels, data.classes)
-    scores |= {"lr": best, "held_out_top1": {f"{lr:g}": top1 for top1, _, lr in trials}}
+    scores |= {"lr": best, "held_out_top1": {f"{trial.value:g}": trial.top1 for trial in trials}}
     if len(config.lrs) > 1 and best in (config.lrs[0], config.lrs[-1]):
         scores["notes"] = [f"the chosen learning rate {best:g} is at the end of those tried: one beyond may score more"]
     return scores
@@ -353,7 +344,7 @@ def fit_by_sgd(
     """One linear layer per learning rate, all trained on the same batches: SGD, momentum 0.9, cosine to 0 per step.
 
     The layers are the rows of one, and each row's gradient is multiplied by its own learning rate: two matrix products
-    for all layers. One that diverges does not affect the others.
+    for all layers. One that diverges does not affect the others. The features travel to the device batch by batch.
 
     Args:
         features: of the train images, with labels.
@@ -362,7 +353,7 @@ def fit_by_sgd(
         lrs: learning rates.
         standard: what is subtracted from the features and what they are divided by, (d,) each.
         config: `epochs`, `batch_size` and `seed`.
-        device: where to compute; the features travel batch by batch.
+        device: where to compute.
     """
     labels = features.labels
     assert labels is not None
@@ -448,11 +439,8 @@ def _augmented(backbone: nn.Module, data: EvalData, config: LinearConfig) -> dic
     notes = images.notes
     if not logits.isfinite().all():
         notes.append(f"the linear layer diverged at learning rate {base:g}: give a lower lr")
-    if (
-        config.recipe in ("swav", "smog", "smog-swin")
-        and data.transform.size > 96
-        and data.transform.std == IMAGENET_STD
-    ):
+    photos = data.transform.size > 96 and data.transform.std == IMAGENET_STD
+    if photos and config.recipe in ("swav", "smog", "smog-swin"):
         notes.append(
             "SwAV's and SMoG's own probes divide red by 0.228, this one by 0.229, as the images' transform says"
         )

@@ -64,7 +64,7 @@ class MultiLabelData(ImageData):
             transform: of the features; both sides of an image are squashed to its size.
             options: device, workers, batch_size, predictions, cache.
         """
-        classes = [*train.classes, *(name for name in test.classes if name not in set(train.classes))]
+        classes = list(dict.fromkeys([*train.classes, *test.classes]))
         targets = {"train": image_labels(train, classes), "test": image_labels(test, classes)}
         return cls(ChosenImages(train), ChosenImages(test), transform, classes=classes, targets=targets, **options)
 
@@ -233,12 +233,13 @@ def _problem(backbone: nn.Module, data: EvalData | MultiLabelData, squash: bool,
             transform = replace(transform, fit="both sides", resize=transform.size)
     sides = []
     for split in ("train", "test"):
-        found = data.features(backbone, split, transform)
-        x = found.x.numpy().astype(np.float64)
+        features = data.features(backbone, split, transform)
+        x = features.x.numpy().astype(np.float64)
         x /= np.linalg.norm(x, axis=1, keepdims=True) + 1e-5
-        sides.append((x, _targets(data, split)[found.rows], found.rows))
+        sides.append((x, _targets(data, split)[features.rows], features.rows))
     (train_x, train_y, _), (test_x, test_y, test_rows) = sides
-    learnable = [i for i in range(train_y.shape[1]) if 0 < (train_y[:, i] == PRESENT).sum() < len(train_y)]
+    positives = (train_y == PRESENT).sum(axis=0)
+    learnable = np.flatnonzero((positives > 0) & (positives < len(train_y))).tolist()
     if not learnable:
         raise UserError(f"{data.train.name} has no class with images that show it and images that do not")
     return _Problem(train_x, train_y, test_x, test_y, test_rows, learnable, data.classes, transform)

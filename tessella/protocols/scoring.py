@@ -25,25 +25,22 @@ _LISTED = 20  # kinds of mistakes
 
 
 def permuted(score: Callable[[NDArray[np.int64]], Mapping[str, float]], n: int, draws: int = 10) -> dict[str, float]:
-    """What figures are worth when the labels of the test images are put in a random order: mean over some orders.
+    """The figures to expect when the labels of the test images are in a random order: means over some orders.
 
     Args:
         score: from an order of n rows, the figures of the labels in this order.
         n: number of labels.
-        draws: orders tried, the same each time.
+        draws: number of orders, which are the same each time.
     """
     key = stream_key(0, "permuted")
-    found = [score(permutation(key, np.arange(n), draw)) for draw in range(draws)]
-    return {name: float(np.mean([scores[name] for scores in found])) for name in found[0]}
+    every = [score(permutation(key, np.arange(n), draw)) for draw in range(draws)]
+    return {name: float(np.mean([scores[name] for scores in every])) for name in every[0]}
 
 
 def permuted_accuracy(predicted: Tensor, labels: Tensor, classes: int) -> float:
-    """The accuracy to expect when the labels are put in a random order, exactly.
+    """The accuracy to expect when the (n,) int64 labels are in a random order, exactly.
 
-    Args:
-        predicted: (n,) or (n, k) int64: the class, or the k classes of which one may be right; -1 is never right.
-        labels: (n,) int64 in [0, classes).
-        classes: number of classes.
+    `predicted` is (n,) or (n, k) int64: the class, or the k classes of which one may be right; -1 is never right.
     """
     shares = torch.bincount(labels, minlength=classes).double() / max(1, len(labels))
     return float((shares[predicted.clamp(min=0)] * (predicted >= 0)).view(len(labels), -1).sum(dim=1).mean())
@@ -59,9 +56,8 @@ def classification_scores(logits: Tensor, labels: Tensor, classes: Sequence[str]
 
     Returns:
         `top1`, its 95 % `top1_interval`, `top5` (with more than five classes), `mean_per_class` over the classes that
-        have test images, `per_class` by name; all in [0, 1]. `mistakes` are the most
-        frequent confusions, each [class, taken for, number of images]. Also `permuted`: what the same predictions
-        score on average when the labels are put in a random order.
+        have test images, `per_class` by name; all in [0, 1]. `mistakes` are the most frequent confusions, each [class,
+        taken for, number of images]. `permuted`: the same figures to expect with the labels in a random order.
     """
     top = top_classes(logits)
     scores = accuracy_scores(top[:, 0], labels, classes)
@@ -87,7 +83,7 @@ def accuracy_scores(predicted: Tensor, labels: Tensor, classes: Sequence[str]) -
     """As `classification_scores`, from one class per image, (n,) int64; -1 is wrong."""
     hits = predicted == labels
     top1 = float(hits.double().mean())
-    there = torch.bincount(labels, minlength=len(classes)) > 0
+    present = torch.bincount(labels, minlength=len(classes)) > 0
     guessed = torch.bincount(predicted[predicted >= 0], minlength=len(classes)).double() / max(1, len(labels))
     per_class = per_class_accuracy(hits, labels, len(classes))
     return {
@@ -98,7 +94,7 @@ def accuracy_scores(predicted: Tensor, labels: Tensor, classes: Sequence[str]) -
         "mistakes": _mistakes(predicted, labels, classes),
         "permuted": {
             "top1": permuted_accuracy(predicted, labels, len(classes)),
-            "mean_per_class": float(guessed[there].mean()),
+            "mean_per_class": float(guessed[present].mean()),
         },
     }
 

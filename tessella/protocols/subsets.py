@@ -19,15 +19,9 @@ _LIST_BYTES = 256 << 20  # of a list file; ImageNet's 10 % are 3 MB
 
 
 def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to fit on and rows held out: `share` of each class, at least one image, never its only one.
+    """Rows to fit on and rows held out: `share` in (0, 1) of each class, at least one image, never its only one.
 
-    Args:
-        labels: (n,) int64.
-        share: in (0, 1).
-        seed: of the choice.
-
-    Returns:
-        Two sorted int64 tensors, disjoint, together range(n).
+    `labels` are (n,) int64; the result is two sorted int64 tensors, disjoint, together range(n).
     """
     held = torch.zeros(len(labels), dtype=torch.bool)
     for rows in shuffled_classes(labels, seed, 0):
@@ -37,13 +31,9 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
 
 
 def balanced_rows(labels: Tensor, per_class: int, seed: int, draw: int) -> Tensor:
-    """Rows of `per_class` random images of every class; within one draw, fewer are a part of more.
+    """Rows of `per_class` > 0 random images of every class of (n,) int64 labels, sorted.
 
-    Args:
-        labels: (n,) int64.
-        per_class: > 0.
-        seed: of the protocol.
-        draw: number of the subset, from 0.
+    Draws are numbered from 0; within one draw, fewer images are a part of more.
 
     Raises:
         UserError: a class has fewer images.
@@ -59,18 +49,10 @@ def balanced_rows(labels: Tensor, per_class: int, seed: int, draw: int) -> Tenso
 
 
 def share_rows(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Rows of a random share of the images, of each class as many as of the others, or all that it has.
+    """Rows of a random share in (0, 1] of the images, of each class as many as of the others, or all that it has.
 
     The counts of two classes that have enough images differ by one at most, as in the lists of SimCLR. A smaller share
-    is a part of a larger one.
-
-    Args:
-        labels: (n,) int64.
-        share: in (0, 1].
-        seed: of the choice.
-
-    Returns:
-        Sorted int64 rows, at least one of each class.
+    is a part of a larger one. `labels` are (n,) int64; the rows are sorted, at least one of each class.
     """
     shuffled = shuffled_classes(labels, seed, 0)
     total = max(round(share * len(labels)), len(shuffled))
@@ -99,8 +81,8 @@ def listed_rows(images: ImageSet, path: Path) -> Tensor:
         lines = files.read_text(path, _LIST_BYTES, errors="surrogateescape").splitlines()
     except FileError as error:
         raise UserError(f"the list {path} cannot be read: {error.strerror}; it holds one file name per line") from None
-    wanted = [line.strip().removeprefix("./") for line in lines if line.strip()]
-    if not wanted:
+    names = [line.strip().removeprefix("./") for line in lines if line.strip()]
+    if not names:
         raise UserError(f"the list {path} is empty: it should hold one file name per line")
     by_key: dict[str, int] = {}
     by_name: dict[str, list[int]] = {}
@@ -117,11 +99,11 @@ def listed_rows(images: ImageSet, path: Path) -> Tensor:
         same = by_name.get(name, [])
         return same[0] if len(same) == 1 else None
 
-    rows = [row_of(line) for line in wanted]
-    missing = [line for line, row in zip(wanted, rows, strict=True) if row is None]
+    rows = [row_of(name) for name in names]
+    missing = [name for name, row in zip(names, rows, strict=True) if row is None]
     if missing:
         raise UserError(
-            f"{len(missing)} of the {len(wanted)} names in {path} are not, or not clearly, an image of {images.name}, "
+            f"{len(missing)} of the {len(names)} names in {path} are not, or not clearly, an image of {images.name}, "
             f"for example {missing[0]!r} (an image here is {images.key(0)!r}): give the list that belongs to them"
         )
     return torch.tensor(sorted({row for row in rows if row is not None}))

@@ -18,7 +18,7 @@ class DetectionData(DenseData[AnnotatedImages]):
     @property
     def classes(self) -> list[str]:
         """Names of the classes of both splits; the training images' come first, in their order."""
-        return [*self.train.classes, *(name for name in self.test.classes if name not in set(self.train.classes))]
+        return list(dict.fromkeys([*self.train.classes, *self.test.classes]))
 
 
 def check(data: DetectionData, config: DetectionConfig) -> list[str]:

@@ -225,12 +225,12 @@ class RoiAlign(nn.Module):
         if len(features) == 1:
             return self._align(features[0], rois, self.strides[0])
         sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
-        wanted = (torch.log2(16 * sides / self.canonical + 1e-8) + 1e-6).floor()
-        level = (wanted - math.log2(self.strides[0])).clamp(0, len(features) - 1).long()
+        log2_stride = (torch.log2(16 * sides / self.canonical + 1e-8) + 1e-6).floor()
+        level = (log2_stride - math.log2(self.strides[0])).clamp(0, len(features) - 1).long()
         pooled = features[0].new_zeros(len(rois), features[0].shape[1], self.side, self.side)
         for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            chosen = (level == i).nonzero()[:, 0]
-            pooled = pooled.index_copy(0, chosen, self._align(feature, rois[chosen], stride))
+            rows = (level == i).nonzero()[:, 0]
+            pooled = pooled.index_copy(0, rows, self._align(feature, rois[rows], stride))
         return pooled
 
     def _align(self, feature: Tensor, rois: Tensor, stride: int) -> Tensor:
@@ -253,20 +253,18 @@ class SeededSampler:
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Per image (n,) labels, positive, 0 or negative to ignore -> two lists of (n,) masks of what was drawn."""
-        drawn = [self._draw(label, seed) for label, seed in zip(labels, self._seeds, strict=True)]
-        return [positive for positive, _ in drawn], [negative for _, negative in drawn]
-
-    def _draw(self, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed ^ self.stream)
-        positives, negatives = (labels >= 1).nonzero()[:, 0], (labels == 0).nonzero()[:, 0]
-        wanted = min(len(positives), int(self.count * self.share))
-        masks = []
-        for candidates, count in ((positives, wanted), (negatives, min(len(negatives), self.count - wanted))):
-            chosen = torch.randperm(len(candidates), generator=generator)[:count].to(labels.device)
-            mask = torch.zeros_like(labels, dtype=torch.uint8)
-            mask[candidates[chosen]] = 1
-            masks.append(mask)
-        return masks[0], masks[1]
+        drawn: tuple[list[Tensor], list[Tensor]] = [], []
+        for label, seed in zip(labels, self._seeds, strict=True):
+            generator = torch.Generator().manual_seed(seed ^ self.stream)
+            room = self.count
+            for masks, candidates, most in zip(
+                drawn, (label >= 1, label == 0), (int(room * self.share), room), strict=True
+            ):
+                rows = candidates.nonzero()[:, 0]
+                rows = rows[torch.randperm(len(rows), generator=generator)[: min(most, room)].to(label.device)]
+                room -= len(rows)
+                masks.append(torch.zeros_like(label, dtype=torch.uint8).index_fill_(0, rows, 1))
+        return drawn
 
 
 class RegionProposals(RegionProposalNetwork):
@@ -328,16 +326,11 @@ class RegionHeads(RoIHeads):
             return [], self._losses(features, proposals, image_shapes, targets)
         scores, deltas, _ = self._classify(features, proposals, image_shapes)
         boxes, confidences, labels = self.postprocess_detections(scores, deltas, proposals, image_shapes)
-        found = [
-            {"boxes": box, "labels": label, "scores": score}
-            for box, label, score in zip(boxes, labels, confidences, strict=True)
-        ]
+        columns = {"boxes": boxes, "labels": labels, "scores": confidences}
         if self.has_mask():
-            logits = self._mask_logits(features, boxes, image_shapes)
-            of_class = logits[torch.arange(len(logits), device=logits.device), torch.cat(labels)]
-            for part, masks in zip(found, of_class.sigmoid()[:, None].split([len(box) for box in boxes]), strict=True):
-                part["masks"] = masks
-        return found, {}
+            logits = self._mask_logits(self._mask_input(features, boxes, image_shapes), torch.cat(labels))
+            columns["masks"] = logits.sigmoid()[:, None].split([len(box) for box in boxes])
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)], {}
 
     def _losses(
         self,
@@ -359,13 +352,12 @@ class RegionHeads(RoIHeads):
         if self.has_mask():
             inside = [label > 0 for label in labels]
             boxes = [region[keep] for region, keep in zip(regions, inside, strict=True)]
-            logits = self._mask_logits(features, boxes, sizes, None if self.mask_head is not None else maps[positive])
+            shared = maps[positive] if self.mask_head is None else self._mask_input(features, boxes, sizes)
+            logits = self._mask_logits(shared, classes[positive])
             numbers = [number[keep] for number, keep in zip(matched, inside, strict=True)]
-            masks = [target["masks"] for target in targets]
-            wanted = _mask_targets(masks, boxes, numbers, logits.shape[-1])
-            of_class = logits[torch.arange(len(logits), device=logits.device), classes[positive]]
-            loss = F.binary_cross_entropy_with_logits(of_class, wanted, reduction="sum")
-            losses["loss_mask"] = _part_of_mean(loss, wanted.numel())
+            expected = _mask_targets([target["masks"] for target in targets], boxes, numbers, logits.shape[-1])
+            loss = F.binary_cross_entropy_with_logits(logits, expected, reduction="sum")
+            losses["loss_mask"] = _part_of_mean(loss, expected.numel())
         return losses
 
     def _classify(
@@ -376,19 +368,16 @@ class RegionHeads(RoIHeads):
         pooled = maps if maps.dim() == 2 else maps.mean(dim=(2, 3))
         return *self.box_predictor(pooled), maps
 
-    def _mask_logits(
-        self,
-        features: dict[str, Tensor],
-        boxes: list[Tensor],
-        sizes: list[tuple[int, int]],
-        maps: Tensor | None = None,
-    ) -> Tensor:
-        """(n, classes + 1, s, s), of maps of these regions that are there already, or from the features."""
+    def _mask_input(self, features: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
+        """What masks are predicted from: the mask head's maps of the regions, or with c4 the box head's."""
         if self.mask_head is not None:
-            maps = self.mask_head(self.mask_roi_pool(features, boxes, sizes))
-        elif maps is None:
-            maps = self.box_head(self.box_roi_pool(features, boxes, sizes))
-        return self.mask_predictor(maps)
+            return self.mask_head(self.mask_roi_pool(features, boxes, sizes))
+        return self.box_head(self.box_roi_pool(features, boxes, sizes))
+
+    def _mask_logits(self, maps: Tensor, classes: Tensor) -> Tensor:
+        """(n, s, s): of each region the mask of its class."""
+        logits = self.mask_predictor(maps)
+        return logits[torch.arange(len(logits), device=logits.device), classes]
 
 
 def _mask_targets(masks: list[Tensor], boxes: list[Tensor], matched: list[Tensor], side: int) -> Tensor:
@@ -426,16 +415,18 @@ def _proposals(channels: int, sizes: list[tuple[float, ...]], config: DetectionC
 
 def _box_predictor(dim: int, classes: int) -> FastRCNNPredictor:
     predictor = FastRCNNPredictor(dim, classes + 1)
-    nn.init.normal_(predictor.cls_score.weight, std=0.01)
-    nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
-    nn.init.zeros_(predictor.cls_score.bias)
-    nn.init.zeros_(predictor.bbox_pred.bias)
+    _initialise(predictor.cls_score, 0.01)
+    _initialise(predictor.bbox_pred, 0.001)
     return predictor
 
 
 def _mask_predictor(dim: int, hidden: int, classes: int) -> MaskRCNNPredictor:
     predictor = MaskRCNNPredictor(dim, hidden, classes + 1)
     nn.init.zeros_(predictor.conv5_mask.bias)
-    nn.init.normal_(predictor.mask_fcn_logits.weight, std=0.001)
-    nn.init.zeros_(predictor.mask_fcn_logits.bias)
+    _initialise(predictor.mask_fcn_logits, 0.001)
     return predictor
+
+
+def _initialise(layer: Any, std: float) -> None:
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)

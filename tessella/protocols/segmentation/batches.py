@@ -1,10 +1,10 @@
-"""Images with masks on their way to a segmenter: random crops to learn from, whole images to be judged on.
+"""Images with masks as segmenters see them: random crops in training, whole images in the test.
 
-    learn: resize by a random factor -> crop (again, while one class fills it) -> flip -> colours -> normalise -> pad
-    judge: resize to the test size -> normalise; the mask stays as it is stored
+    training  resize by a random factor -> crop (again, while one class fills it) -> flip -> colour -> normalise -> pad
+    test      resize to the test size -> normalise; the mask stays as it is stored
 
 The random decisions are numbers drawn at (seed, epoch, image id), as for pretraining: workers, ranks and restarts
-cannot change them. What pads a crop is the mean colour for the image and `IGNORE` for the mask.
+cannot change them. Crops are padded by the mean colour, their masks by `IGNORE`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MaskBatch(NamedTuple):
 
 
 class WholeImage(NamedTuple):
-    """One image to be judged on."""
+    """A test image."""
 
     row: int
     pixels: Tensor  # (1, 3, h, w) float32, normalised, at the test size
@@ -191,7 +191,7 @@ def whole_images(
     """
     images = data.test
 
-    def read(row: int, found: list[tuple[Tensor, NDArray[np.uint8]]]) -> None:
+    def read(row: int, decoded: list[tuple[Tensor, NDArray[np.uint8]]]) -> None:
         try:
             image, mask = images.image(row), images.mask(row)
         except Unreadable as error:
@@ -199,16 +199,16 @@ def whole_images(
             return
         width, height = fitted(image.shape[1], image.shape[0], resize)
         same = (height, width) == image.shape[:2]
-        found.append((torch.tensor(image) if same else resize_pixels(image, height, width), mask))
+        decoded.append((torch.tensor(image) if same else resize_pixels(image, height, width), mask))
 
     def drafts() -> Iterator[tuple[tuple[int, list[tuple[Tensor, NDArray[np.uint8]]]], list[partial[None]]]]:
         for row in rows.tolist():
-            found: list[tuple[Tensor, NDArray[np.uint8]]] = []
-            yield (row, found), [partial(read, row, found)]
+            decoded: list[tuple[Tensor, NDArray[np.uint8]]] = []
+            yield (row, decoded), [partial(read, row, decoded)]
 
     with closing(run_ahead(drafts(), max(1, data.workers))) as done:
-        for row, found in done:
-            for pixels, mask in found:
+        for row, decoded in done:
+            for pixels, mask in decoded:
                 on_device = pixels.to(data.device).permute(2, 0, 1)[None].float().div_(255)
                 yield WholeImage(row, normalise(on_device, data.mean, data.std), mask)
 

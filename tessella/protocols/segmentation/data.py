@@ -73,20 +73,20 @@ def _count_pixels(images: MaskedImages, data: SegmentationData) -> NDArray[np.in
     counts = torch.zeros(256, dtype=torch.long)
     rows = rank_rows(len(images))
 
-    def count(found: list[NDArray[np.int64]], positions: list[int]) -> None:
+    def count(parts: list[NDArray[np.int64]], positions: list[int]) -> None:
         for row in rows[positions].tolist():
             with contextlib.suppress(Unreadable):  # reported when it is used
-                found.append(np.bincount(images.mask(row).ravel(), minlength=256))
+                parts.append(np.bincount(images.mask(row).ravel(), minlength=256))
 
     def drafts() -> Iterator[tuple[list[NDArray[np.int64]], list[Any]]]:
         for positions in portions(len(rows)):
-            found: list[NDArray[np.int64]] = []
-            yield found, [partial(count, found, positions)]
+            parts: list[NDArray[np.int64]] = []
+            yield parts, [partial(count, parts, positions)]
 
     with dist.shared_errors(), contextlib.closing(run_ahead(drafts(), max(1, data.workers))) as done:
-        for found in progress(done, "checking masks", len(portions(len(rows)))):
-            for one in found:
-                counts += torch.from_numpy(one)
+        for parts in progress(done, "checking masks", len(portions(len(rows)))):
+            for part in parts:
+                counts += torch.from_numpy(part)
     return dist.all_reduce_sum(counts.to(data.device)).cpu().numpy()
 
 

@@ -4,7 +4,7 @@
     upernet  pooled context and a pyramid over all four maps          Xiao et al. 2018
     linear   batch norm and one 1x1 convolution; backbone frozen      the probe of DINOv2 and v3
 
-The heads are own ones, because those of torchvision and segmentation-models-pytorch fix their widths or build their
+The heads are our own, because those of torchvision and segmentation-models-pytorch fix their widths or build their
 backbones themselves.
 """
 
@@ -106,24 +106,24 @@ class Segmenter(nn.Module):
 
 
 def dilate(backbone: ResNet, output_stride: int) -> ResNet:
-    """A copy whose last map is 1/output_stride of the image: strides are taken out, and what follows reaches further.
+    """A copy whose last map is 1/output_stride of the image: strides become 1, and later convolutions are dilated.
 
     At the pixels that the strides would have kept, its maps are those of the given network: every 3x3 convolution
-    behind a stride that is gone has its reach doubled. That holds for basic blocks too.
+    behind a removed stride has its dilation doubled. That holds for basic blocks too.
 
     Args:
         backbone: one of our ResNets.
         output_stride: a power of two. A network whose map is as fine already is copied as it is.
 
     Raises:
-        UserError: no such stride can be had by changing the last three stages.
+        UserError: changing the last three stages cannot give this stride.
     """
     net = copy.deepcopy(backbone)
     stem = net.conv1.stride[0] * int(getattr(net.maxpool, "stride", 1))
     strides = [8 * stem // 2**removed for removed in range(4)]
     if output_stride not in strides and output_stride < strides[0]:
         raise UserError(
-            f"output_stride={output_stride} cannot be had of this ResNet: use one of {', '.join(map(str, strides))}"
+            f"this ResNet cannot have output_stride={output_stride}: use one of {', '.join(map(str, strides))}"
         )
     removed = strides.index(output_stride) if output_stride in strides else 0
     dilation = 1
@@ -133,8 +133,8 @@ def dilate(backbone: ResNet, output_stride: int) -> ResNet:
             for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
                 if conv.kernel_size == (3, 3):
                     # The convolution that had the stride still sees the map before it.
-                    reach = before if conv.stride != (1, 1) else dilation
-                    conv.dilation = conv.padding = (reach, reach)
+                    spacing = before if conv.stride != (1, 1) else dilation
+                    conv.dilation = conv.padding = (spacing, spacing)
                 conv.stride = (1, 1)
     return net
 
@@ -157,7 +157,7 @@ class SharedDropout2d(nn.Module):
             return x
         b, c = x.shape[:2]
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
-        kept = torch.rand(b * dist.world_size(), c, generator=generator) >= self.chance
+        kept = torch.rand(b * dist.world_size(), c, generator=generator) >= self.chance  # channels of all ranks' images
         mine = kept[dist.rank() * b : (dist.rank() + 1) * b]
         return x * (mine.to(x.device, x.dtype) / (1 - self.chance))[..., None, None]
 

@@ -27,7 +27,7 @@ _DRAWS = 1000  # of test sets, for the interval
 
 
 class Judgement(NamedTuple):
-    """What the test images gave, equal on every rank."""
+    """Counts over the test images, equal on every rank."""
 
     confusion: NDArray[np.int64]  # (classes, classes) pixels: row the truth, column the prediction
     per_image: NDArray[np.int64]  # (images, 3, classes) pixels: right, true, predicted
@@ -131,10 +131,10 @@ def _starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def figures(judged: Judgement, classes: list[str]) -> dict[str, Any]:
-    """What the confusion matrix says."""
+    """Means over the classes, figures of each class, and those to expect with shuffled labels."""
     confusion, iou = judged.confusion, judged.iou
-    true, found = confusion.sum(axis=1), confusion.sum(axis=0)
-    by_chance = np.outer(true, found) / max(1, confusion.sum())  # expected when the pixels' labels are shuffled
+    true, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    by_chance = np.outer(true, predicted) / max(1, confusion.sum())  # expected when the pixels' labels are shuffled
     return _means(confusion) | {
         "permuted": _means(by_chance),
         "per_class": {name: float(x) for name, x in zip(classes, iou, strict=True) if not np.isnan(x)},
@@ -143,12 +143,12 @@ def figures(judged: Judgement, classes: list[str]) -> dict[str, Any]:
 
 
 def _means(confusion: NDArray[Any]) -> dict[str, float]:
-    right, true, found = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    there = true > 0
+    right, true, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    present = true > 0
     return {
-        "miou": float(np.nanmean(intersection_over_union(np.stack([right, true, found])))),
+        "miou": float(np.nanmean(intersection_over_union(np.stack([right, true, predicted])))),
         "pixel_accuracy": float(right.sum() / true.sum()),
-        "mean_accuracy": float((right[there] / true[there]).mean()),
+        "mean_accuracy": float((right[present] / true[present]).mean()),
     }
 
 
