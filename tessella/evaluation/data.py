@@ -23,7 +23,7 @@ from tessella.protocols import DetectionData, EvalData, MultiLabelData, Segmenta
 from tessella.protocols.duplicates import DuplicatesConfig, duplicates
 from tessella.run.config import to_dict
 
-_PAIRS = 12  # near-copies that a record names
+_PAIRS = 12  # of near-copies that a record names
 _REASONS = 20  # files left out that a record names
 
 Data = EvalData | MultiLabelData | DetectionData | SegmentationData
@@ -42,9 +42,9 @@ class Shelf:
     def __init__(self, device: torch.device, workers: int, batch_size: int) -> None:
         self.device, self.workers, self.batch_size = device, workers, batch_size
         self._sets: dict[tuple[Any, ...], Any] = {}
-        self._made: dict[tuple[Any, ...], Data] = {}
+        self._data: dict[tuple[Any, ...], Data] = {}
         self._copies: dict[tuple[str, str], dict[str, Any]] = {}
-        self._said: set[str] = set()
+        self._warnings: set[str] = set()
 
     def data(self, task: Task, transform: EvalTransform) -> Data:
         """What the task's protocol takes beside a backbone that sees images by this transform.
@@ -52,80 +52,68 @@ class Shelf:
         Raises:
             UserError: the data cannot be opened, or are not of the kind that the protocol needs.
         """
-        detects = DetectionData if "classes" not in task.protocol.kinds else MultiLabelData
-        form = {"classes": EvalData, "boxes": detects, "masks": SegmentationData}[task.kind]
+        on_boxes = DetectionData if "classes" not in task.protocol.kinds else MultiLabelData
+        form = {"classes": EvalData, "boxes": on_boxes, "masks": SegmentationData}[task.kind]
         source = task.source
-        place = form, _place(source.train), _place(source.test), source.label_map, source.images, transform
-        if place not in self._made:
+        names = (name if isinstance(name, str) else id(name) for name in (source.train, source.test))
+        key = form, *names, source.label_map, source.images, transform
+        if key not in self._data:
             with dist.shared_errors():
-                train, test = self._open(task.source.train, "train", task), self._open(task.source.test, "test", task)
-                data = self._made[place] = self._make(form, train, test, task.source, transform)
-            for warning in getattr(data, "warnings", ()):
-                self._warn(warning)
-        return self._made[place]
+                self._data[key] = self._make(form, task, transform)
+            for warning in getattr(self._data[key], "warnings", ()):
+                if warning not in self._warnings and dist.rank() == 0:
+                    note(f"warning: {warning}")
+                self._warnings.add(warning)
+        return self._data[key]
 
-    def _make(self, form: type, train: Any, test: Any, source: Source, transform: EvalTransform) -> Data:
+    def near_copies(self, data: Data) -> dict[str, Any]:
+        """How many test images are near-copies of train images, for the record."""
+        key = data.train.fingerprint, data.test.fingerprint
+        if key not in self._copies:
+            self._copies[key] = duplicates(None, data, DuplicatesConfig(listed=_PAIRS))
+        return self._copies[key]
+
+    def _make(self, form: type, task: Task, transform: EvalTransform) -> Data:
+        train, test = self._open(task.source.train, "train", task), self._open(task.source.test, "test", task)
         shared: dict[str, Any] = {"device": self.device, "workers": self.workers}
         if form in (DetectionData, SegmentationData):
             return form(train, test, mean=transform.mean, std=transform.std, **shared)
         shared |= {"batch_size": self.batch_size, "cache": cache_folder()}
         if form is MultiLabelData:
             return MultiLabelData.of(train, test, transform, **shared)
-        label_map = None if source.label_map is None else read_label_map(Path(source.label_map))
+        label_map = None if task.source.label_map is None else read_label_map(Path(task.source.label_map))
         return EvalData(train, test, transform, label_map=label_map, **shared)
 
-    def near_copies(self, data: Data) -> dict[str, Any]:
-        """How many test images are near-copies of train images, for the record."""
-        place = data.train.fingerprint, data.test.fingerprint
-        if place not in self._copies:
-            self._copies[place] = duplicates(None, data, DuplicatesConfig(listed=_PAIRS))
-        return self._copies[place]
-
-    def _warn(self, text: str) -> None:
-        """Say it once."""
-        if text not in self._said and dist.rank() == 0:
-            note(f"warning: {text}")
-        self._said.add(text)
-
     def _open(self, name: Any, split: str, task: Task) -> Any:
+        """A set of images; files that are left out are named, because they change what a figure means."""
         kind, opener = _OPENERS[task.kind]
+        if not isinstance(name, str | kind):
+            raise UserError(f"{task.name} needs {task.kind} of images: give the name of a data set that has them")
         if not isinstance(name, str):
-            if not isinstance(name, kind):
-                raise UserError(f"{task.name} needs {task.kind} of images: give the name of a data set that has them")
             return name
-        place = task.kind, name, "" if task.kind == "classes" else split, task.source.images
-        if place not in self._sets:
-            self._sets[place] = opener(name, split, task.source)
-            _tell_unreadable(self._sets[place])
-        return self._sets[place]
-
-
-def _tell_unreadable(images: Any) -> None:
-    """Name a file that is left out; a figure on fewer images than the folder has must not come as a surprise."""
-    failed = getattr(images, "unreadable", ())
-    if failed and dist.rank() == 0:
-        key, reason = failed[0]
-        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        note(f"left out of {images.name}: {key}: {reason}{more}")
+        key = task.kind, name, "" if task.kind == "classes" else split, task.source.images
+        if key not in self._sets:
+            images = self._sets[key] = opener(name, split, task.source)
+            failed = getattr(images, "unreadable", ())
+            if failed and dist.rank() == 0:
+                more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+                note(f"left out of {images.name}: {failed[0][0]}: {failed[0][1]}{more}")
+        return self._sets[key]
 
 
 def described(data: Data, split: str) -> dict[str, Any]:
     """What a record says about the images of "train" or "test"."""
     images = data.train if split == "train" else data.test
     left_out = dict(getattr(images, "unreadable", ()))  # when they were listed; below, those that did not decode
-    if isinstance(data, EvalData):
-        classes = len(data.labels(split).unique())
-    elif isinstance(data, SegmentationData):
-        classes = len(data.survey().classes)
-    else:
-        classes = len(data.classes)
+    classes = data.survey().classes if isinstance(data, SegmentationData) else data.classes
+    count = len(data.labels(split).unique()) if isinstance(data, EvalData) else len(classes)
     if isinstance(data, EvalData | MultiLabelData):
         left_out |= data.skipped(split) or {}
     return {
         "name": images.name,
         "fingerprint": images.fingerprint,
         "images": len(images),
-        "classes": classes,
+        "classes": count,
         "skipped": len(left_out),
         "reasons": dict(itertools.islice(sorted(left_out.items()), _REASONS)),
     }
@@ -136,7 +124,3 @@ def transform_of(data: Data) -> dict[str, Any]:
     if isinstance(data, EvalData | MultiLabelData):
         return to_dict(data.transform)
     return {"mean": list(data.mean), "std": list(data.std)}
-
-
-def _place(name: Any) -> Any:
-    return name if isinstance(name, str) else id(name)

@@ -33,18 +33,10 @@ def embed(
 ) -> Features:
     """Features of every readable image, in row order, as float32; the whole result must fit into memory.
 
-    Args:
-        backbone: a run folder, a weights file, random:NETWORK, or one already loaded.
-        data: the images, or their name.
-        out: `NAME.npy` (features (N, d); beside it `NAME.ids.npy` with the images' stable ids and
-            `NAME.keys.txt` with one key per line, backslashes and what is not printable escaped) or
-            `NAME.parquet` (columns key, id, label if asked for, feature). Written whole or not at all, and
-            never over an existing file.
-        labels: read class labels too and write them (parquet only).
-        device: auto, cpu, cuda or mps.
-        workers: decoding threads; default: the cores at hand.
-        image_size: pixels of the evaluated crop; default: the run's.
-        batch_size: images per forward pass of a rank.
+    Arguments are those of `tessella.embed`; the backbone may also be loaded, and the images open already. `NAME.npy`
+    holds features (N, d), `NAME.ids.npy` beside it the images' stable ids, and `NAME.keys.txt` one key per line,
+    backslashes and what is not printable escaped; `NAME.parquet` has the columns key, id, label if asked for, feature.
+    Files are written whole or not at all, and never over existing ones.
 
     Returns:
         What was written; `skipped` names the images that could not be read.
@@ -58,19 +50,15 @@ def embed(
         paths = _paths(out, labels)
         loaded = resolve_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
         images = open_images(data, labels=labels) if isinstance(data, str) else data
-    features = extract(
-        loaded.backbone,
-        images,
-        loaded.transform,
-        batch_size=batch_size,
-        device=on,
-        workers=workers or cores_at_hand(),
-    )
+    workers = workers or cores_at_hand()
+    features = extract(loaded.backbone, images, loaded.transform, batch_size=batch_size, device=on, workers=workers)
     with dist.shared_errors():
-        if dist.rank() == 0 and out.suffix == ".npy":
-            _write_npy(paths, features, images)
-        elif dist.rank() == 0:
-            _write_parquet(out, features, images, labels, _origin(loaded, images))
+        if dist.rank() == 0:
+            files.make_folder(out.parent)
+            if out.suffix == ".npy":
+                _write_npy(paths, features, images)
+            else:
+                _write_parquet(out, features, images, labels, _origin(loaded, images))
     return features
 
 
@@ -84,7 +72,6 @@ def _paths(out: Path, labels: bool) -> list[Path]:
     for file in paths:
         if file.exists():
             raise UserError(f"{file} exists already: choose another --out or remove it")
-    files.make_folder(out.parent)
     return paths
 
 
@@ -102,33 +89,23 @@ def _write_parquet(out: Path, features: Features, images: ImageSet, labels: bool
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fields = [
-        ("key", pa.string()),
-        ("id", pa.int64()),
-        ("label", pa.string()),
-        ("feature", pa.list_(pa.float32())),
-    ]
-    schema = pa.schema([f for f in fields if f[0] != "label" or labels])
-    schema = schema.with_metadata({"tessella": json.dumps(origin)})
-    dim = features.x.shape[1]
-    needed = 4 * features.x.numel()
+    fields = [("key", pa.string()), ("id", pa.int64()), ("label", pa.string()), ("feature", pa.list_(pa.float32()))]
+    schema = pa.schema([f for f in fields if f[0] != "label" or labels], {"tessella": json.dumps(origin)})
+    dim, needed = features.x.shape[1], 4 * features.x.numel()
     with (
         files.explain_write_error(out.parent, needed),
         files.writing(out, needed=needed) as file,
         pq.ParquetWriter(file, schema) as writer,
     ):
         for start in range(0, len(features.x), _ROW_GROUP):
-            x, rows = (
-                features.x[start : start + _ROW_GROUP].numpy(),
-                features.rows[start : start + _ROW_GROUP],
-            )
+            rows = features.rows[start : start + _ROW_GROUP]
+            x = features.x[start : start + _ROW_GROUP].numpy()
+            offsets = pa.array(np.arange(0, x.size + 1, dim, dtype=np.int32))
             columns: dict[str, Any] = {
                 # Names that are no UTF-8 are written with backslash escapes: Arrow strings hold nothing else.
                 "key": [images.key(int(row)).encode("utf-8", "backslashreplace").decode() for row in rows],
                 "id": np.asarray(images.ids)[rows],
-                "feature": pa.ListArray.from_arrays(
-                    pa.array(np.arange(0, x.size + 1, dim, dtype=np.int32)), pa.array(x.reshape(-1))
-                ),
+                "feature": pa.ListArray.from_arrays(offsets, pa.array(x.reshape(-1))),
             }
             if labels:
                 columns["label"] = _class_names(images, rows)

@@ -91,14 +91,14 @@ class Task(NamedTuple):
     kind: Kind
     source: Source
     seed: int
-    required: bool = True  # asked for by name; else it is left out where the data cannot carry it
+    required: bool = True  # asked for by name; else it is left out where it does not work with the data
 
     @property
     def changed(self) -> dict[str, Any]:
         """What differs from the setting that the name stands for, as JSON has it."""
         setting = named_settings().get(self.name)
-        found = {} if type(setting) is not type(self.config) else changes(setting, self.config)
-        return {name: to_dict(value) for name, value in found.items()}
+        different = {} if type(setting) is not type(self.config) else changes(setting, self.config)
+        return {name: to_dict(value) for name, value in different.items()}
 
 
 @checked
@@ -124,20 +124,15 @@ def plan(
         UserError: a name is unknown, there is no data for a protocol, or a setting does not fit.
     """
     assert (source is None) != (file is None)
+    planner = _Planner(source, file or DataFile("", {}, {}), seed, seeds)
     tasks: list[Task] = []
-    for asked in protocols or (("all",) if file else DEFAULT):
-        if isinstance(asked, str) and asked == "all":
-            tasks += _all(source, file, seed, seeds)
-        else:
-            name = record_name(default_config(asked)) if isinstance(asked, str) else record_name(asked)
-            config = default_config(asked) if isinstance(asked, str) else asked
-            kind, found = _data_of(name, protocol_of(config), source, file)
-            tasks += _seeded(name, _with_settings(name, config, file), kind, found, seed, seeds)
+    for protocol in protocols or (("all",) if file else DEFAULT):
+        tasks += planner.all() if isinstance(protocol, str) and protocol == "all" else planner.named(protocol)
     unique: dict[Any, Task] = {}
-    for task in tasks:  # "all knn" asks for knn twice
+    for task in tasks:  # "all knn" names knn twice
         check_ranges(task.config, f"protocols.{task.name}.")
-        place = task.name, repr(task.config), task.kind, id(task.source.train), id(task.source.test), task.seed
-        unique[place] = task if place not in unique or task.required else unique[place]
+        key = task.name, repr(task.config), task.kind, id(task.source.train), id(task.source.test), task.seed
+        unique[key] = task if key not in unique or task.required else unique[key]
     return list(unique.values())
 
 
@@ -145,7 +140,7 @@ def read_data_file(path: Path) -> DataFile:
     """Read which data serves which protocol.
 
     Raises:
-        UserError: the file cannot be read, or says what no evaluation knows.
+        UserError: the file cannot be read, or names something unknown.
     """
     try:
         content = plain_yaml(files.read_text(path, _FILE_LIMIT))
@@ -189,7 +184,7 @@ def _source(value: Any, path: str, kind: Kind) -> Source:
 def _section(value: Any, path: str, protocol: Protocol) -> Section:
     value = {} if value is None else _table(value, path)
     fields = [field.name for field in dataclasses.fields(protocol.config)]
-    settings = {name: given for name, given in value.items() if name not in _ALL_DATA_FIELDS}
+    settings = {name: setting for name, setting in value.items() if name not in _ALL_DATA_FIELDS}
     for name in settings:
         if name not in fields:
             raise UserError(
@@ -205,33 +200,74 @@ def _section(value: Any, path: str, protocol: Protocol) -> Section:
 
 
 def _name(value: dict[str, Any], path: str, field: str) -> str | None:
-    found = value.get(field)
-    if found is not None and not isinstance(found, str):
-        raise UserError(f"{path}.{field} is {found!r}; expected the name of a file or folder")
-    return found
+    name = value.get(field)
+    if name is not None and not isinstance(name, str):
+        raise UserError(f"{path}.{field} is {name!r}; expected the name of a file or folder")
+    return name
 
 
-def _all(source: Source | None, file: DataFile | None, seed: int, seeds: int | None) -> list[Task]:
-    """What the data allow, and all that the file has a section for."""
-    tasks = []
-    if file is None:
-        assert source is not None
-        sources = dict.fromkeys(_kinds_of(source), source)
-    else:
-        sources = file.sources
-    for kind, found in sources.items():
-        for name in quick_settings(kind):
-            if file is None or name not in file.sections:
-                tasks += _seeded(name, named_settings()[name], kind, found, seed, seeds, required=False)
-    for name in file.sections if file else ():
-        config = named_settings()[name]
-        kind, found = _data_of(name, protocol_of(config), source, file)
-        tasks += _seeded(name, _with_settings(name, config, file), kind, found, seed, seeds)
-    return tasks
+class _Planner(NamedTuple):
+    """Makes tasks from names."""
+
+    source: Source | None  # of all tasks; without it
+    file: DataFile  # says which data each kind and each protocol has
+    seed: int
+    seeds: int | None
+
+    def all(self) -> list[Task]:
+        """What the data allow, and all that the file has a section for."""
+        sources = self.file.sources
+        if self.source is not None:
+            sources = dict.fromkeys(_kinds_of(self.source), self.source)
+        quick = [(name, kind) for kind in sources for name in quick_settings(kind) if name not in self.file.sections]
+        tasks = [
+            task._replace(required=False)
+            for name, kind in quick
+            for task in self._tasks(name, named_settings()[name], kind, sources[kind])
+        ]
+        return tasks + [task for name in self.file.sections for task in self.named(name)]
+
+    def named(self, protocol: Any) -> list[Task]:
+        """The tasks of a protocol's name or config."""
+        config = default_config(protocol) if isinstance(protocol, str) else protocol
+        name = record_name(config)
+        section = self.file.sections.get(name, Section({}, None))
+        if section.settings:
+            settings = _merged(to_dict(config), section.settings)
+            config = from_dict(type(config), settings, f"{self.file.name}: protocols.{name}")
+        return self._tasks(name, config, *self._data(name, protocol_of(config).kinds, section.source or self.source))
+
+    def _data(self, name: str, kinds: tuple[Kind, ...], source: Source | None) -> tuple[Kind, Source]:
+        """The kind and the place of a protocol's data."""
+        if source is not None:
+            present = kinds if len(kinds) == 1 else _kinds_of(source)
+            return next((kind for kind in present if kind in kinds), kinds[-1]), source
+        for kind in kinds:
+            if kind in self.file.sources:
+                return kind, self.file.sources[kind]
+        raise UserError(
+            f"{name} needs {' or '.join(_KNOWN_BY[kind] for kind in kinds)}; {self.file.name} has "
+            f"{', '.join(self.file.sources) or 'no data'} only: add {' or '.join(kinds)}"
+        )
+
+    def _tasks(self, name: str, config: Any, kind: Kind, source: Source) -> list[Task]:
+        """The task, or one for each seed."""
+        protocol, fields = protocol_of(config), {field.name for field in dataclasses.fields(config)}
+        seeds = [self.seed + i for i in range(self.seeds or 1)] if protocol.repeats == "record" else [self.seed]
+        changes: dict[str, Any] = {}
+        if protocol.repeats not in (None, "record") and self.seeds is not None:
+            changes[protocol.repeats] = self.seeds
+        if "seeds" in fields:  # k-means takes several, from the first on
+            changes["seeds"] = tuple(self.seed + i for i in range(len(config.seeds)))
+        return [
+            Task(name, dataclasses.replace(config, **changes, **({"seed": seed} if "seed" in fields else {})),
+                 protocol, kind, source, seed)
+            for seed in seeds
+        ]  # fmt: skip
 
 
 def _kinds_of(source: Source) -> list[Kind]:
-    """What the data say about their images; for all that tell neither boxes nor masks, the folders are classes."""
+    """What the data say about their images: boxes, masks, or else the classes of their folders."""
     data = source.train
     if isinstance(data, AnnotatedImages):
         return ["boxes"]
@@ -249,56 +285,10 @@ def _kinds_of(source: Source) -> list[Kind]:
     return kinds or ["classes"]
 
 
-def _data_of(name: str, protocol: Protocol, source: Source | None, file: DataFile | None) -> tuple[Kind, Source]:
-    """The kind and the place of a protocol's data."""
-    section = file.sections.get(name) if file else None
-    if section is not None and section.source is not None:
-        source = section.source
-    if source is not None:
-        kinds = protocol.kinds if len(protocol.kinds) == 1 else tuple(_kinds_of(source))
-        return next((kind for kind in kinds if kind in protocol.kinds), protocol.kinds[-1]), source
-    assert file is not None
-    for kind in protocol.kinds:
-        if kind in file.sources:
-            return kind, file.sources[kind]
-    needed = " or ".join(_KNOWN_BY[kind] for kind in protocol.kinds)
-    raise UserError(
-        f"{name} needs {needed}; {file.name} has {', '.join(file.sources) or 'no data'} only: add "
-        f"{' or '.join(protocol.kinds)}"
-    )
-
-
-def _with_settings(name: str, config: Any, file: DataFile | None) -> Any:
-    section = file.sections.get(name) if file else None
-    if section is None or not section.settings:
-        return config
-    assert file is not None
-    return from_dict(type(config), _merged(to_dict(config), section.settings), f"{file.name}: protocols.{name}")
-
-
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`old` with what `new` names; tables are merged in their turn."""
+    """`old` with the values of `new`; tables within are merged alike."""
     both = {
         key: _merged(old[key], value) if isinstance(value, dict) and isinstance(old.get(key), dict) else value
         for key, value in new.items()
     }
     return old | both
-
-
-def _seeded(
-    name: str, config: Any, kind: Kind, source: Source, seed: int, seeds: int | None, *, required: bool = True
-) -> list[Task]:
-    """The task, or one for each seed."""
-    protocol = protocol_of(config)
-    if protocol.repeats == "record":
-        every = [seed + i for i in range(seeds or 1)]
-        configs = [dataclasses.replace(config, seed=one) for one in every]
-        return [Task(name, c, protocol, kind, source, one, required) for one, c in zip(every, configs, strict=True)]
-    names = {field.name for field in dataclasses.fields(config)}
-    if protocol.repeats is not None and seeds is not None:
-        config = dataclasses.replace(config, **{protocol.repeats: seeds})
-    if "seed" in names:
-        config = dataclasses.replace(config, seed=seed)
-    elif "seeds" in names:  # k-means takes several, from it on
-        config = dataclasses.replace(config, seeds=tuple(seed + i for i in range(len(config.seeds))))
-    return [Task(name, config, protocol, kind, source, seed, required)]

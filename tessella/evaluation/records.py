@@ -1,4 +1,4 @@
-"""The records of evaluations in a folder: one for each question, written as soon as it is answered."""
+"""The records of evaluations in a folder: one for each question, written as soon as its protocol is done."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ NAME = "evaluation.json"
 LOCK = "evaluation.lock"  # the process that writes here now
 PARTS = ("baseline", "supervised")  # other backbones that answered a record's question
 _LIMIT = 1 << 30  # bytes of the file
-_ABANDONED = 3600.0  # seconds after which an unfinished file is nobody's
-_ASKED = ("protocol", "version", "settings", "network", "weights", "transform", "seed", "label_map")
+_ABANDONED = 3600.0  # seconds after which an unfinished file belongs to a killed process
+_QUESTION = ("protocol", "version", "settings", "network", "weights", "transform", "seed", "label_map")
 
 
 def identity(record: Record) -> str:
     """What makes two records answers to one question."""
-    asked = {key: record.get(key) for key in _ASKED}
-    asked |= {split: (record.get(split) or {}).get("fingerprint") for split in ("train", "test")}
-    return json.dumps(asked, sort_keys=True)
+    question = {key: record.get(key) for key in _QUESTION}
+    question |= {split: (record.get(split) or {}).get("fingerprint") for split in ("train", "test")}
+    return json.dumps(question, sort_keys=True)
 
 
 class RecordFile:
@@ -75,22 +75,19 @@ class RecordFile:
             yield cls(out, dist.broadcast_object(records))
             dist.barrier()  # no rank goes on before the file is complete
 
-    def find(self, asked: str) -> Record | None:
+    def find(self, question: str) -> Record | None:
         """The record of this identity."""
-        return next((record for record in self.records if identity(record) == asked), None)
+        return next((record for record in self.records if identity(record) == question), None)
 
-    def find_part(self, asked: str) -> Record | None:
-        """Name, weights and scores of a backbone that has answered this question, wherever they stand."""
-        return next((part for question, part in self._answers() if question == asked), None)
+    def find_part(self, question: str) -> Record | None:
+        """Name, weights and scores of a backbone that has answered this question, in whichever record."""
+        return next((part for answered, part in self._answers() if answered == question), None)
 
     def put(self, record: Record) -> None:
         """Add a record, in the place of one about the same question, and write the file on rank 0."""
-        asked = identity(record)
-        places = [i for i, other in enumerate(self.records) if identity(other) == asked]
-        if places:
-            self.records[places[0]] = record
-        else:
-            self.records.append(record)
+        identities = [identity(other) for other in self.records]
+        place = identities.index(identity(record)) if identity(record) in identities else len(identities)
+        self.records[place : place + 1] = [record]
         self.write()
 
     def write(self) -> None:
@@ -121,11 +118,8 @@ class RecordFile:
     def _answers(self) -> Iterator[tuple[str, Record]]:
         for record in self.records:
             keys = ("network", "weights", "transform")
-            yield (
-                identity(record),
-                {"name": record.get("backbone"), "scores": record.get("scores")}
-                | {key: record.get(key) for key in keys},
-            )
+            answer = {"name": record.get("backbone"), "scores": record.get("scores")}
+            yield identity(record), answer | {key: record.get(key) for key in keys}
             for name in PARTS:
                 part = record.get(name)
                 if isinstance(part, dict):

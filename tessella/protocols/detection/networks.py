@@ -257,11 +257,9 @@ class SeededSampler:
         for label, seed in zip(labels, self._seeds, strict=True):
             generator = torch.Generator().manual_seed(seed ^ self.stream)
             room = self.count
-            for masks, candidates, most in zip(
-                drawn, (label >= 1, label == 0), (int(room * self.share), room), strict=True
-            ):
+            for masks, candidates, share in zip(drawn, (label >= 1, label == 0), (self.share, 1.0), strict=True):
                 rows = candidates.nonzero()[:, 0]
-                rows = rows[torch.randperm(len(rows), generator=generator)[: min(most, room)].to(label.device)]
+                rows = rows[torch.randperm(len(rows), generator=generator)[: int(room * share)].to(label.device)]
                 room -= len(rows)
                 masks.append(torch.zeros_like(label, dtype=torch.uint8).index_fill_(0, rows, 1))
         return drawn
