@@ -70,11 +70,11 @@ class ArchiveTexts:
         """Name -> archive, offset and size."""
         members = {}
         for number, path in enumerate(self._archives.paths):
-            found, failed = walk_tar(path, _SUFFIXES)
+            listed, failed = walk_tar(path, _SUFFIXES)
             if failed:
                 name, reason = failed[0]
                 raise UserError(f"{printable(path)}: {printable(name or 'the archive')}: {reason}")
-            for name, offset, size in found:
+            for name, offset, size in listed:
                 if name.startswith(self._below):
                     members[name.removeprefix(self._below)] = number, offset, size
         return members

@@ -1,8 +1,8 @@
 """COCO's format: one .json file with images, categories and annotations.
 
-Refused: ids that lead nowhere or are there twice, boxes that are not four finite numbers, images of another size than
-the file says. Left out with a note: images that are not there or cannot be read. Kept for scoring, but not trained on:
-boxes without an area, and crowds.
+Refused: ids that are unknown or used twice, boxes that are not four finite numbers, images of another size than the
+file says. Left out with a note: images that are missing or cannot be read. Scored, but not trained on: boxes without an
+area, and crowds.
 """
 
 from __future__ import annotations
@@ -144,17 +144,17 @@ def _find_images(
 
 
 def _plain(name: str) -> str:
-    """A name as our keys write it: '/' between parts, no './' in front."""
+    """A name in the form of our keys: '/' between parts, no './' in front."""
     return name.replace("\\", "/").removeprefix("./")
 
 
 def _check_size(record: dict[str, Any], size: tuple[int, int], problems: Problems) -> None:
     width, height = size
-    said = record.get("width", width), record.get("height", height)
-    if said != size:
+    stated = record.get("width", width), record.get("height", height)
+    if stated != size:
         problems.add(
             "an image of another size than the file says, so that its boxes would lie elsewhere",
-            f"{record['file_name']}: {said[0]} x {said[1]} in the file, {width} x {height} upright pixels",
+            f"{record['file_name']}: {stated[0]} x {stated[1]} in the file, {width} x {height} upright pixels",
         )
 
 

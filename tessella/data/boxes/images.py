@@ -1,4 +1,4 @@
-"""What every format opens into: images, and a table of their objects."""
+"""Images with objects, whatever format they come from: the images, and a table of their objects."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ObjectTable(NamedTuple):
 class AnnotatedImages:
     """Images with objects, equal on every rank. An image is named by its position, 0 ... len - 1."""
 
-    name: str  # as given
+    name: str  # of the data, for reports
     images: ImageSet
     rows: NDArray[np.int64]  # (m,) row of `images` of each annotated image
     image_ids: list[int | str]  # (m,) as in the file
@@ -172,7 +172,7 @@ class AnnotatedImages:
 
 
 class Problems:
-    """Collects what is wrong with a file, to say it all at once: each kind with a count and its first example."""
+    """What is wrong with a file, reported all at once: each kind with a count and its first example."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -101,14 +101,14 @@ def mask_coder() -> Any:
 
 
 def _read_polygon(numbers: Any) -> NDArray[np.float64] | None:
-    """A polygon; None if it has no area, because fewer than three corners cannot."""
+    """A polygon; None for fewer than three corners, which have no area."""
     try:
         polygon = np.array(numbers, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         raise Broken("a polygon that is no list of numbers") from None
     if polygon.ndim != 1 or len(polygon) % 2:
         raise Broken("a polygon that is no list of x, y, x, y, ...")
-    # Painting costs memory in proportion to a polygon's length in pixels: a wild coordinate must not take it all.
+    # Painting takes memory in proportion to a polygon's length in pixels.
     if not np.isfinite(polygon).all() or (len(polygon) and np.abs(polygon).max() > 1e6):
         raise Broken("a polygon with coordinates that are not finite or far outside any image")
     return polygon if len(polygon) >= 6 else None
@@ -132,17 +132,18 @@ def _read_runs(segmentation: dict[str, Any], width: int, height: int) -> Runs:
 def _decompress(text: str) -> list[int]:
     """COCO's text form: five bits a character, the sixth says that more follow; from the third run on, differences."""
     runs: list[int] = []
-    position = 0
-    while position < len(text):
-        number, shift, more = 0, 0, True
-        while more:
-            if position == len(text) or shift > 60 or not 48 <= ord(text[position]) < 112:
-                raise Broken("run lengths in a text that is not COCO's")
-            bits = ord(text[position]) - 48
-            number |= (bits & 31) << shift
-            more = bool(bits & 32)
-            position, shift = position + 1, shift + 5
-            if not more and bits & 16:
-                number -= 1 << shift
-        runs.append(number + runs[-2] if len(runs) > 2 else number)
-    return runs
+    number, shift = 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            break
+        number |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            number -= (bits & 16) << 1 << (shift - 5)  # the last one's highest bit is the sign
+            runs.append(number + runs[-2] if len(runs) > 2 else number)
+            number, shift = 0, 0
+    else:
+        if not shift:
+            return runs
+    raise Broken("run lengths in a text that is not COCO's")

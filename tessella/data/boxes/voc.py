@@ -54,7 +54,7 @@ def find_lists(files: AnnotationFiles, split: str) -> list[ImageList]:
     pieces = [piece.strip("/") for piece in files.part.split("+")]
     named = [_named_list(files, piece) for piece in pieces]
     if all(named):
-        return [found for found in named if found]
+        return [one for one in named if one]
     here = files.part
     roots = [here] if is_voc(files, here) else [join(here, name) for name in files.texts.folders(here)]
     roots = [root for root in roots if is_voc(files, root)]
@@ -62,9 +62,9 @@ def find_lists(files: AnnotationFiles, split: str) -> list[ImageList]:
     choices = _WITH_TEST if any("test.txt" in names for names in available.values()) else _WITHOUT_TEST
     lists = []
     for root, names in available.items():
-        found = next((name for name in choices[split] if f"{name}.txt" in names), None)
-        if found:
-            lists.append(_read_list(files, root, found))
+        choice = next((name for name in choices[split] if f"{name}.txt" in names), None)
+        if choice:
+            lists.append(_read_list(files, root, choice))
         elif not names:  # no lists at all: every annotated image
             stems = [name.removesuffix(".xml") for name in files.texts.names(join(root, "Annotations"))]
             lists.append(ImageList(root, tuple(stems)))
@@ -94,12 +94,12 @@ def read_voc(files: AnnotationFiles, lists: list[ImageList], split: str) -> Anno
                 continue
             encoded = files.texts.read(join(root, f"Annotations/{name}.xml"))
             digest.update(f"{root}/{name} {len(encoded)} ".encode("utf-8", "surrogateescape") + encoded)
-            found = row_of.get(join(root, f"JPEGImages/{name}"))
-            if found is None:
+            row = row_of.get(join(root, f"JPEGImages/{name}"), -1)
+            if row < 0:
                 missing.append(name)
             else:
-                objects += _read_objects(encoded, name, len(rows), tuple(images.sizes[found].tolist()), problems)
-                rows.append(found)
+                objects += _read_objects(encoded, name, len(rows), tuple(images.sizes[row].tolist()), problems)
+                rows.append(row)
     problems.refuse(_ADVICE)
     if not rows:
         raise UserError(f"{printable(files.data)}: none of the {len(missing)} images of the list is in JPEGImages")
@@ -142,7 +142,7 @@ def parse_xml(encoded: bytes) -> Element:
     parser.EntityDeclHandler = refuse
     try:
         parser.Parse(encoded, True)
-    except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that nobody knows
+    except (expat.ExpatError, LookupError) as error:  # LookupError: an unknown encoding
         raise ValueError(f"damaged XML: {error}") from None
     return builder.close()
 
@@ -153,12 +153,12 @@ def _read_objects(encoded: bytes, name: str, image: int, size: tuple[int, ...], 
     except (ValueError, AssertionError) as error:
         problems.add("an annotation that is no XML of VOC's kind", f"{name}: {error}")
         return []
-    said = tuple(_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
+    stated = tuple(_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
     # Some tools write 0 for a size that they did not know.
-    if all(math.isfinite(side) and side > 0 for side in said) and said != size:
+    if all(math.isfinite(side) and side > 0 for side in stated) and stated != size:
         problems.add(
             "an image of another size than its annotation says, so that its boxes would lie elsewhere",
-            f"{name}: {said[0]:g} x {said[1]:g} in the annotation, {size[0]} x {size[1]} upright pixels",
+            f"{name}: {stated[0]:g} x {stated[1]:g} in the annotation, {size[0]} x {size[1]} upright pixels",
         )
     objects = []
     for entry in root.findall("object"):
@@ -186,7 +186,7 @@ def _named_list(files: AnnotationFiles, piece: str) -> ImageList | None:
 
 
 def _read_list(files: AnnotationFiles, root: str, name: str) -> ImageList:
-    """One name per line. The lists of single classes have a number behind it, which says nothing about boxes."""
+    """One name per line. In lists of single classes a number follows, which says nothing about boxes."""
     text = files.texts.read(join(root, f"{_LISTS}/{name}.txt")).decode("utf-8-sig", "surrogateescape")
     annotated = set(files.texts.names(join(root, "Annotations")))
     names = []

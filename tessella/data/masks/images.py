@@ -1,4 +1,4 @@
-"""What images with a class for every pixel are to a program: a set with masks, and how a mask file is read."""
+"""Images with a class for every pixel: a set with masks, and how a mask file is read."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class FileMasks(MaskedImages):
 
 
 def decode_mask(encoded: bytes, name: str) -> NDArray[np.int64]:
-    """The numbers stored in a mask, as they are: palette indices or gray values of 1 to 16 bits.
+    """The numbers stored in a mask: palette indices or gray values of 1 to 16 bits.
 
     Args:
         encoded: a whole file in a format without loss.
@@ -189,7 +189,7 @@ def decode_mask(encoded: bytes, name: str) -> NDArray[np.int64]:
 
     Raises:
         Unreadable: damaged, truncated or too large.
-        UserError: colours or a lossy format, in which class numbers cannot be told.
+        UserError: colours or a lossy format, which do not hold class numbers.
     """
     if len(encoded) > MAX_BYTES:
         raise Unreadable(f"the file has {len(encoded):,} bytes, more than the limit of {MAX_BYTES:,}")
@@ -223,7 +223,7 @@ def decode_mask(encoded: bytes, name: str) -> NDArray[np.int64]:
 
 
 def _stretch(encoded: bytes) -> int:
-    """By what Pillow multiplies gray values of a PNG with 2 or 4 bits, so that they fill 8."""
+    """The factor by which Pillow multiplies gray values of a PNG with 2 or 4 bits, so that they fill 8."""
     gray_png = encoded.startswith(b"\x89PNG") and encoded[25:26] == b"\0"
     return {2: 85, 4: 17}.get(encoded[24], 1) if gray_png else 1
 

@@ -175,7 +175,7 @@ class _Set:
             slot, _ = self._slot(path) or (None, "")
             if slot is not None:
                 self.found.setdefault(slot, reason)
-        # What lies above the layout's folder; with several sets in one, their folders stay in the names.
+        # The folders above the layout's; with several sets in one, they stay in the names.
         self.root = roots.pop() if len(roots) == 1 else ""
         self.found = {
             (folder, part, key.removeprefix(self.root)): value for (folder, part, key), value in self.found.items()
@@ -230,15 +230,15 @@ class _Set:
         return (folder, part, root + "".join(f"{name}/" for name in after) + stem), root
 
     def _find(self, folder: str, part: str | None, key: str, endings: Iterable[str]) -> int | str | None:
-        """A file of the split, or of no split, by the first of some endings; one that can be read before others."""
+        """A file of the split, or of no split, with one of the endings; a readable one before others."""
         slots = [(folder, split, key + ending) for split in dict.fromkeys((part, None)) for ending in endings]
         values = [self.found[slot] for slot in slots if slot in self.found]
         return next((value for value in values if isinstance(value, int)), values[0] if values else None)
 
     def _mask(self, part: str | None, key: str) -> int | str | None:
-        values = [self._find(folder, part, key, self.layout.mask_endings) for folder in self.layout.masks]
-        found = [value for value in values if value is not None]
-        return next((value for value in found if isinstance(value, int)), found[0] if found else None)
+        every = (self._find(folder, part, key, self.layout.mask_endings) for folder in self.layout.masks)
+        values = [value for value in every if value is not None]
+        return next((value for value in values if isinstance(value, int)), values[0] if values else None)
 
     def _choose_split(self) -> tuple[str | None, list[str] | None]:
         """The split's own name (None: the set has no splits), and the lines of its list (None: it is a folder)."""
