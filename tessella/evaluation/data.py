@@ -20,7 +20,7 @@ from tessella.data.transform import EvalTransform
 from tessella.errors import UserError
 from tessella.evaluation.plan import Source, Task
 from tessella.protocols import DetectionData, EvalData, MultiLabelData, SegmentationData
-from tessella.protocols.duplicates import DuplicatesConfig, duplicates
+from tessella.protocols.duplicates import SHEET, DuplicatesConfig, duplicates
 from tessella.run.config import to_dict
 
 _PAIRS = 12  # of near-copies that a record names
@@ -66,11 +66,18 @@ class Shelf:
                 self._warnings.add(warning)
         return self._data[key]
 
-    def near_copies(self, data: Data) -> dict[str, Any]:
-        """How many test images are near-copies of train images, for the record."""
+    def near_copies(self, data: Data, predictions: str | None) -> dict[str, Any]:
+        """How many test images are near-copies of train images, for the record.
+
+        Args:
+            data: of the protocol that has just run.
+            predictions: its folder within the evaluation's, which gets thumbnails of the pairs.
+        """
         key = data.train.fingerprint, data.test.fingerprint
         if key not in self._copies:
             self._copies[key] = duplicates(None, data, DuplicatesConfig(listed=_PAIRS))
+            if predictions and self._copies[key]["pairs"]:
+                self._copies[key]["sheet"] = f"{predictions}/{SHEET}"
         return self._copies[key]
 
     def _make(self, form: type, task: Task, transform: EvalTransform) -> Data:

@@ -184,7 +184,7 @@ class _Judging:
             _say(f"{task.name} {place}")
             predictions = self.records.predictions(question)
             answer = _answer(task, self.judged, data, question, self.records.folder(predictions))
-            answer |= {"predictions": predictions, "near_copies": self.shelf.near_copies(data)}
+            answer |= {"predictions": predictions, "near_copies": self.shelf.near_copies(data, predictions)}
             record = dist.broadcast_object(answer)
             self.records.put(record)
         for part, other in self.others.items():

@@ -131,18 +131,6 @@ class _Judged(NamedTuple):
     notes: list[str]
 
 
-class Classifier(nn.Module):
-    """A backbone and a linear layer on its pooled features."""
-
-    def __init__(self, trunk: nn.Module, head: nn.Linear) -> None:
-        super().__init__()
-        self.trunk, self.head = trunk, head
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, 3, h, w) -> (b, classes)."""
-        return self.head(self.trunk(x).float())
-
-
 def finetune(backbone: nn.Module, data: EvalData, config: FinetuneConfig) -> dict[str, Any]:
     """Train a copy of the backbone with labels, judge it on the test images; the backbone itself stays as it is.
 
@@ -318,18 +306,12 @@ class _Trainer:
         least = -(-_SMALL_STEPS // per_epoch) if config.recipe == "small" else 0
         epochs = config.epochs or max(recipe.epochs, least)
         model = self._classifier(seed)
-        optimizer = torch.optim.SGD(
-            [
-                {"params": part.parameters(), "lr": lr}
-                for part, lr in zip((model.trunk, model.head), setting.rates, strict=True)
-            ],
-            momentum=0.9,
-            weight_decay=setting.weight_decay,
-            nesterov=recipe.nesterov,
-        )
+        groups = [{"params": part.parameters(), "lr": lr} for part, lr in zip(model, setting.rates, strict=True)]
+        decay = setting.weight_decay
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=decay, nesterov=recipe.nesterov)
 
         def logits() -> Features:
-            return data.apply(model, model.head.out_features, split, judged)
+            return data.apply(model, len(data.classes), split, judged)
 
         def top1(found: Features) -> float:
             return top1_of(found.x, data.labels(split)[torch.from_numpy(found.rows)])
@@ -353,12 +335,13 @@ class _Trainer:
         labels = data.labels(split)[torch.from_numpy(found.rows)]
         return _Judged(found.x, labels, found.rows, losses, [*fitted.scores.values(), top1(found)], notes)
 
-    def _classifier(self, seed: int) -> Classifier:
+    def _classifier(self, seed: int) -> nn.Sequential:
+        """A copy of the backbone and a linear layer: (b, 3, h, w) -> (b, classes)."""
         trunk, device = copy.deepcopy(self.backbone).to(self.data.device), self.data.device
         if dist.world_size() > 1:
             trunk = synchronise_batch_norm(trunk, device)
         head = initial_head(len(self.data.classes), int(self.backbone.feature_dim), seed)  # type: ignore[arg-type]
-        return Classifier(trunk, head).to(device).requires_grad_(True)
+        return nn.Sequential(trunk, head).to(device).requires_grad_(True)
 
     def _doubts(self, logits: Tensor, loss: float, setting: _Setting) -> list[str]:
         notes, guessing = [], math.log(len(self.data.classes))

@@ -6,6 +6,7 @@ if they were asked for; and what the five methods have published for that protoc
 
 from __future__ import annotations
 
+import base64
 import json
 import string
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tessella import files
+from tessella.errors import UserError
 from tessella.evaluation.records import PARTS, read_records
 from tessella.methods import METHODS
 from tessella.protocols import PROTOCOLS
@@ -26,6 +28,7 @@ Record = Mapping[str, Any]
 
 _SEEDS = ("seed", "seeds", "repeats")  # settings in which trainings of one question may differ
 _PICKED = {"c": "C", "lr": "lr", "head_lr": "head lr", "weight_decay": "weight decay"}  # score -> label
+_PICTURE_BYTES = 4 << 20
 _MOST_NAMED = 5  # classes and mistakes
 _HEADS = {"baseline": "random init", "supervised": "supervised"}
 _LEGEND = (
@@ -77,6 +80,7 @@ class Table(NamedTuple):
     gains: bool  # whether random init is among the others
     details: list[tuple[str, str]]  # name, value
     copies: list[tuple[str, str]]  # test and train image of some near-copies
+    sheet: str  # their thumbnails, a file within the folder; empty without
 
     @property
     def yours(self) -> str:
@@ -162,8 +166,23 @@ def write_pages(out: Path) -> list[Path]:
     names = dict.fromkeys(table.backbone for table in tables)
     title = ", ".join(names) if len(names) < 4 else f"{len(names)} backbones"
     files.write_text(out / "evaluation.md", in_markdown(tables))
-    files.write_text(out / "evaluation.html", render("evaluation.html.j2", {"title": title, "tables": tables}))
+    context = {
+        "title": title,
+        "tables": tables,
+        "sheets": {table.sheet: _picture(out, table.sheet) for table in tables},
+    }
+    files.write_text(out / "evaluation.html", render("evaluation.html.j2", context))
     return [out / "evaluation.md", out / "evaluation.html"]
+
+
+def _picture(out: Path, name: str) -> str:
+    """A JPEG within a folder as a data URI; empty if there is none, or its name leads out of the folder."""
+    try:
+        files.refuse_link(out / name, inside=out)
+        encoded = base64.b64encode(files.read_bytes(out / name, _PICTURE_BYTES))
+    except (OSError, UserError):
+        return ""
+    return f"data:image/jpeg;base64,{encoded.decode('ascii')}"
 
 
 def print_scores(records: Iterable[Record]) -> None:
@@ -257,6 +276,7 @@ def _table(records: list[Record]) -> Table:
         gains="baseline" in parts,
         details=_details(records),
         copies=[(str(pair.get("test")), str(pair.get("train"))) for pair in pairs],
+        sheet=str(table_in(last, "near_copies").get("sheet", "")),
     )
 
 

@@ -21,6 +21,7 @@ from tessella.protocols import PROTOCOLS, features, named_settings
 from tessella.protocols.clustering import ClusteringConfig
 from tessella.protocols.finetune import FinetuneConfig
 from tessella.protocols.knn import KnnConfig
+from tessella.report.evaluation import write_pages
 from tessella.run.lock import only_writer
 from tessella.weights.resolve import Loaded, resolve_backbone, weights_sha256
 from tests.protocols.planted import Tiny, planted_images
@@ -207,6 +208,14 @@ def test_near_copies_of_train_images_are_counted_beside_every_score(tmp_path):
     copies = records_in(tmp_path)[0]["near_copies"]
     assert copies == record["near_copies"] and copies["near_duplicates"] == 2
     assert [pair["test"] for pair in copies["pairs"]] == [test.key(3), test.key(11)]
+    with Image.open(tmp_path / copies["sheet"]) as sheet:
+        assert sheet.size == (200, 200)
+    page = write_pages(tmp_path)[1].read_text()
+    assert page.count('src="data:image/jpeg;base64,') == 1 and test.key(11) in page
+    changed = copies | {"sheet": "../outside.jpg"}
+    (tmp_path.parent / "outside.jpg").write_bytes(b"secret")
+    (tmp_path / "evaluation.json").write_text(json.dumps([record | {"near_copies": changed}]))
+    assert "data:image/jpeg" not in write_pages(tmp_path)[1].read_text()
 
 
 def test_near_copies_among_images_with_masks_are_found_too(tmp_path):
