@@ -3,7 +3,7 @@
     what is asked for -> tasks (`plan`) -> their data opened and checked (`data`)
     -> task by task: the backbone, the same network at random init, a supervised one -> evaluation.json (`records`)
 
-A question that the folder's file has answered before is not asked again.
+What the folder's file holds already is not computed again.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class _Judging:
     shelf: Shelf
     judged: _Judged  # the backbone in question
     others: Mapping[str, Callable[[int], _Judged]]  # part of a record -> for a seed, the backbone that it is about
-    again: bool  # ask what was answered before
+    again: bool  # compute what was answered before
 
     def check(self, tasks: Sequence[Task]) -> list[Task]:
         """The tasks that the data allow, opened and checked; those asked for by name must be among them."""
@@ -164,7 +164,7 @@ class _Judging:
         if not possible:
             raise UserError("the data allow none of these protocols: the lines above say why")
         if known:
-            _say(f"already in {self.records.out}, not asked again (--again does): {', '.join(dict.fromkeys(known))}")
+            _say(f"already in {self.records.out}, not computed again (--again does): {', '.join(dict.fromkeys(known))}")
         return possible
 
     def answers(self, tasks: Sequence[Task]) -> list[Record]:
@@ -212,7 +212,7 @@ class _Judging:
 
 @contextmanager
 def _leaving_out(task: Task) -> Iterator[None]:
-    """What was not asked for by name may fail."""
+    """A task that was not named may fail."""
     try:
         yield
     except UserError as error:
@@ -228,7 +228,7 @@ class _OwnClustersConfig:
     version: ClassVar[int] = 1
 
 
-# Untrained prototypes mean nothing, and copies are a matter of the images: no other backbone is asked.
+# Untrained prototypes mean nothing, and copies do not depend on the backbone: no other backbone is scored.
 _ALONE = (_OwnClustersConfig, DuplicatesConfig)
 
 

@@ -73,7 +73,7 @@ class RecordFile:
                     files.remove_unfinished(out, older_than=_ABANDONED)  # a run may be writing there
                 records = read_records(out) if out is not None and dist.rank() == 0 else []
             yield cls(out, dist.broadcast_object(records))
-            dist.barrier()  # no rank goes on before the file is complete
+            dist.barrier()  # no rank continues before the file is complete
 
     def find(self, question: str) -> Record | None:
         """The record of this identity."""

@@ -1,4 +1,4 @@
-"""How well clusters found without labels agree with the classes.
+"""How well clusters that are computed without labels agree with the classes.
 
     unit features -> k-means with one cluster per class -> accuracy (best one-to-one map), NMI, ARI, purity
                      or with several (over-clustering)  -> accuracy when each cluster is named after its majority

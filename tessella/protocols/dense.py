@@ -19,7 +19,7 @@ _TRIAL_SIDE = 224  # pixels of the image that shows a backbone's maps; 14, 16 an
 
 @dataclass
 class DenseData(Generic[Images]):
-    """What such a protocol is given besides the backbone."""
+    """The data of such a protocol."""
 
     train: Images
     test: Images
@@ -31,7 +31,7 @@ class DenseData(Generic[Images]):
 
 
 def stage_shapes(backbone: Any) -> tuple[list[int], list[int]]:
-    """Channels and strides of the maps of a backbone's stages, fine to coarse, found by trying.
+    """Channels and strides of the maps of a backbone's stages, fine to coarse, measured on a blank image.
 
     Raises:
         UserError: the backbone has no such maps.

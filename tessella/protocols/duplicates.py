@@ -1,4 +1,4 @@
-"""How many test images are near-copies of train images: what a figure measures on them is memory.
+"""How many test images are near-copies of train images: on these, a figure measures memory.
 
 The images are compared as `ops.near_copies` says; the backbone has no part in it. A copy that was scaled, encoded
 again, brightened, mirrored or cut at the border is found; one that was turned by more than a few degrees is not.
@@ -49,7 +49,7 @@ class Signatures(nn.Module):
     feature_dim = len(CUTS) * 80
 
     def extra_repr(self) -> str:
-        """What tells one way to compare from another in the cache of features."""
+        """The version of the comparison, part of the key in the cache of features."""
         return "1"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def duplicates(
     With `data.predictions`, thumbnails of the pairs are written there, as `near-copies.jpg`.
 
     Args:
-        backbone: not used; a protocol is given one.
+        backbone: not used.
         data: the images, of whatever kind; their signatures are cached as features are.
         config: what counts.
 

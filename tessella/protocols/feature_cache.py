@@ -3,8 +3,9 @@
     FOLDER/KEY/x.npy (N, d) float32    rows.npy (N,) int64    about.json: sha256 of both, unreadable images
 
 The key covers what decides a feature: every tensor of the backbone, the images, the transform, the kind of device and
-torch's version. They are kept as float32, so that no figure depends on whether its features come from here. Readers map
-the files: memory does not grow with the number of images. The folder is bounded; what was not used for longest goes.
+torch's version. They are stored as float32, so that no figure depends on whether its features come from here. Readers
+map the files: memory does not grow with the number of images. The folder's size is bounded; the entry that was used
+least recently is removed first.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def feature_key(digests: dict[str, str], network: str, fingerprint: str, transfo
         transform: anything that JSON can hold.
         device: where the network runs; the last bits of a feature depend on it.
     """
-    asked = [_FORMAT, digests, network, fingerprint, transform, device.type, torch.__version__]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:40]
+    question = [_FORMAT, digests, network, fingerprint, transform, device.type, torch.__version__]
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def load(folder: Path, key: str, *, verify: bool = True) -> Stored | None:
@@ -97,7 +98,7 @@ def save(folder: Path, key: str, stored: Stored) -> None:
     except OSError as error:
         if not (folder / key).exists():  # else another process was faster
             warnings.warn(
-                f"features cannot be kept in {folder} ({error.strerror}), so they are extracted anew each time: set "
+                f"features cannot be stored in {folder} ({error.strerror}), so each evaluation extracts them: set "
                 "TESSELLA_CACHE to a folder that can be written",
                 stacklevel=2,
             )

@@ -52,7 +52,7 @@ class Features(NamedTuple):
 
 @dataclass
 class ImageData:
-    """Images to learn from and to be judged on; holds each backbone's features."""
+    """Images to learn from and to be judged on; holds the features of each backbone."""
 
     train: ImageSet
     test: ImageSet
@@ -148,7 +148,7 @@ class ImageData:
         return {"batch_size": self.batch_size, "device": self.device, "workers": self.workers}
 
     def _labelled(self, features: Features, split: str) -> Features:
-        """The features with this data's labels; here there are none."""
+        """The features with this data's labels, if it has any."""
         return features
 
 
@@ -171,7 +171,7 @@ class EvalData(ImageData):
         self.warnings = self._check_classes()
 
     def _check_classes(self) -> list[str]:
-        """What a reader of the figures must know about the classes.
+        """Warnings about the classes, for the reader of the figures.
 
         Raises:
             UserError: train and test have no class in common.
@@ -232,7 +232,7 @@ def extract(
 
     Args:
         backbone: has `feature_dim`; maps (b, 3, size, size) to (b, feature_dim). It is moved to `device`,
-            used in eval mode and given back as it was.
+            used in eval mode, and its modes are restored.
         images: what to embed; its labels, if any, are passed on.
         transform: applied to each image.
         rows: ascending rows of the images to embed; default: all.

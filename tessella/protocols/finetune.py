@@ -11,7 +11,7 @@
     small           ours, for few and small images: the linear layer's rate is picked on held-out train images, and
                     there are enough epochs for 200 steps
 
-The last epoch is the result; the best one on the test set stands beside it under a name that says so. With few labels
+The last epoch is the result; the best one on the test set is given too, under a name that says so. With few labels
 the spread is large, so that the result is the mean over three seeds. The linear layer starts from N(0, 0.01²), also
 where the official script leaves torch's own start.
 """
@@ -237,7 +237,7 @@ def _hash(numbers: Tensor) -> str:
 
 
 def _finite_mean(losses: list[float]) -> float | None:
-    """None after a divergence: JSON knows no NaN."""
+    """None after a divergence: JSON has no NaN."""
     mean = float(np.mean(losses))
     return mean if math.isfinite(mean) else None
 
@@ -313,8 +313,8 @@ class _Trainer:
         def logits() -> Features:
             return data.apply(model, len(data.classes), split, judged)
 
-        def top1(found: Features) -> float:
-            return top1_of(found.x, data.labels(split)[torch.from_numpy(found.rows)])
+        def top1(judgement: Features) -> float:
+            return top1_of(judgement.x, data.labels(split)[torch.from_numpy(judgement.rows)])
 
         fitted = fit(
             model,
@@ -330,10 +330,10 @@ class _Trainer:
             judge_at=range(per_epoch, epochs * per_epoch, per_epoch) if judged is None else (),
             skipped=images.skipped,
         )
-        found, losses = logits(), np.reshape(fitted.losses, (epochs, per_epoch)).mean(axis=1).tolist()
-        notes = images.notes + self._doubts(found.x, losses[-1], setting)
-        labels = data.labels(split)[torch.from_numpy(found.rows)]
-        return _Judged(found.x, labels, found.rows, losses, [*fitted.scores.values(), top1(found)], notes)
+        last, losses = logits(), np.reshape(fitted.losses, (epochs, per_epoch)).mean(axis=1).tolist()
+        notes = images.notes + self._doubts(last.x, losses[-1], setting)
+        labels = data.labels(split)[torch.from_numpy(last.rows)]
+        return _Judged(last.x, labels, last.rows, losses, [*fitted.scores.values(), top1(last)], notes)
 
     def _classifier(self, seed: int) -> nn.Sequential:
         """A copy of the backbone and a linear layer: (b, 3, h, w) -> (b, classes)."""

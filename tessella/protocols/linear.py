@@ -244,10 +244,10 @@ def _mean_cross_entropy(x: Tensor, labels: Tensor, head: LinearHead) -> tuple[Te
     """
     rows = max(1, (_BLOCK if x.device.type == "cpu" else _GPU_BLOCK) // max(x.shape[1], len(head.bias)))
     loss, to_weight, to_bias = torch.zeros_like(head.bias[:1]), *map(torch.zeros_like, head)
-    for part, wanted in zip(x.split(rows), labels[:, None].split(rows), strict=True):
+    for part, target in zip(x.split(rows), labels[:, None].split(rows), strict=True):
         log_p = F.linear(part, *head).log_softmax(dim=1)
-        loss -= log_p.gather(1, wanted).sum()
-        error = log_p.exp_().scatter_add_(1, wanted, torch.full_like(log_p[:, :1], -1))
+        loss -= log_p.gather(1, target).sum()
+        error = log_p.exp_().scatter_add_(1, target, torch.full_like(log_p[:, :1], -1))
         to_weight.addmm_(error.T, part)
         to_bias += error.sum(dim=0)
     return loss[0] / len(x), to_weight.div_(len(x)), to_bias.div_(len(x))

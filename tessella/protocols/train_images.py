@@ -117,9 +117,9 @@ class TrainImages:
         epoch, first = divmod(first, self.order.steps_per_epoch)
         while True:
             for step, (batch,) in enumerate(self._loader.epoch(epoch, first), first):
-                wanted = torch.from_numpy(self.order.batch(epoch, step)).to(batch.instances.device)
+                rows = torch.from_numpy(self.order.batch(epoch, step)).to(batch.instances.device)
                 # The loader puts another image in the place of one that it cannot read.
-                counted = (batch.instances == wanted).float() * self.order.counts(epoch, step)
+                counted = (batch.instances == rows).float() * self.order.counts(epoch, step)
                 total = dist.all_reduce_sum(counted.sum()).clamp(min=1)
                 yield LabelledBatch(batch.views[0][0], self._labels[batch.instances], counted / total)
             epoch, first = epoch + 1, 0

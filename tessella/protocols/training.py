@@ -73,7 +73,7 @@ class Schedule:
 
 
 class Fitted(NamedTuple):
-    """What a training went through."""
+    """The course of a training."""
 
     losses: list[float]  # of every step, over all ranks
     scores: dict[int, float]  # steps done -> what `judge` returned
@@ -103,14 +103,14 @@ def fit(
         batches: from a step, counted from 0, the batches of this rank from there on.
         schedule: number of steps and learning rates.
         optimizer: its groups' rates are those that the schedule multiplies.
-        snapshots: where the state is saved, and found again; None for a short training.
+        snapshots: where the state is saved and loaded; None for a short training.
         title: for the progress display.
         seed: of what the model draws from torch's generators, such as the branches that stochastic depth drops.
         name: of the snapshot; an evaluation may have several trainings.
-        judge: called with the number of steps done; its score is kept with the training.
-        judge_at: numbers of steps done after which to judge.
+        judge: called with the number of steps done; its scores are part of the training's state.
+        judge_at: after how many steps to judge.
         advice: what to change when the loss is not finite, which is then an error; "" to train on.
-        skipped: key -> reason of the images that `batches` could not read; kept with the training.
+        skipped: key -> reason of the images that `batches` could not read; part of the training's state.
 
     Raises:
         UserError: the loss is not finite, and there is `advice`.

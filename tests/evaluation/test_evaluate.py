@@ -257,7 +257,7 @@ def test_what_the_folder_has_is_not_computed_again_unless_it_is_asked_for(tmp_pa
     first = run(out=tmp_path)
     capsys.readouterr()
     assert run(out=tmp_path) == first and len(calls) == 1
-    assert f"already in {tmp_path}, not asked again (--again does): knn" in capsys.readouterr().err
+    assert f"already in {tmp_path}, not computed again (--again does): knn" in capsys.readouterr().err
     run(out=tmp_path, again=True)
     assert len(calls) == 2 and len(records_in(tmp_path)) == 1
     run(out=tmp_path, protocols=[KnnConfig(k=(3,))])  # another question

@@ -445,7 +445,7 @@ def test_train_and_test_must_mean_the_same_classes_and_unnamed_ones_are_counted(
 def test_the_same_images_for_both_are_allowed_and_said():
     images = stripes()
     scores = segmentation(resnet(), SegmentationData(images, images, workers=1), replace(TINY, iterations=1))
-    assert "learned by heart" in scores["notes"][0]
+    assert "remembered" in scores["notes"][0]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def read_coco(
     Args:
         files: where it lies.
         json_name: its name.
-        folders: where its images may lie; the first in which one of them is found counts.
+        folders: where its images may lie; the first that holds one of them counts.
         elsewhere: instead, the name of the images, as `data.sources.open_images` takes it.
 
     Raises:
@@ -47,22 +47,22 @@ def read_coco(
     records = _read_images(document["images"], problems)
     problems.refuse(_ADVICE)
     images, rows = _find_images(files, folders, elsewhere, [record["file_name"] for record in records], json_name)
-    kept = [(record, row) for record, row in zip(records, rows, strict=True) if row is not None]
-    if len(kept) < len(records):
+    present = [(record, row) for record, row in zip(records, rows, strict=True) if row is not None]
+    if len(present) < len(records):
         missing = next(record["file_name"] for record, row in zip(records, rows, strict=True) if row is None)
         notes.append(
-            f"{len(records) - len(kept)} of {len(records)} images of {printable(json_name)} are not there or cannot "
+            f"{len(records) - len(present)} of {len(records)} images of {printable(json_name)} are not there or cannot "
             f"be read, and are left out (the first: {printable(missing)})"
         )
-    chosen = np.array([row for _, row in kept], dtype=np.int64)
-    sizes = {record["id"]: tuple(images.sizes[row].tolist()) for record, row in kept}
-    for record, _ in kept:
+    chosen = np.array([row for _, row in present], dtype=np.int64)
+    sizes = {record["id"]: tuple(images.sizes[row].tolist()) for record, row in present}
+    for record, _ in present:
         _check_size(record, sizes[record["id"]], problems)
     entries = _check_entries(document["annotations"], {record["id"] for record in records}, category_ids, problems)
     table = _object_table(document["annotations"], entries, sizes, category_ids, notes)
     problems.refuse(_ADVICE)
     source = hashlib.sha256(encoded).hexdigest()
-    ids = [record["id"] for record, _ in kept]
+    ids = [record["id"] for record, _ in present]
     name = files.data if files.data.endswith(".json") else f"{files.data} ({PurePosixPath(json_name).name})"
     return AnnotatedImages(name, images, chosen, ids, classes, category_ids, table, source, notes)
 

@@ -215,7 +215,7 @@ def unique_names(names: Sequence[str], numbers: Sequence[int]) -> list[str]:
 def positive_ids(ids: Sequence[Any], notes: list[str]) -> NDArray[np.int64]:
     """Annotation ids as the file has them; new numbers, with a note, when they are not distinct and positive.
 
-    pycocotools takes id 0 for "nothing found", and of two equal ids it knows one.
+    pycocotools takes id 0 for "nothing found", and of two equal ids it uses one.
     """
     if all(type(i) is int and 0 < i < 2**62 for i in ids) and len(set(ids)) == len(ids):
         return np.array(ids, dtype=np.int64)

@@ -1,6 +1,6 @@
 """Where boxes and masks of objects come from: one function, `open_annotations`, for COCO and VOC formats.
 
-    what was given                                    how it is read
+    data                                              how they are read
     a folder with annotations/instances_*.json        COCO: the file of the split, images in the folder of its name
     one of its image folders, such as train2017       COCO: that folder's file
     a .json file                                      COCO: images beside it, or in the folder of its name
@@ -58,7 +58,7 @@ def open_annotations(data: str, split: Split, images: str | None = None) -> Anno
 
 
 def holds_annotations(data: str) -> bool:
-    """Whether `open_annotations` knows the format of what is there; whether it is without mistakes, only opening tells.
+    """Whether `open_annotations` knows the format of these data; they may still hold mistakes.
 
     Args:
         data: as there, but for the embedded shapes, which are images of one class each as well.

@@ -41,7 +41,7 @@ class MaskedImages:
         keys: (N,) names within the split, '/' between folders, without suffix.
         ids: (N,) int64, stable, distinct, non-negative.
         sizes: (N, 2) int32 width and height in pixels of images and masks.
-        classes: names in the order of the mask's numbers; None where nothing but the masks tells how many there are.
+        classes: names in the order of the mask's numbers; None where only the masks show how many there are.
         unreadable: (key, reason) of what belongs to the split and cannot be read.
         fingerprint: changes when an image or mask comes, goes, is renamed or encoded again.
     """

@@ -303,9 +303,7 @@ def _recognise(data: str, paths: list[str]) -> _Layout:
     if folders & set(_FOLDERS.images) and folders & set(_FOLDERS.masks):
         return _FOLDERS
     seen = ", ".join(map(shown, sorted(folders)[:6])) or "no folders"
-    raise UserError(
-        f"{shown(data)} has no masks that can be told from images (it holds {seen}): give {_LAYOUTS_IN_WORDS}"
-    )
+    raise UserError(f"{shown(data)} has no masks beside its images (it holds {seen}): give {_LAYOUTS_IN_WORDS}")
 
 
 def _ade_classes(table: str | None) -> list[str]:

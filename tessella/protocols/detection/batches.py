@@ -93,14 +93,14 @@ class Stream:
 
 
 def test_plans(images: AnnotatedImages, positions: Iterable[int], shorter: int, longest: int) -> Iterator[Plan]:
-    """One image at a time, so that what is found in it does not depend on its neighbours' sizes."""
+    """One image at a time, so that detections do not depend on the sizes of other images."""
     for position in positions:
         sample = Sample(int(position), *resized(images.size(position), shorter, longest))
         yield [sample], [sample]
 
 
 def resized(size: tuple[int, int], shorter: int, longest: int) -> tuple[int, int]:
-    """Height and width with the shorter side as asked, or less where the longer one would be too long.
+    """Height and width with the shorter side at `shorter`, or less where the longer one would exceed `longest`.
 
     Args:
         size: width and height, pixels.

@@ -1,4 +1,4 @@
-"""What the detection protocol is given, and what is refused or noted before hours of training."""
+"""The data of the detection protocol, and their check before hours of training."""
 
 from __future__ import annotations
 

@@ -15,31 +15,31 @@ from tessella.protocols.detection.data import DetectionData
 
 
 def as_coco(
-    found: dict[str, Tensor], position: int, size: tuple[int, int], data: DetectionData
+    detections: dict[str, Tensor], position: int, size: tuple[int, int], data: DetectionData
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Detections of one test image, moved back to its own pixels, as boxes and as masks.
 
     A class that the test images do not know, and no scorer has a number for, is left out.
 
     Args:
-        found: boxes (n, 4), labels (n,) from 1, scores (n,) and perhaps masks (n, 1, s, s), on the CPU.
+        detections: boxes (n, 4), labels (n,) from 1, scores (n,) and perhaps masks (n, 1, s, s), on the CPU.
         position: of the image.
         size: height and width at which it was seen, pixels.
         data: names and numbers of the classes, and the image's own size.
     """
     width, height = data.test.size(position)
-    corners = found["boxes"] * torch.tensor([width / size[1], height / size[0]] * 2)
+    corners = detections["boxes"] * torch.tensor([width / size[1], height / size[0]] * 2)
     numbers = dict(zip(data.test.classes, data.test.category_ids, strict=True))
-    names = [data.classes[label - 1] for label in found["labels"].tolist()]
+    names = [data.classes[label - 1] for label in detections["labels"].tolist()]
     boxes, masks = [], []
-    for i, (name, score, box) in enumerate(zip(names, found["scores"].tolist(), corners, strict=True)):
+    for i, (name, score, box) in enumerate(zip(names, detections["scores"].tolist(), corners, strict=True)):
         if name not in numbers:
             continue
         left, top, right, bottom = (round(side, 3) for side in box.tolist())
         entry = {"image_id": data.test.image_ids[position], "category_id": numbers[name], "score": round(score, 6)}
         boxes.append({**entry, "bbox": [left, top, round(right - left, 3), round(bottom - top, 3)]})
-        if "masks" in found:
-            runs = mask_coder().encode(np.asfortranarray(paste(found["masks"][i, 0], box, height, width)))
+        if "masks" in detections:
+            runs = mask_coder().encode(np.asfortranarray(paste(detections["masks"][i, 0], box, height, width)))
             masks.append({**entry, "segmentation": {"size": runs["size"], "counts": runs["counts"].decode("ascii")}})
     return boxes, masks
 

@@ -102,15 +102,16 @@ def detection(backbone: nn.Module, data: DetectionData, config: DetectionConfig)
         seed_noise(config.seed, config.iterations, 0, dist.rank(), data.device)
         remaining = itertools.islice(shown(config.iterations), config.precise_bn)
         renew_statistics(detector, progress(remaining, "batch norm statistics", config.precise_bn))
-    found = detect(detector, data, config)
+    detections = detect(detector, data, config)
     with dist.shared_errors():
-        scores = score(found, data, config) if dist.rank() == 0 else None
+        scores = score(detections, data, config) if dist.rank() == 0 else None
     scores = dist.broadcast_object(scores)
     tenth = max(1, len(losses) // 10)
     scores["loss"] = {"first": float(np.mean(losses[:tenth])), "last": float(np.mean(losses[-tenth:]))}
-    if found.skipped:
-        example = printable(next(iter(found.skipped)))
-        notes.append(f"{len(found.skipped)} test images could not be decoded and are not scored (the first: {example})")
+    if detections.skipped:
+        example = printable(next(iter(detections.skipped)))
+        count = len(detections.skipped)
+        notes.append(f"{count} test images could not be decoded and are not scored (the first: {example})")
     unreadable = dict(from_all_ranks(list(skipped.items())))
     if unreadable:
         notes.append(f"{len(unreadable)} training images could not be decoded and were shown black, without objects")

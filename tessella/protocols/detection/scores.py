@@ -27,7 +27,7 @@ Kind = Literal["bbox", "segm"]
 
 
 class Detections(NamedTuple):
-    """What was found on the test images, equal on every rank."""
+    """Detections on all test images, equal on every rank."""
 
     boxes: list[dict[str, Any]]  # in COCO's format
     masks: list[dict[str, Any]]
@@ -47,9 +47,9 @@ def detect(detector: Detector, data: DetectionData, config: DetectionConfig) -> 
         if not batch.readable[0]:
             continue
         with torch.inference_mode():
-            _, (found,) = detector(batch.pixels, batch.sizes)
+            _, (detections,) = detector(batch.pixels, batch.sizes)
         positions.append(batch.samples[0].position)
-        on_cpu = {name: x.cpu() for name, x in found.items()}
+        on_cpu = {name: x.cpu() for name, x in detections.items()}
         image_boxes, image_masks = as_coco(on_cpu, positions[-1], batch.sizes[0], data)
         boxes += image_boxes
         masks += image_masks
@@ -57,16 +57,16 @@ def detect(detector: Detector, data: DetectionData, config: DetectionConfig) -> 
     return Detections(boxes, masks, sorted(positions), dict(from_all_ranks(list(skipped.items()))))
 
 
-def score(found: Detections, data: DetectionData, config: DetectionConfig) -> dict[str, Any]:
+def score(detections: Detections, data: DetectionData, config: DetectionConfig) -> dict[str, Any]:
     """The protocol's figures; with `data.predictions`, writes truth and detections there.
 
     `permuted` is what the boxes score when the objects of each image are laid on another. Masks are not moved to other
     images, whose size may be another.
     """
-    truth = data.test.truth(found.positions, masks=config.masks)
-    kinds: list[tuple[str, Kind, str, list[dict[str, Any]]]] = [("box", "bbox", "detections", found.boxes)]
+    truth = data.test.truth(detections.positions, masks=config.masks)
+    kinds: list[tuple[str, Kind, str, list[dict[str, Any]]]] = [("box", "bbox", "detections", detections.boxes)]
     if config.masks:
-        kinds.append(("mask", "segm", "masks", found.masks))
+        kinds.append(("mask", "segm", "masks", detections.masks))
     if data.predictions is not None:
         files.make_folder(data.predictions)
         for name, value in [("ground_truth", truth), *((file, entries) for _, _, file, entries in kinds)]:
@@ -79,20 +79,20 @@ def score(found: Detections, data: DetectionData, config: DetectionConfig) -> di
     order = permutation(stream_key(0, "permuted"), np.arange(len(ids)), 0)
     other = dict(zip(ids.tolist(), ids[order].tolist(), strict=True))
     moved = [annotation | {"image_id": other[annotation["image_id"]]} for annotation in truth["annotations"]]
-    by_chance, _ = average_precision(truth | {"annotations": moved}, found.boxes, "bbox")
+    by_chance, _ = average_precision(truth | {"annotations": moved}, detections.boxes, "bbox")
     objects = sum(not annotation["iscrowd"] for annotation in truth["annotations"])
     scores["permuted"] = {f"box_{figure}": value for figure, value in by_chance.items()}
-    return scores | {"images": len(found.positions), "objects": objects}
+    return scores | {"images": len(detections.positions), "objects": objects}
 
 
 def average_precision(
-    truth: dict[str, Any], found: list[dict[str, Any]], kind: Kind
+    truth: dict[str, Any], detections: list[dict[str, Any]], kind: Kind
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Average precision over IoU 0.50, 0.55, ... 0.95, classes and recalls, at most 100 detections per image.
 
     Args:
         truth: ground truth in COCO's format; crowd regions are neither found nor missed.
-        found: detections: image_id, category_id, score, and bbox [left, top, width, height] or segmentation.
+        detections: image_id, category_id, score, and bbox [left, top, width, height] or segmentation.
         kind: what is compared, boxes or masks.
 
     Returns:
@@ -116,8 +116,8 @@ def average_precision(
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         expected = indexed(truth)
-        copies = [dict(entry) for entry in found]  # it adds fields
-        detected = expected.loadRes(copies) if found else indexed({**truth, "annotations": []})
+        copies = [dict(entry) for entry in detections]  # it adds fields
+        detected = expected.loadRes(copies) if detections else indexed({**truth, "annotations": []})
         scorer = COCOeval(expected, detected, kind)
         scorer.evaluate()
         scorer.accumulate()

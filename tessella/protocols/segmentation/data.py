@@ -1,4 +1,4 @@
-"""What the segmentation protocol is given, and the one look at all masks before hours of training."""
+"""The data of the segmentation protocol, and the check of all masks before hours of training."""
 
 from __future__ import annotations
 
@@ -97,4 +97,4 @@ def _check_learnable(images: MaskedImages, counts: NDArray[np.int64]) -> None:
     share = counts[IGNORE] / max(counts.sum(), 1)
     hint = ", and 255 means a pixel that does not count: if it marks the object, store 1 instead" if share else ""
     what = f"only the class {int(present[0])}" if len(present) else "no labelled pixel"
-    raise UserError(f"the masks of {images.name} hold {what}{hint}; there is nothing to tell apart")
+    raise UserError(f"the masks of {images.name} hold {what}{hint}; give masks with two classes or more")

@@ -108,7 +108,7 @@ class Segmenter(nn.Module):
 def dilate(backbone: ResNet, output_stride: int) -> ResNet:
     """A copy whose last map is 1/output_stride of the image: strides become 1, and later convolutions are dilated.
 
-    At the pixels that the strides would have kept, its maps are those of the given network: every 3x3 convolution
+    At the pixels that the strides would have kept, its maps are those of the backbone: every 3x3 convolution
     behind a removed stride has its dilation doubled. That holds for basic blocks too.
 
     Args:
@@ -157,8 +157,8 @@ class SharedDropout2d(nn.Module):
             return x
         b, c = x.shape[:2]
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
-        kept = torch.rand(b * dist.world_size(), c, generator=generator) >= self.chance  # channels of all ranks' images
-        mine = kept[dist.rank() * b : (dist.rank() + 1) * b]
+        active = torch.rand(b * dist.world_size(), c, generator=generator) >= self.chance  # of all ranks' images
+        mine = active[dist.rank() * b : (dist.rank() + 1) * b]
         return x * (mine.to(x.device, x.dtype) / (1 - self.chance))[..., None, None]
 
 

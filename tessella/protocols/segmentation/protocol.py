@@ -43,7 +43,7 @@ _LOSS_POINTS = 20  # means of the training loss in the record
 
 
 def segmentation(backbone: Any, data: SegmentationData, config: SegmentationConfig) -> dict[str, Any]:
-    """Train on the train masks, judge on the test masks. The given backbone stays as it is, bit by bit.
+    """Train on the train masks, judge on the test masks. The backbone itself stays as it is, bit by bit.
 
     With `data.predictions`, predicted masks are written there, and snapshots of the training until it is done.
 
@@ -172,11 +172,11 @@ def _notes(
 ) -> list[str]:
     notes = []
     if data.train.fingerprint == data.test.fingerprint:
-        notes.append("train and test are the same images: the figure says how well they are learned by heart")
+        notes.append("train and test are the same images: the figure shows how well they are remembered")
     unseen = [name for name, pixels in zip(survey.classes, survey.train, strict=True) if not pixels]
-    asked = [name for name, pixels in zip(survey.classes, survey.test, strict=True) if pixels and name in unseen]
-    if asked:
-        notes.append(f"classes of test that train never shows: {', '.join(printable(name) for name in asked[:10])}")
+    missing = [name for name, pixels in zip(survey.classes, survey.test, strict=True) if pixels and name in unseen]
+    if missing:
+        notes.append(f"classes of test that train never shows: {', '.join(printable(name) for name in missing[:10])}")
     if not isinstance(backbone, ResNet) and config.head not in ("upernet", "linear") and config.output_stride < 32:
         notes.append("networks of timm are not dilated: their maps keep their own strides")
     skipped = dict(data.test.unreadable) | judged.skipped

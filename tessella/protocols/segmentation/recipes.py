@@ -124,8 +124,8 @@ RECIPES = {
         window=512,
         window_stride=341,
     ),
-    # Ours, for images of about 100 to 250 pixels and a narrow ResNet: minutes on two cores. Objects are found early and
-    # told apart late, later still with AdamW, a lower learning rate or dropout.
+    # Ours, for images of about 100 to 250 pixels and a narrow ResNet: minutes on two cores. Objects are distinguished
+    # from the background early and from each other late, later still with AdamW, a lower learning rate or dropout.
     "small": SegmentationConfig(
         channels=64,
         convs=1,
