@@ -177,12 +177,13 @@ def write_pages(out: Path) -> list[Path]:
 
 def _picture(out: Path, name: str) -> str:
     """A JPEG within a folder as a data URI; empty if there is none, or its name leads out of the folder."""
+    path = out / name
     try:
-        files.refuse_link(out / name, inside=out)
-        encoded = base64.b64encode(files.read_bytes(out / name, _PICTURE_BYTES))
+        files.refuse_link(path.parent, inside=out)
+        encoded = b"" if path.is_symlink() else files.read_bytes(path, _PICTURE_BYTES)
     except (OSError, UserError):
         return ""
-    return f"data:image/jpeg;base64,{encoded.decode('ascii')}"
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded).decode('ascii')}" if encoded else ""
 
 
 def print_scores(records: Iterable[Record]) -> None:
