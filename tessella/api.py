@@ -215,20 +215,21 @@ def pretrain(data: Images, recipe: Recipe, out: FilePath, **settings: Any) -> Pa
             dictionaries (`optimizer={"lr": 0.1}`) or dotted names (`**{"method.views.groups.0.size": 160}`).
 
     Returns:
-        `out`, with `backbone.safetensors` in it.
+        `out`, with `backbone.safetensors` in it; a notebook shows a summary of the run.
 
     Raises:
         UserError: the input cannot be used; the text says what to change.
-        tessella.engine.interrupt.Interrupted: Ctrl-C or SIGTERM; the run is saved and `resume` goes on.
+        tessella.engine.interrupt.Interrupted: Ctrl-C or SIGTERM; the run is saved and `resume` continues it.
     """
     from tessella.data.sources.objects import images_of
     from tessella.engine.pretrain import pretrain as train
     from tessella.recipes import recipe as named
+    from tessella.report.run import RunPath
     from tessella.run.config import with_settings
 
     config = named(recipe) if isinstance(recipe, str) else recipe
     images = images_of(data)
-    return train(with_settings(config, settings | {"data": images.name}), Path(out), images)
+    return RunPath(train(with_settings(config, settings | {"data": images.name}), Path(out), images))
 
 
 @_command
@@ -251,13 +252,14 @@ def resume(run: FilePath, data: Images | None = None, *, allow: Collection[str] 
     """
     from tessella.data.sources.objects import images_of
     from tessella.engine.pretrain import resume as go_on
+    from tessella.report.run import RunPath
     from tessella.run.config import different_fields, load_config, with_settings
 
     images = None if data is None else images_of(data)
     if images is not None:
         changes["data"] = images.name
     saved = load_config(Path(run) / "config.yaml")
-    return go_on(Path(run), different_fields(saved, with_settings(saved, changes)), images, allow=allow)
+    return RunPath(go_on(Path(run), different_fields(saved, with_settings(saved, changes)), images, allow=allow))
 
 
 @_command

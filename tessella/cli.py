@@ -40,7 +40,6 @@ EXIT_USER_ERROR = 2
 
 _HELP = ("-h", "--help")
 _WORK_GOES_TO_FILES = ("demo", "pack", "pretrain", "resume", "evaluate", "embed", "import", "export", "report")
-_SHOWN_UNREADABLE = 20  # files that `scan` lists with their reason
 
 
 class Command(NamedTuple):
@@ -338,7 +337,7 @@ def recipes(name: str | None = None) -> None:
 
 
 def _show_scan(scan: Any, given: dict[str, Any]) -> None:
-    print("\n".join(map(printable, scan.lines(_SHOWN_UNREADABLE if sys.stdout.isatty() else None))))
+    print("\n".join(map(printable, scan.lines(brief=sys.stdout.isatty()))))
 
 
 def _show_bench(bench: Any, given: dict[str, Any]) -> None:

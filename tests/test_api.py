@@ -118,6 +118,7 @@ def test_an_array_in_memory_trains_and_goes_on_exactly(tmp_path):
     assert tessella.resume(run, images, max_steps=3) == tmp_path / "b"
     torch.testing.assert_close(weights(run), weights(straight), rtol=0, atol=0)
     assert load_config(run / "config.yaml").backbone.width == 4
+    assert "complete after 3 steps" in straight._repr_html_() and "JigClu" in straight._repr_html_()
 
 
 def test_other_images_are_refused_on_resume(tmp_path):

@@ -1,4 +1,4 @@
-"""What is in a data set, and which recipe fits."""
+"""The content of a data set, and recipes that fit."""
 
 from __future__ import annotations
 
@@ -9,43 +9,42 @@ import numpy as np
 from tessella.data.sources import ImageSet
 from tessella.data.sources.messages import not_read
 
+_MOST_REASONS = 20  # that are named in brief
+
 
 class Scan(NamedTuple):
-    """What `tessella scan` has found."""
+    """The summary of a data set, which `tessella scan` shows."""
 
     images: int  # readable ones
     sizes: str  # in words
     passed_over: str  # files that are no images, by ending; empty if there are none
     unreadable: list[tuple[str, str]]  # name, reason
-    recipes: tuple[str, ...]  # that fit
+    recipes: tuple[str, ...]  # suggested ones
     reason: str
 
-    def lines(self, most: int | None = None) -> list[str]:
-        """For people.
-
-        Args:
-            most: unreadable files that are named; default: all.
-        """
-        failed = self.unreadable[:most]
-        more = len(self.unreadable) - len(failed)
+    def lines(self, brief: bool = False) -> list[str]:
+        """For people: every unreadable file with its reason or, in brief, every reason with a few files."""
+        files: dict[str, list[str]] = {}
+        for name, reason in self.unreadable:
+            files.setdefault(reason, []).append(name)
+        reasons = sorted(files.items(), key=lambda item: -len(item[1]))[:_MOST_REASONS]
+        summary = [f"{len(names):,} x {reason}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+                   for reason, names in reasons]  # fmt: skip
+        more = [f"and {len(files) - len(reasons)} other reasons"] if len(files) > len(reasons) else []
+        hint = ["all of them: tessella scan DATA > FILE"] if any(len(names) > 3 for names in files.values()) else []
+        listed = summary + more + hint if brief else [f"{name}: {reason}" for name, reason in self.unreadable]
         return [
             f"images      {self.images:,}",
             f"sizes       {self.sizes}",
             *([f"passed over {self.passed_over}"] if self.passed_over else []),
             f"unreadable  {len(self.unreadable):,}",
-            *(f"            {key}: {why}" for key, why in failed),
-            *([f"            and {more:,} more: tessella scan DATA > FILE"] if more else []),
+            *(f"            {line}" for line in listed),
             f"recipe      {' or '.join(self.recipes)}: {self.reason}",
         ]
 
 
 def scan_of(images: ImageSet, undecodable: list[tuple[str, str]]) -> Scan:
-    """The summary of a data set.
-
-    Args:
-        images: opened.
-        undecodable: name and reason of those whose pixels could not be decoded.
-    """
+    """The summary of a data set, with name and reason of images whose pixels could not be decoded."""
     widths, heights = np.asarray(images.sizes).T
     short = short_side(images)
     sizes = (
@@ -64,16 +63,12 @@ def scan_of(images: ImageSet, undecodable: list[tuple[str, str]]) -> Scan:
 
 
 def short_side(images: ImageSet) -> int:
-    """Of an image in the median, in pixels."""
+    """The median of the shorter side of an image, in pixels."""
     return int(np.median(np.min(images.sizes, axis=1)))
 
 
 def suggested_recipes(short_side: int) -> tuple[tuple[str, ...], str]:
-    """Recipes for images of a size, and why.
-
-    Args:
-        short_side: pixels, in the median.
-    """
+    """Recipes for images whose shorter side has so many pixels in the median, and the reason."""
     if short_side <= 64:
         return ("swav_cpu", "jigclu_cpu"), "made for images of about 32 pixels, minutes on two cores"
     return (

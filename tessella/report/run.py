@@ -29,6 +29,7 @@ from tessella.methods import method_of, views_of
 from tessella.protocols.features import extract
 from tessella.report.charts import Chart, bar_chart, line_chart
 from tessella.report.evaluation import tables_of
+from tessella.report.grid import Grid
 from tessella.report.page import render
 from tessella.report.pictures import Album, Cluster, Example, Picture, show_clusters, show_views
 from tessella.run.config import RunConfig, flat, to_dict
@@ -48,6 +49,19 @@ class Clusters(NamedTuple):
 
     numbers: NDArray[np.int64]  # (N,) cluster of each image, -1 for images beyond an evenly spaced part of a large set
     total: int
+
+
+class RunPath(type(Path())):  # type: ignore[misc]
+    """The path of a run's folder. A notebook shows what the run is and how far it is."""
+
+    def _repr_html_(self) -> str | None:
+        if not (self / "config.yaml").is_file():  # a path within the folder
+            return None
+        run = _read(self)
+        losses = [loss for line in run.steps if (loss := _value(line, "loss")) is not None]
+        facts = [("Run", run.status(None).text), *_facts(run, None)]
+        facts += [("Loss", f"{losses[0]:.4g} to {losses[-1]:.4g}")] if losses else []
+        return Grid(str(self), [name for name, _ in facts], [[value for _, value in facts]]).html()
 
 
 class _Curve(NamedTuple):
@@ -142,12 +156,10 @@ def write_report(run: Path, images: ImageSet | None = None, clusters: Clusters |
     Raises:
         UserError: not a run folder, or the disk is full.
     """
-    folder, config = RunFolder.open(run)
+    contents = _read(run)
+    config, environment = contents.config, contents.environment
     notes: list[str] = []
-    lines = _log(run / "metrics.jsonl")
-    steps, alarms = ([line for line in lines if line.get("kind") == kind] for kind in ("step", "alarm"))
-    done = max((line["step"] for line in lines), default=0)
-    complete, running, status = _status(run, config, done, len(alarms), images)
+    status = contents.status(images)
     examples: list[Example] = []
     montages: list[Picture] = []
     largest: list[Cluster] = []
@@ -156,22 +168,18 @@ def write_report(run: Path, images: ImageSet | None = None, clusters: Clusters |
         examples, montages = show_views(images, views_of(config.method), config.seed, album)
         largest = [] if clusters is None else show_clusters(images, clusters.numbers, album)
     unreadable = _text(run / "unreadable.txt").splitlines()
-    settings, environment = (
-        list(itertools.islice(flat(values).items(), _MOST_SETTINGS))
-        for values in (to_dict(config), folder.recorded_environment())
-    )
     content = {
         "title": config.recipe or config.method.name,
         "data": config.data or "images without a name",
-        "status": status,
-        "calm": complete and not alarms,
-        "facts": _facts(config, folder.recorded_environment(), lines, steps, done, images),
+        "status": status.text,
+        "calm": status.complete and not contents.alarms,
+        "facts": _facts(contents, images),
         "tables": tables_of(_records(run / "evaluation.json", notes)),
         "evaluated": (run / "evaluation.html").is_file(),
-        "alarms": alarms,
-        "steps": done,
-        "charts": list(filter(None, (_chart(steps, curve) for curve in _CURVES))),
-        "more_charts": _further_charts(steps),
+        "alarms": contents.alarms,
+        "steps": contents.step,
+        "charts": list(filter(None, (_chart(contents.steps, curve) for curve in _CURVES))),
+        "more_charts": _further_charts(contents.steps),
         "examples": examples,
         "montages": montages,
         "batch_size": config.batch_size,
@@ -179,9 +187,9 @@ def write_report(run: Path, images: ImageSet | None = None, clusters: Clusters |
         "largest": largest,
         "unreadable": [tuple(line.partition("\t")[::2]) for line in unreadable[:_MOST_UNREADABLE]],
         "unreadable_count": len(unreadable),
-        "settings": settings,
-        "environment": environment,
-        "commands": _commands(run, can_resume=not complete and not running),
+        "settings": list(itertools.islice(flat(to_dict(config)).items(), _MOST_SETTINGS)),
+        "environment": list(itertools.islice(flat(environment).items(), _MOST_SETTINGS)),
+        "commands": _commands(run, can_resume=not status.complete and not status.running),
         "notes": notes,
     }
     files.write_text(run / "report.html", render("run.html.j2", content))
@@ -189,6 +197,57 @@ def write_report(run: Path, images: ImageSet | None = None, clusters: Clusters |
 
 
 # --- reading -------------------------------------------------------------------------------------------
+
+
+class _Status(NamedTuple):
+    """A run is complete when its backbone is there, and running while a process holds its lock."""
+
+    complete: bool
+    running: bool
+    text: str
+
+
+class _Run(NamedTuple):
+    """The content of a run's folder."""
+
+    path: Path
+    config: RunConfig
+    environment: dict[str, Any]
+    lines: list[dict[str, Any]]  # of the log
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Lines with the metrics of a step."""
+        return [line for line in self.lines if line.get("kind") == "step"]
+
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        """Lines with a warning of the monitor."""
+        return [line for line in self.lines if line.get("kind") == "alarm"]
+
+    @property
+    def step(self) -> int:
+        """The last step in the log."""
+        return max((line["step"] for line in self.lines), default=0)
+
+    def status(self, images: ImageSet | None) -> _Status:
+        """Whether the run is complete or running, and how far it is of its steps on these images."""
+        planned, alarms, owner = self.config.max_steps or 0, len(self.alarms), owner_of(self.path)
+        if images is not None:
+            whole = len(images) // self.config.batch_size * self.config.epochs
+            planned = min(planned or whole, whole)
+        place = f"step {self.step:,}" + (f" of {planned:,}" if planned else "")
+        warned = f", with {alarms} alarm{'s' * (alarms > 1)}" if alarms else ""
+        if owner:
+            return _Status(False, True, f"running, at {place}{warned} ({owner})")
+        if (self.path / "backbone.safetensors").exists():
+            return _Status(True, False, (f"complete after {self.step:,} steps" if self.step else "complete") + warned)
+        return _Status(False, False, f"stopped at {place}{warned}")
+
+
+def _read(run: Path) -> _Run:
+    folder, config = RunFolder.open(run)
+    return _Run(run, config, folder.recorded_environment(), _log(run / "metrics.jsonl"))
 
 
 def _text(path: Path) -> str:
@@ -241,45 +300,22 @@ def _clusters(run: Path, images: ImageSet, device: str) -> Clusters | None:
 # --- content -------------------------------------------------------------------------------------------
 
 
-def _status(run: Path, config: RunConfig, done: int, alarms: int, images: ImageSet | None) -> tuple[bool, bool, str]:
-    """Whether the run is complete, which its backbone shows; whether it is running, as its lock shows; and a text."""
-    planned = config.max_steps or 0
-    if images is not None:
-        whole = len(images) // config.batch_size * config.epochs
-        planned = min(planned or whole, whole)
-    steps = f"step {done:,}" + (f" of {planned:,}" if planned else "")
-    warned = f", with {alarms} alarm{'s' * (alarms > 1)}" if alarms else ""
-    owner = owner_of(run)
-    if owner:
-        return False, True, f"running, at {steps}{warned} ({owner})"
-    if (run / "backbone.safetensors").exists():
-        return True, False, (f"complete after {done:,} steps" if done else "complete") + warned
-    return False, False, f"stopped at {steps}{warned}"
-
-
-def _facts(
-    config: RunConfig,
-    environment: dict[str, Any],
-    lines: list[dict[str, Any]],
-    steps: list[dict[str, Any]],
-    done: int,
-    images: ImageSet | None,
-) -> list[tuple[str, str]]:
+def _facts(run: _Run, images: ImageSet | None) -> list[tuple[str, str]]:
     """What kind of run it is and what it cost, in a few words."""
-    backbone = config.backbone
+    config, backbone = run.config, run.config.backbone
     stem = "" if backbone.stem == "imagenet" else f", {backbone.stem} stem"
-    epoch = max((line["epoch"] for line in lines if isinstance(line.get("epoch"), int)), default=0)
+    epoch = max((line["epoch"] for line in run.lines if isinstance(line.get("epoch"), int)), default=0)
     facts = [
         ("Method", method_of(config.method).title),
         ("Backbone", f"{backbone.name}, width {backbone.width}{stem}"),
         *([] if images is None else [("Images", f"{len(images):,}")]),
         ("Epochs", f"{config.epochs}" if epoch >= config.epochs else f"{epoch} of {config.epochs}"),
     ]
-    seconds = _seconds(steps)
+    seconds = _seconds(run.steps)
     if seconds > 0:
         facts.append(("Training time", duration(seconds)))
-        facts.append(("Images per second", f"{done * config.batch_size / seconds:,.0f}"))
-    return [*facts, ("Device", str(environment.get("gpu") or "CPU"))]
+        facts.append(("Images per second", f"{run.step * config.batch_size / seconds:,.0f}"))
+    return [*facts, ("Device", str(run.environment.get("gpu") or "CPU"))]
 
 
 def _seconds(steps: list[dict[str, Any]]) -> float:
