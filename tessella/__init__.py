@@ -18,44 +18,56 @@ from tessella.errors import UserError
 if TYPE_CHECKING:
     from tessella import recipes
     from tessella.api import (
+        assign,
         bench,
+        classify,
         compare,
         demo,
+        duplicates,
         embed,
         evaluate,
+        explore,
         export,
         import_weights,
+        label,
         load_backbone,
         pack,
         pretrain,
         resume,
         scan,
+        select,
         write_report,
     )
 
     __version__: str
 
 _FUNCTIONS = (
-    *("bench", "compare", "demo", "embed", "evaluate", "export", "import_weights", "load_backbone", "pack", "pretrain"),
-    *("resume", "scan", "write_report"),
+    *("assign", "bench", "classify", "compare", "demo", "duplicates", "embed", "evaluate", "explore", "export"),
+    *("import_weights", "label", "load_backbone", "pack", "pretrain", "resume", "scan", "select", "write_report"),
 )
 
 __all__ = [
     "UserError",
     "__version__",
+    "assign",
     "bench",
+    "classify",
     "compare",
     "demo",
+    "duplicates",
     "embed",
     "evaluate",
+    "explore",
     "export",
     "import_weights",
+    "label",
     "load_backbone",
     "pack",
     "pretrain",
     "recipes",
     "resume",
     "scan",
+    "select",
     "write_report",
 ]
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 from tessella.errors import UserError
 from tessella.ranges import (
@@ -36,6 +36,7 @@ from tessella.ranges import (
     Pixels,
     Positive,
     PositiveInt,
+    Range,
     Repeats,
     Seed,
     Threads,
@@ -49,6 +50,11 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from torch import nn
 
+    from tessella.atlas.assign import Assigned
+    from tessella.atlas.classify import Classified
+    from tessella.atlas.duplicates import Duplicates
+    from tessella.atlas.label import Labelled
+    from tessella.atlas.select import Selection
     from tessella.data.pack import Packed
     from tessella.data.sources import ImageSet
     from tessella.formats.export import Exported
@@ -260,6 +266,166 @@ def resume(run: FilePath, data: Images | None = None, *, allow: Collection[str] 
         changes["data"] = images.name
     saved = load_config(Path(run) / "config.yaml")
     return RunPath(go_on(Path(run), different_fields(saved, with_settings(saved, changes)), images, allow=allow))
+
+
+@_command
+def explore(
+    data: Images,
+    *,
+    out: FilePath | None = None,
+    backbone: str | None = None,
+    minutes: Positive = 5.0,
+    clusters: PositiveInt | None = None,
+    device: Device = "auto",
+    workers: Threads | None = None,
+    seed: Seed = 0,
+) -> Path:
+    """Show what is in a folder of images: clusters, copies, odd ones; a page to name clusters on.
+
+    OUT/atlas.html is written after every stage, so that it can be opened within a minute; it needs no server and asks
+    for nothing. A stage that was stopped goes on when the command is given again. `tessella label`, `classify`,
+    `select` and `assign` work from OUT.
+
+    Args:
+        data: the images.
+        out: folder of the atlas: missing, empty, or an atlas; default: the data's name with .atlas behind it.
+        backbone: a run, weights, timm:NAME (which may download them), timm:FOLDER, ...; default: pretrained weights
+            that a library has kept on this computer, or else a network that is trained on these images.
+        minutes: for that training; with more than before, it goes on.
+        clusters: how many on the middle level; default: as many as are stable.
+        device: where to run.
+        workers: decoding threads; default: the cores at hand.
+        seed: of every random choice.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: the input cannot be used; the text says what to change.
+        tessella.engine.interrupt.Interrupted: Ctrl-C or SIGTERM during the training; the same command goes on.
+    """
+    from tessella.atlas.explore import explore as make_atlas
+    from tessella.data.sources.objects import images_of
+
+    images = images_of(data)
+    folder = Path(out) if out is not None else Path(f"{Path(images.name.partition('::')[0]).name or 'images'}.atlas")
+    return make_atlas(
+        images,
+        folder,
+        backbone=backbone,
+        minutes=minutes,
+        clusters=clusters,
+        device=device,
+        workers=workers,
+        seed=seed,
+    )
+
+
+@_command
+def label(
+    atlas: FilePath,
+    *,
+    names: FilePath | None = None,
+    out: FilePath | None = None,
+    folders: FilePath | None = None,
+    copy: bool = False,
+) -> Labelled:
+    """Turn the names that clusters were given on the page of an atlas into labels of images.
+
+    Args:
+        atlas: the --out of `tessella explore`.
+        names: the names.json that the page has saved; default: the one in the atlas.
+        out: a .csv to write: path, label, where the label comes from, cluster.
+        folders: a folder to make, with one folder per class.
+        copy: copy the images into it; default: link to them.
+    """
+    from tessella.atlas.label import label as apply_names
+
+    return apply_names(
+        Path(atlas),
+        None if names is None else Path(names),
+        None if out is None else Path(out),
+        None if folders is None else Path(folders),
+        "copy" if copy else "link",
+    )
+
+
+@_command
+def classify(
+    atlas: FilePath,
+    *,
+    out: FilePath,
+    labels: FilePath | None = None,
+    precision: Annotated[float, Range(0.0, 1.0)] = 0.95,
+    seed: Seed = 0,
+) -> Classified:
+    """Learn a classifier from labelled images of an atlas; it says how sure it is, and abstains where it is not.
+
+    Its page shows what it confuses, how far its confidence can be believed, and which labels look wrong.
+
+    Args:
+        atlas: the --out of `tessella explore`.
+        out: folder of the classifier; missing or empty.
+        labels: a .csv with the columns path and label; default: the names given on the page.
+        precision: share of its answers that should be right; where that cannot be had it gives no answer.
+        seed: of the folds of the cross-validation.
+    """
+    from tessella.atlas.classify import classify as learn
+
+    return learn(Path(atlas), None if labels is None else Path(labels), Path(out), precision=precision, seed=seed)
+
+
+@_command
+def select(atlas: FilePath, *, budget: PositiveInt = 100, out: FilePath | None = None) -> Selection:
+    """Name the images of an atlas that are worth a look or a label next, and why.
+
+    Args:
+        atlas: the --out of `tessella explore`.
+        budget: how many.
+        out: a .csv to write: path, cluster, reason.
+    """
+    from tessella.atlas.select import select as choose
+
+    return choose(Path(atlas), budget, None if out is None else Path(out))
+
+
+@_command
+def assign(
+    model: FilePath,
+    data: Images,
+    *,
+    out: FilePath,
+    device: Device = "auto",
+    workers: Threads | None = None,
+) -> Assigned:
+    """Say of new images which cluster and class they belong to, how sure that is, and how odd they are.
+
+    Args:
+        model: a classifier of `tessella classify`, an atlas, or a run.
+        data: the images.
+        out: NAME.parquet to write, one row per image.
+        device: where to run.
+        workers: decoding threads; default: the cores at hand.
+    """
+    from tessella.atlas.assign import assign as describe
+    from tessella.data.sources.objects import images_of
+
+    return describe(Path(model), images_of(data), Path(out), device=device, workers=workers)
+
+
+@_command
+def duplicates(data: Images, *, out: FilePath | None = None, workers: Threads | None = None) -> Duplicates:
+    """Find exact and near copies: scaled, encoded again, brighter, mirrored, turned by quarters, slightly cropped.
+
+    Args:
+        data: the images.
+        out: a .csv to write: group, path, which one to keep, and why they are copies.
+        workers: decoding threads; default: the cores at hand.
+    """
+    from tessella.atlas.duplicates import duplicates as find
+    from tessella.data.sources.objects import images_of
+
+    return find(images_of(data), None if out is None else Path(out), workers=workers)
 
 
 @_command

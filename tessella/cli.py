@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 
 _HELP = ("-h", "--help")
-_WORK_GOES_TO_FILES = ("demo", "pack", "pretrain", "resume", "evaluate", "embed", "import", "export", "report")
+_WORK_GOES_TO_FILES = (
+    *("demo", "pack", "pretrain", "resume", "evaluate", "embed", "import", "export", "report"),
+    *("explore", "assign"),
+)
 
 
 class Command(NamedTuple):
@@ -154,7 +157,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    lines = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
     return f"""\
 Learn visual representations from unlabelled images by clustering.
 
@@ -390,6 +393,14 @@ def _show_written(path: Path, given: dict[str, Any], more: str = "") -> None:
         print(printable(f"Written: {path}{more}"))
 
 
+def _show_lines(found: Any, given: dict[str, Any]) -> None:
+    """A result that can describe itself, and the files that were written."""
+    print("\n".join(map(printable, found.lines())))
+    for name in ("out", "folders"):
+        if given.get(name) is not None:
+            _show_written(given[name], given)
+
+
 # --- words --------------------------------------------------------------------------------------------------
 
 
@@ -529,6 +540,36 @@ COMMANDS: dict[str, Command] = {
         "[RECIPE] --data DATA [--seconds 60]",
         "what limits training here: decoding, views or the step; what a pack brings",
         _derived("bench", ("recipe",), _show_bench),
+    ),
+    "explore": Command(
+        "DATA [--out ATLAS] [--backbone BACKBONE] [--minutes 5]",
+        "clusters, copies and odd images on a page, to look at and to name",
+        _derived("explore", ("data",), _show_written),
+    ),
+    "label": Command(
+        "ATLAS [--names names.json] (--out LABELS.csv | --folders DIR)",
+        "names of clusters -> labels of images",
+        _derived("label", ("atlas",), _show_lines),
+    ),
+    "classify": Command(
+        "ATLAS --out DIR [--labels LABELS.csv]",
+        "labels -> a classifier that may abstain, and labels that look wrong",
+        _derived("classify", ("atlas",), _show_lines),
+    ),
+    "select": Command(
+        "ATLAS [--budget 100] [--out FILE.csv]",
+        "which images are worth a look next, and why",
+        _derived("select", ("atlas",), _show_lines),
+    ),
+    "assign": Command(
+        "CLASSIFIER|ATLAS|RUN DATA --out FILE.parquet",
+        "cluster, class, margin and outlier score of new images",
+        _derived("assign", ("model", "data"), _show_lines),
+    ),
+    "duplicates": Command(
+        "DATA [--out FILE.csv]",
+        "exact and near copies",
+        _derived("duplicates", ("data",), _show_lines),
     ),
     "recipes": Command(
         "[NAME]",

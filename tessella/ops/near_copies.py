@@ -19,6 +19,16 @@ from torch import Tensor
 
 SIDE = 32  # pixels of a thumbnail
 CUTS = (0, 2, 3)  # pixels cut off at each border: an image may be a part of the other, by up to a fifth of its side
+ORIENTATIONS = (  # what turns one image of a pair into the other
+    "",
+    "mirrored",
+    "turned by 180 degrees",
+    "upside down",
+    "transposed",
+    "turned by 90 degrees",
+    "turned by 270 degrees",
+    "mirrored and turned",
+)
 _LOWEST = 9  # frequencies in each direction
 _LENGTH = _LOWEST**2 - 1  # of a signature: all but the mean
 _FLAT = 1.0 / 255  # standard deviation of gray values below which an image shows nothing to compare
@@ -107,6 +117,58 @@ def threshold_for(images: Tensor, device: torch.device | str = "cpu") -> float:
         nearest = torch.maximum(nearest, similarity.amax(dim=1))
     usual = float(nearest.quantile(0.25)) if len(rows) else 0.0
     return min(max(1 - (1 - usual) / 3, _LEAST), _MOST)
+
+
+def invariants(signature: Tensor) -> Tensor:
+    """What stays of signatures when images are mirrored or turned by quarters: it proposes pairs to `pair_similarity`.
+
+    Mirroring changes signs, and a quarter turn exchanges rows and columns, so that sums of absolute values stay.
+
+    Args:
+        signature: (..., 80) of length 1, or zeros.
+
+    Returns:
+        (..., 44) of length 1, or zeros.
+    """
+    size = F.pad(signature.float(), (1, 0)).abs().unflatten(-1, (_LOWEST, _LOWEST))
+    upper = torch.triu_indices(_LOWEST, _LOWEST)
+    both = (size + size.transpose(-1, -2))[..., upper[0], upper[1]]
+    return F.normalize(both[..., 1:], dim=-1)
+
+
+def pair_similarity(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """How alike the images of each pair are, in the best of eight orientations.
+
+    Args:
+        a: (p, 3, 80) signatures.
+        b: (p, 3, 80) signatures of their partners.
+
+    Returns:
+        (p,) the largest cosine of one image, whole, with a part of the other, and (p,) index into `ORIENTATIONS`.
+    """
+    a, b = a.float(), b.float()
+    values = []
+    for index, sign in _orientations():
+        turned = a[..., index] * sign
+        whole = (turned[:, :1] * b).sum(dim=-1).amax(dim=1)  # with the whole and each part of b
+        part = (turned * b[:, :1]).sum(dim=-1).amax(dim=1)
+        values.append(torch.maximum(whole, part))
+    best = torch.stack(values, dim=1).max(dim=1)
+    return best.values, best.indices
+
+
+@cache
+def _orientations() -> list[tuple[Tensor, Tensor]]:
+    """For each of `ORIENTATIONS`: where the frequencies of a turned image come from, and their signs."""
+    place = torch.arange(_LOWEST**2).view(_LOWEST, _LOWEST)
+    alternate = 1.0 - 2.0 * (torch.arange(_LOWEST) % 2)
+    left_right, upside_down = alternate.expand(_LOWEST, -1), alternate[:, None].expand(-1, _LOWEST)
+    one = torch.ones(_LOWEST, _LOWEST)
+    signs = one, left_right, left_right * upside_down, upside_down
+    # Turned by a quarter: rows and columns change places, and one direction is reversed.
+    turned = one, left_right, upside_down, left_right * upside_down
+    found = [(place, sign) for sign in signs] + [(place.T, sign) for sign in turned]
+    return [(index.flatten()[1:] - 1, sign.flatten()[1:].contiguous()) for index, sign in found]
 
 
 def _similarity(a: Tensor, b: Tensor, device: torch.device | str) -> Tensor:

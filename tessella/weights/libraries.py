@@ -28,6 +28,7 @@ CONFIG = "config.json"  # of a folder that timm writes
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # beside it
 OWN_FACTS = "tessella"  # in config.json, if `tessella export` wrote it
 _MOST_BYTES = 1 << 20  # of config.json
+_WITHOUT_LABELS = ("dino", "mae", "swav", "moco", "ijepa")  # in names of networks: features for any kind of image
 
 
 class Pretrained(NamedTuple):
@@ -95,6 +96,29 @@ def is_local(given: str) -> bool:
 
     name, _, file = given.partition("=")
     return bool(file) or (not timm.is_model(name) and Path(name).exists())
+
+
+def kept_networks() -> list[str]:
+    """Names of pretrained networks whose weights the libraries' caches hold, those trained without labels first.
+
+    `resolve_backbone` opens each without the network.
+    """
+    import huggingface_hub
+    import timm
+    import torchvision
+
+    found = []
+    for folder in sorted(Path(huggingface_hub.constants.HF_HUB_CACHE).glob("models--timm--*")):
+        name = folder.name.removeprefix("models--timm--")
+        file = huggingface_hub.try_to_load_from_cache(f"timm/{name}", WEIGHTS[0])
+        if isinstance(file, str) and timm.is_model(name):
+            found.append(f"timm:{name}={file}")
+    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in set(LAYERS) & set(torchvision.models.list_models()):
+        url = torchvision.models.get_model_weights(name).DEFAULT.url
+        if (checkpoints / url.rpartition("/")[2]).is_file():
+            found.append(f"torchvision:{name}")
+    return sorted(found, key=lambda name: (not any(word in name for word in _WITHOUT_LABELS), name))
 
 
 def timm_folder(path: Path) -> Pretrained:
