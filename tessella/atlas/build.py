@@ -19,6 +19,7 @@ from tessella.atlas.page import write_page
 from tessella.atlas.scores import Scores, scores
 from tessella.atlas.shards import read_array
 from tessella.data.sources import ImageSet
+from tessella.report.page import short
 
 MOST = 200_000  # images of a page; of more it shows a sample
 _NEIGHBOURS = 8  # per image
@@ -82,7 +83,7 @@ class _Builder:
         revision, events = self.atlas.events()
         current = str(self.atlas.tree()["revision"]) if tree is not None else ""
         return Content(
-            title=self.images.name,
+            title=short(self.images.name),
             atlas=str(self.atlas.state["id"]),
             revision=current,
             banner=self._banner(tree, n, len(order)),

@@ -3,8 +3,7 @@
     unit features -> standardised -> logistic regression, its penalty picked by cross-validation
     cross-validated logits -> one temperature (Guo et al., "On calibration of modern neural networks", ICML 2017)
                            -> the least confidence at which it answers
-                           -> labels that the other folds contradict (Northcutt, Jiang and Chuang, "Confident learning",
-                              JAIR 2021)
+                           -> labels that the other folds contradict
 
 Copies of one image stay in one fold: otherwise a copy would vouch for its twin.
 """
@@ -37,7 +36,7 @@ _FOLDS = 5
 _LEAST = 2  # labelled images of a class
 _MOST = 50_000  # labelled images that are learned from; of more, a sample of each class
 _BINS = 10  # of the calibration chart
-_SUSPECT = 0.5  # calibrated probability of another class from which a label is listed
+_SUSPECT = 0.7  # calibrated probability of another class from which a label is listed
 
 
 class Classified(NamedTuple):
@@ -312,17 +311,11 @@ def _confusion(y: NDArray[np.int64], predicted: NDArray[np.int64], classes: int)
 
 
 def _suspects(probability: NDArray[np.float64], y: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Places whose label the other folds contradict, most certain first.
-
-    As in confident learning: another class is at least as probable as it usually is for images with its own label, and
-    more probable than not.
-    """
-    usual = np.array([probability[y == c, c].mean() if (y == c).any() else 1.0 for c in range(probability.shape[1])])
+    """Places whose label the other folds contradict, most certain first."""
     others = probability.copy()
     others[np.arange(len(y)), y] = 0
-    best = others.argmax(axis=1)
-    value = others[np.arange(len(y)), best]
-    found = np.flatnonzero((value >= np.minimum(usual[best], 0.99)) & (value >= _SUSPECT))
+    value = others.max(axis=1)
+    found = np.flatnonzero(value >= _SUSPECT)
     return found[np.argsort(-value[found], kind="stable")]
 
 

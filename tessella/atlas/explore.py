@@ -39,9 +39,17 @@ from tessella.protocols.features import extract
 from tessella.run.backbone_file import write_backbone
 from tessella.run.config import Device
 from tessella.run.lock import only_writer
-from tessella.weights.resolve import Loaded, weights_sha256
+from tessella.weights.resolve import Loaded, resolve_backbone, weights_sha256
 
 NEIGHBOURS = 16
+_NEEDS = {  # stage -> those that it is made from
+    "features": ("look",),
+    "neighbours": ("features",),
+    "copies": ("features",),
+    "clusters": ("features",),
+    "map": ("features",),
+    "table": ("clusters", "copies"),
+}
 _PAGE_SECONDS = 25.0  # between pages that are written within a stage
 _FORWARD = 64  # images per forward pass
 
@@ -77,10 +85,11 @@ def explore(
     """
     if dist.world_size() > 1:
         raise UserError("explore runs as one process: start it without torchrun or srun")
+    named = None if backbone is None else resolve_backbone(backbone)  # before anything is written
     atlas = Atlas.create_or_open(out)
     with only_writer(out):
         files.remove_unfinished(out)
-        return _Exploration(atlas, images, device, workers or cores_at_hand(), seed).run(backbone, minutes, clusters)
+        return _Exploration(atlas, images, device, workers or cores_at_hand(), seed).run(named, minutes, clusters)
 
 
 class _Exploration:
@@ -89,7 +98,7 @@ class _Exploration:
         self.stages = atlas.state["stages"]
         self._written = time.monotonic()
 
-    def run(self, backbone: str | None, minutes: float, number: int | None) -> Path:
+    def run(self, named: Loaded | None, minutes: float, number: int | None) -> Path:
         atlas, images = self.atlas, self.images
         atlas.state |= {"data": images.name, "fingerprint": images.fingerprint, "images": len(images)}
         look_key = key_of(look.VERSION, images.fingerprint, thumbnail_side(len(images)))
@@ -102,7 +111,7 @@ class _Exploration:
         if not len(readable):
             raise UserError(f"none of the {len(images)} images of {images.name} can be decoded")
         self._page()
-        network = self._network(backbone, minutes)
+        network = self._network(named, minutes)
         weights = weights_sha256(network.loaded.backbone)
         features_key = key_of(1, look_key, weights, network.loaded.transform)
         with self._stage("features", features_key, "features") as needed:
@@ -145,6 +154,7 @@ class _Exploration:
         if not done and known.get("key") != key:
             files.remove(self.atlas.path / result)
             self.stages[name] = {"key": key}
+            self._forget_what_follows(name)
             self.atlas.save()
         started = time.monotonic()
         yield not done
@@ -153,6 +163,13 @@ class _Exploration:
             self.atlas.save()
             if name in ("copies", "clusters"):
                 self._page()
+
+    def _forget_what_follows(self, name: str) -> None:
+        """Stages that were made from another result of `name` are not shown any more; their keys say they are old."""
+        for later, needs in _NEEDS.items():
+            if name in needs and "seconds" in self.stages.get(later, {}):
+                del self.stages[later]["seconds"]
+                self._forget_what_follows(later)
 
     def _page(self) -> Path:
         self._written = time.monotonic()
@@ -163,14 +180,14 @@ class _Exploration:
         if time.monotonic() - self._written > _PAGE_SECONDS:
             self._page()
 
-    def _network(self, backbone: str | None, minutes: float) -> Network:
+    def _network(self, named: Loaded | None, minutes: float) -> Network:
         state = self.atlas.state
         asked = state.get("network", {}) if state.get("network", {}).get("data") == self.images.fingerprint else {}
         training = self.atlas.path / "training"
-        if backbone is None and not asked and training.exists():  # of other images
+        if named is None and not asked and training.exists():  # of other images
             files.remove(training)
         network = find_network(
-            backbone,
+            named,
             self.images,
             training,
             minutes=minutes,
@@ -281,12 +298,12 @@ class _Exploration:
     def _labels_before(self) -> tuple[list[names.Event], dict[int, str]] | None:
         """Events of an earlier clustering, and the labels that images had from its clusters."""
         revision, events = self.atlas.events()
-        if not events or "seconds" not in self.stages.get("table", {}):
+        if not events or not (self.atlas.path / "images.parquet").exists():
             return None
         if revision != self.atlas.state.get("revision"):
             note("names.json belongs to another clustering than images.parquet: it stays as it is and names nothing")
             return None
-        old = self.atlas.table("id", "cluster")
+        old = self.atlas.read_table("id", "cluster")
         labels = names.resolve(events, old["cluster"], old["id"])
         pairs = zip(old["id"].tolist(), labels.label, labels.source, strict=True)
         return events, {number: label for number, label, source in pairs if source.startswith("cluster")}

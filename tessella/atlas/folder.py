@@ -110,10 +110,18 @@ class Atlas:
         return tree
 
     def table(self, *columns: str) -> dict[str, Any]:
-        """Columns of images.parquet as numpy arrays, texts as lists."""
+        """Columns of images.parquet as numpy arrays, texts as lists.
+
+        Raises:
+            UserError: the atlas is not complete.
+        """
+        self.require("table")
+        return self.read_table(*columns)
+
+    def read_table(self, *columns: str) -> dict[str, Any]:
+        """As `table`, also where the file is of an earlier state of the atlas."""
         import pyarrow.parquet as pq
 
-        self.require("table")
         try:
             with files.open_regular(self.path / "images.parquet") as file:
                 table = pq.read_table(file, columns=list(columns))

@@ -20,6 +20,7 @@ from tessella.methods.swav import SwavConfig
 from tessella.modules.backbone import BackboneConfig
 from tessella.optim import OptimizerConfig
 from tessella.recipes.suggest import short_side
+from tessella.report.page import short
 from tessella.run.config import Device, RunConfig, load_config
 from tessella.weights.libraries import kept_networks
 from tessella.weights.resolve import Loaded, resolve_backbone
@@ -38,7 +39,7 @@ class Network(NamedTuple):
 
 
 def find_network(
-    backbone: str | None,
+    named: Loaded | None,
     images: ImageSet,
     folder: Path,
     *,
@@ -51,7 +52,7 @@ def find_network(
     """The network that makes the features.
 
     Args:
-        backbone: as in `resolve_backbone`; None to look for one, and else to train one.
+        named: the one that was asked for; None to look for one, and else to train one.
         images: of the atlas.
         folder: of the run, if one is trained; a run that is there goes on.
         minutes: for the training.
@@ -61,11 +62,10 @@ def find_network(
         seed: of the training.
 
     Raises:
-        UserError: nothing of that name, or too few images to train on.
+        UserError: too few images to train on.
     """
-    if backbone is not None:
-        loaded = resolve_backbone(backbone)
-        return Network(loaded, [f"Features come from {loaded.name}."], 0.0)
+    if named is not None:
+        return Network(named, [f"Features come from {short(named.name)}."], 0.0)
     kept = [] if (folder / "config.yaml").exists() else kept_networks()
     if kept:
         name = kept[0].partition("=")[0]
@@ -104,7 +104,7 @@ def _train(
         )
     config = _config(images, device, workers, seed)
     rates = bench(config, images, seconds=min(_MEASURING, 12 * minutes))
-    steps = max(20, int(60 * minutes * min(rates.loader, rates.step) / config.batch_size))
+    steps = max(1, int(60 * minutes * min(rates.loader, rates.step) / config.batch_size))
     per_epoch = max(1, len(images) // config.batch_size)
     config = dataclasses.replace(config, epochs=-(-steps // per_epoch), max_steps=steps if steps < per_epoch else None)
     note(

@@ -43,6 +43,8 @@ class Selection(NamedTuple):
 
     def lines(self, most: int = 20) -> list[str]:
         """For people."""
+        if not self.picks:
+            return ["nothing: every image has a label, is dropped or is a copy of one that has"]
         shown = [f"{pick.path}  ({pick.reason})" for pick in self.picks[:most]]
         return [*shown, *([f"and {len(self.picks) - most} more"] if len(self.picks) > most else [])]
 
