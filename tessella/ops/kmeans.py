@@ -1,9 +1,10 @@
-"""k-means by chunked matrix products, on the device of the data.
+"""k-means and spherical k-means by chunked matrix products, on the device of the data.
 
 Random choices are made on the CPU, so a result depends on the data and the seed only. With several ranks, gather all
 rows first; every rank computes the same result.
 
-Sources: Lloyd, 1982; Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007.
+Sources: Lloyd, 1982; Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007; Dhillon
+    and Modha, "Concept decompositions for large sparse text data using clustering", 2001 (spherical).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tessella.errors import UserError
@@ -27,8 +29,8 @@ class KMeans(NamedTuple):
     """The best of all restarts."""
 
     assignments: Tensor  # (n,) int64 in [0, k)
-    centres: Tensor  # (k, d) float32
-    inertia: float  # sum of squared distances of the rows to their centres
+    centres: Tensor  # (k, d) float32; unit rows when spherical
+    inertia: float  # sum of squared distances of the (when spherical, unit) rows to their centres
 
 
 @torch.no_grad()
@@ -38,6 +40,7 @@ def kmeans(
     *,
     restarts: int = 10,
     iterations: int = 300,
+    spherical: bool = False,
     seed: int,
 ) -> KMeans:
     """Clusters of rows that minimise the squared distance to their centres.
@@ -48,6 +51,7 @@ def kmeans(
         restarts: runs from different k-means++ centres, of which the best counts.
         iterations: of Lloyd's algorithm, at most, per restart, which ends when the centres' squared shift is at most
             1e-4 of the mean variance of a column, or when no row changes its cluster.
+        spherical: rows and centres are kept at unit length, so that the cosine decides.
         seed: of the k-means++ choices.
 
     Returns:
@@ -60,13 +64,14 @@ def kmeans(
     if not 1 <= k <= n:
         raise UserError(f"{k} clusters of {n} images: ask for 1 to {n} clusters or give more images")
     # Distances do not depend on the origin, but their float32 rounding does.
-    origin = x.float().mean(dim=0)
-    x = x.float() - origin
+    x = F.normalize(x.float(), dim=1) if spherical else x.float()
+    origin = torch.zeros_like(x[0]) if spherical else x.mean(dim=0)
+    x = x - origin
     threshold = _TOLERANCE * float(x.var(dim=0, correction=0).mean())
     random = np.random.default_rng(seed)
     best: KMeans | None = None
     for _ in range(restarts):
-        result = _lloyd(x, _plus_plus(x, k, random), iterations, threshold)
+        result = _lloyd(x, _plus_plus(x, k, random), iterations, threshold, spherical)
         if best is None or result.inertia < best.inertia:
             best = result
     assert best is not None, "restarts must be at least 1"
@@ -105,10 +110,10 @@ def online_means(means: Tensor, seen: Tensor, x: Tensor, assignments: Tensor) ->
     return torch.where(counts[:, None] > 0, moved, means), counts
 
 
-def _lloyd(x: Tensor, centres: Tensor, iterations: int, threshold: float) -> KMeans:
+def _lloyd(x: Tensor, centres: Tensor, iterations: int, threshold: float, spherical: bool) -> KMeans:
     assignments, distance = nearest_centre(x, centres)
     for _ in range(iterations):
-        moved = _means(x, assignments, distance, centres)
+        moved = _means(x, assignments, distance, centres, spherical)
         shift = float((moved - centres).square().sum())
         centres, before = moved, assignments
         assignments, distance = nearest_centre(x, centres)
@@ -117,7 +122,7 @@ def _lloyd(x: Tensor, centres: Tensor, iterations: int, threshold: float) -> KMe
     return KMeans(assignments, centres, float(distance.cpu().double().sum()))
 
 
-def _means(x: Tensor, assignments: Tensor, distance: Tensor, centres: Tensor) -> Tensor:
+def _means(x: Tensor, assignments: Tensor, distance: Tensor, centres: Tensor, spherical: bool) -> Tensor:
     """Mean row of each cluster; an empty cluster takes one of the rows farthest from their centres."""
     # A GPU adds in no fixed order; in double precision the order does not reach the float32 result.
     wide = torch.float64 if x.is_cuda else torch.float32
@@ -130,7 +135,7 @@ def _means(x: Tensor, assignments: Tensor, distance: Tensor, centres: Tensor) ->
     empty = (counts == 0).nonzero()[:, 0]
     if len(empty):
         means[empty] = x[distance.topk(len(empty)).indices]
-    return means
+    return F.normalize(means, dim=1) if spherical else means
 
 
 def _plus_plus(x: Tensor, k: int, random: np.random.Generator) -> Tensor:

@@ -64,11 +64,22 @@ def test_block_size_does_not_matter(monkeypatch):
     torch.testing.assert_close(whole.centres, parts.centres)
 
 
+def test_spherical_keeps_unit_rows_and_ignores_their_length():
+    x, _ = blobs(d=4)
+    stretched = x * torch.rand(len(x), 1, generator=torch.Generator().manual_seed(0)).add(0.1)
+    result, other = kmeans(x, 6, spherical=True, seed=0), kmeans(stretched, 6, spherical=True, seed=0)
+    torch.testing.assert_close(result.centres.norm(dim=1), torch.ones(6))
+    assert torch.equal(result.assignments, other.assignments)
+    unit = torch.nn.functional.normalize(x, dim=1)
+    assert torch.equal(result.assignments, (unit @ result.centres.T).argmax(dim=1))
+    assert result.inertia == pytest.approx(float((2 - 2 * (unit @ result.centres.T).amax(dim=1)).sum()), rel=1e-4)
+
+
 def test_an_empty_cluster_takes_the_farthest_row():
     x = torch.tensor([[0.0], [0.1], [0.2], [10.0]])
     centres = torch.tensor([[0.0], [-50.0]])  # nobody is nearest to the second
     assignments, distance = nearest_centre(x, centres)
-    moved = module._means(x, assignments, distance, centres)
+    moved = module._means(x, assignments, distance, centres, spherical=False)
     assert moved[1].item() == 10.0
 
 
