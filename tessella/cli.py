@@ -339,56 +339,56 @@ def recipes(name: str | None = None) -> None:
     print("\n".join(listing() if name is None else page(recipe(name))))
 
 
-def _show_scan(scan: Any, given: dict[str, Any]) -> None:
+def _show_scan(scan: Any, options: dict[str, Any]) -> None:
     print("\n".join(map(printable, scan.lines(brief=sys.stdout.isatty()))))
 
 
-def _show_bench(bench: Any, given: dict[str, Any]) -> None:
+def _show_bench(bench: Any, options: dict[str, Any]) -> None:
     print("\n".join(bench.lines()))
 
 
-def _show_pack(packed: Any, given: dict[str, Any]) -> None:
-    print("\n".join(packed.lines(given["out"])))
-    _show_written(given["out"], given, "" if packed.written else " (before, and whole)")
+def _show_pack(packed: Any, options: dict[str, Any]) -> None:
+    print("\n".join(packed.lines(options["out"])))
+    _show_written(options["out"], options, "" if packed.written else " (before, and whole)")
 
 
-def _show_evaluation(records: Any, given: dict[str, Any]) -> None:
+def _show_evaluation(records: Any, options: dict[str, Any]) -> None:
     from tessella.engine.launch import leave_ranks
 
     leave_ranks()
-    page = given["out"] / "evaluation.html"
-    _show_written(page, given, ", and evaluation.json, evaluation.md and predictions beside it")
+    page = options["out"] / "evaluation.html"
+    _show_written(page, options, ", and evaluation.json, evaluation.md and predictions beside it")
 
 
-def _show_features(features: Any, given: dict[str, Any]) -> None:
+def _show_features(features: Any, options: dict[str, Any]) -> None:
     count, dim = features.x.shape
     skipped = f"; {len(features.skipped)} could not be read" if features.skipped else ""
-    _show_written(given["out"], given, f" ({count} images, {dim} values each{skipped})")
+    _show_written(options["out"], options, f" ({count} images, {dim} values each{skipped})")
 
 
-def _show_import(official: Any, given: dict[str, Any]) -> None:
+def _show_import(official: Any, options: dict[str, Any]) -> None:
     from tessella.weights.imported import report_lines
 
     print("\n".join(map(printable, report_lines(official))) + "\n")
-    _show_written(given["out"], given)
-    name = shlex.quote(str(given["out"]))
+    _show_written(options["out"], options)
+    name = shlex.quote(str(options["out"]))
     print(f"Evaluate it:  tessella evaluate {name} --train LABELLED --test LABELLED --out DIR")
     print(f"Train on it:  tessella pretrain RECIPE --data DATA --out RUN --init-from {name}")
 
 
-def _show_export(exported: Any, given: dict[str, Any]) -> None:
+def _show_export(exported: Any, options: dict[str, Any]) -> None:
     exported.grid().show()
-    _show_written(given["out"], given, ", with README.md and check.json")
+    _show_written(options["out"], options, ", with README.md and check.json")
     if exported.page:
         print(printable(f"On the hub: {exported.page}"))
 
 
-def _show_comparison(comparison: Any, given: dict[str, Any]) -> None:
-    if given.get("out") is not None:
-        _show_written(given["out"], given)
+def _show_comparison(comparison: Any, options: dict[str, Any]) -> None:
+    if options.get("out") is not None:
+        _show_written(options["out"], options)
 
 
-def _show_written(path: Path, given: dict[str, Any], more: str = "") -> None:
+def _show_written(path: Path, options: dict[str, Any], more: str = "") -> None:
     if place().rank == 0:
         print(printable(f"Written: {path}{more}"))
 
@@ -407,7 +407,7 @@ def _show_lines(found: Any, given: dict[str, Any]) -> None:
 def _derived(
     name: str,
     words: tuple[str, ...] = (),
-    show: Callable[[Any, dict[str, Any]], None] = lambda result, given: None,
+    show: Callable[[Any, dict[str, Any]], None] = lambda result, options: None,
     required: tuple[str, ...] = (),
 ) -> Callable[[list[str]], int]:
     """A command made from a function of `tessella.api`: its signature gives the options, its docstring the help.
@@ -419,12 +419,12 @@ def _derived(
         required: options that are optional in Python only.
     """
 
-    def run(given: list[str]) -> int:
+    def run(arguments: list[str]) -> int:
         from tessella import api
 
         command = next(word for word, row in COMMANDS.items() if row.run is run)
         function = recipes if name == "recipes" else getattr(api, name)
-        call = _parse(command, _recording(function, words, required), given)
+        call = _parse(command, _recording(function, words, required), arguments)
         if "run" in call.keywords:
             _require_run(call.keywords["run"])  # before torch is imported
         try:

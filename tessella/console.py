@@ -1,10 +1,10 @@
-"""What people see while something runs: notes, and how far it is.
+"""Notes and progress on the console.
 
     with progress_bar("packing", total=1000) as advance:
         advance(1)
 
-A bar on a terminal and in a notebook; elsewhere, as in the log file of a batch system, a line now and then. A console
-may be closed, on a full disk, or a pipe whose reader has ended: what is being done goes on without it.
+A bar on a terminal and in a notebook; elsewhere, as in the log file of a batch system, a line every ten seconds. The
+console may be closed, on a full disk, or a pipe whose reader has ended: work continues without it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,11 @@ SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
 class LossyStream(io.TextIOBase):
     """A text stream whose errors stop nothing: after the first one, what is written is dropped.
 
-    Characters that the stream's encoding does not have are written as backslash escapes.
+    Characters outside the stream's encoding are written as backslash escapes.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        """Wrap a stream.
-
-        Args:
-            stream: where to write; None, as Python has it for a closed descriptor, drops everything.
-        """
+        """Wrap a stream; None, which Python uses for a closed descriptor, drops everything."""
         self._stream = stream
         self.error: OSError | None = None  # the one that closed this stream
 
@@ -80,17 +76,12 @@ class LossyStream(io.TextIOBase):
 
 
 def note(text: str, stream: TextIO | None = None) -> None:
-    """A line for people. Nothing in it can steer the terminal.
-
-    Args:
-        text: what to say.
-        stream: where; default: standard error.
-    """
+    """Print a line to standard error or another stream, with control characters escaped."""
     print(printable(text), file=LossyStream(stream or sys.stderr), flush=True)
 
 
 class Display:
-    """How far one thing is, and how long the rest will take. A context manager."""
+    """Progress of one task, and the time left. A context manager."""
 
     def __init__(
         self,
@@ -105,11 +96,11 @@ class Display:
         """Show the display.
 
         Args:
-            title: what is going on.
-            total: units to do.
+            title: of the task.
+            total: number of units.
             done: units that were done before; they do not count for the speed.
             unit: "bytes" shows sizes in kB, MB and so on.
-            console: where; default: standard error.
+            console: default: standard error.
             keep: whether the bar stays on the terminal at the end.
         """
         from rich.console import Console
@@ -126,16 +117,11 @@ class Display:
             self._bar.start()
 
     def advance(self, count: int = 1) -> None:
-        """Some more units are done."""
+        """Add units that are done."""
         self.update(self._done + count)
 
     def update(self, done: int, text: str = "") -> None:
-        """So many units are done.
-
-        Args:
-            done: units in all.
-            text: figures to show; they stay until others come.
-        """
+        """Set the number of units that are done, and perhaps a new text to show."""
         self._done, first_text = done, bool(text) and not self._text
         self._text = text or self._text
         if self._task is not None:
@@ -174,19 +160,13 @@ class Display:
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int, unit: Literal["", "bytes"] = "") -> Iterator[Callable[[int], None]]:
-    """A `Display` on standard error; gives the function that advances it.
-
-    Args:
-        title: what is going on.
-        total: units to do.
-        unit: "bytes" shows sizes.
-    """
+    """A `Display` on standard error; gives the function that advances it."""
     with Display(title, total, unit=unit) as display:
         yield display.advance
 
 
 def duration(seconds: float) -> str:
-    """In words, with the two largest units."""
+    """A duration in words, with its two largest units."""
     if not math.isfinite(seconds):
         return "unknown time"
     minutes, rest = divmod(round(seconds), 60)
@@ -205,7 +185,7 @@ def _bar(console: Console, unit: str, transient: bool) -> Any:
 
     text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
     amount = DownloadColumn() if unit else MofNCompleteColumn()
-    # A long memory for the speed: steps of a large run may be minutes apart.
+    # The speed is averaged over an hour: steps of a large run may be minutes apart.
     return Progress(
         amount,
         BarColumn(bar_width=20),

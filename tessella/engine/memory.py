@@ -113,10 +113,10 @@ def _kept_for_backward(backbone: torch.nn.Module, x: Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
-def _gpu_text(config: RunConfig, method: Method, world_size: int, said: str) -> str:
+def _gpu_text(config: RunConfig, method: Method, world_size: int, message: str) -> str:
     device = next(method.parameters()).device
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    request = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", said)
+    request = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", message)
     when = f" when it asked for another {request[1]}" if request else ""
     has = f"; it has {size_in_words(total)}" if total else ""
     try:
@@ -163,8 +163,8 @@ def _remedies(config: RunConfig, world_size: int, parts: int) -> str:
     return f"For a new run: {_numbered([*remedies, 'more GPUs share the batch'])}"
 
 
-def _host_text(config: RunConfig, said: str) -> str:
-    request = re.search(r"you tried to allocate (\d+) bytes", said)
+def _host_text(config: RunConfig, message: str) -> str:
+    request = re.search(r"you tried to allocate (\d+) bytes", message)
     when = f" when it asked for another {size_in_words(int(request[1]))}" if request else ""
     fewer = "--workers 1, on `resume` too: fewer images are decoded at a time"
     remedies = [

@@ -92,8 +92,8 @@ class Watch:
                 self._say(f"{lost}. {self._advice}")
         self._stop.set()
         self._threads[0].join(_BEAT)
-        said = f"{type(error).__name__}: {error}".splitlines()[0] if error else ""
-        end = _FOLLOWED if lost else f"{_FAILED} with {said}" if error else _LEFT
+        message = f"{type(error).__name__}: {error}".splitlines()[0] if error else ""
+        end = _FOLLOWED if lost else f"{_FAILED} with {message}" if error else _LEFT
         with contextlib.suppress(Exception):  # the store may be what is lost
             self._store.set(f"beat {self._rank}", end)
         if lost:
@@ -169,8 +169,8 @@ class Watch:
     def _print_all_positions(self) -> None:
         doing = [self._read(rank).partition(" ")[2] for rank in range(self._world)]
         if len(set(doing)) > 1:
-            said = "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(doing))
-            self._say(f"no progress for {self._timeout:.0f} s. {said}. This rank's stacks:")
+            positions = "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(doing))
+            self._say(f"no progress for {self._timeout:.0f} s. {positions}. This rank's stacks:")
             _show_stacks()
 
     def _end(self, text: str) -> None:

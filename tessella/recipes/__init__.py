@@ -1,7 +1,7 @@
-"""Recipes: complete runs as functions without arguments. Their names are what `tessella pretrain` takes.
+"""Recipes: complete runs as functions without arguments. `tessella pretrain` takes their names.
 
-A recipe is one function in a module here and its name below, or an entry point `tessella.recipes` of a package. Names
-can be looked up before torch is imported.
+A recipe is a function in one of these modules with its name below, or an entry point `tessella.recipes` of a package.
+Names are looked up before torch is imported.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ RECIPES: Registry[Callable[[], RunConfig]] = Registry(
 
 
 def recipe(name: str) -> RunConfig:
-    """The run that `name` stands for.
+    """The configuration of a recipe.
 
     Raises:
         UserError: there is no recipe of that name.

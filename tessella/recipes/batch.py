@@ -1,6 +1,6 @@
 """What else to change when a recipe is run at another batch size.
 
-Nothing is scaled unasked: the rules are shown, and the user applies them. A rule is its method's own, see
+Nothing is scaled automatically: the rules are shown, and the user applies them. Each method has its own rule, see
 `Method.at_batch_size`.
 """
 
@@ -15,23 +15,14 @@ from tessella.run.config import RunConfig, flat, to_dict
 
 
 def at_batch_size(config: RunConfig, batch_size: int, accumulate: int = 1) -> RunConfig:
-    """A recipe at another batch size, changed as the rules say.
-
-    Args:
-        config: the recipe at its own batch size.
-        batch_size: images per update.
-        accumulate: micro-batches per update; codes, duals and the like depend on the images of one of them.
-    """
+    """A recipe at another batch size, changed by the rules; codes, duals and the like depend on the micro-batch."""
     change = BatchChange(config.batch_size, batch_size, batch_size // accumulate)
     method, rates = method_of(config.method).at_batch_size(config.method, config.optimizer, change)
     return dataclasses.replace(config, method=method, optimizer=rates, batch_size=batch_size, accumulate=accumulate)
 
 
 def flags(before: RunConfig, after: RunConfig) -> dict[str, str]:
-    """The options that turn one run into another: field, as in "optimizer.lr", -> the words to type.
-
-    Batch size and accumulation are left out: they are what the user has given.
-    """
+    """The options that turn one run into another, without batch size and accumulation: field -> words to type."""
     old, new = flat(to_dict(before)), flat(to_dict(after))
     return {
         name: f"--{name.replace('_', '-')} {_typed(value)}"

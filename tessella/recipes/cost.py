@@ -1,4 +1,4 @@
-"""What a recipe costs: passes through the backbone, arithmetic, and an estimate of the hours on a GPU."""
+"""The cost of a recipe: passes through the backbone, arithmetic, and an estimate of the hours on a GPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tessella.run.config import RunConfig
 IMAGENET_IMAGES = 1_281_167
 _IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "digits::train": 1437}
 
-# What one H100 is assumed to sustain in bf16 with our networks; not measured. 60 is some 2,400 views of 224 pixels per
-# second through ResNet-50, forward and backward (24.6 GFLOP each); an A100 has been published with as many. Small
-# networks on small images wait for their many small kernels.
+# Assumed sustained rate of one H100 in bf16 with these networks; not measured. 60 are some 2,400 views of 224 pixels
+# per second through ResNet-50, forward and backward (24.6 GFLOP each); published figures of an A100 are as high. Small
+# networks on small images are slowed down by many small kernels.
 GPU = "NVIDIA H100"
 _TFLOPS, _TFLOPS_SMALL_IMAGES = 60, 20
 
@@ -34,8 +34,8 @@ def forwards(seen: list[Pass]) -> float:
 
 @functools.cache
 def forward_flops(backbone: BackboneConfig, size: int) -> int:
-    """Floating-point operations of one image's way through the backbone; a multiply-add is two."""
-    with torch.device("meta"):  # shapes alone: no weights are drawn, nothing is computed
+    """Floating-point operations of a forward pass of one image; a multiply-add counts as two."""
+    with torch.device("meta"):  # computes shapes only
         network = build_backbone(backbone).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             network(torch.empty(1, 3, size, size))
@@ -54,15 +54,15 @@ def training_flops(config: RunConfig) -> int:
 
 
 def images_of(config: RunConfig) -> int | None:
-    """Number of training images of the data set that a recipe is made for; None if it is made for any."""
+    """Number of training images of the recipe's data set; None if it is made for any."""
     return IMAGENET_IMAGES if "_imagenet_" in config.recipe else _IMAGES.get(config.data)
 
 
 def tflops(config: RunConfig) -> int:
-    """What the GPU is assumed to sustain, in 10^12 operations per second."""
+    """The assumed rate of the GPU, in 10^12 operations per second."""
     return _TFLOPS if config.image_size > 64 else _TFLOPS_SMALL_IMAGES
 
 
 def gpu_hours(config: RunConfig, images: int) -> float:
-    """Estimated hours of the whole run on one `GPU`, if the input never keeps it waiting."""
+    """Estimated hours of the whole run on one `GPU`, if it never waits for the input."""
     return config.epochs * images * training_flops(config) / (tflops(config) * 1e12) / 3600

@@ -33,7 +33,7 @@ _PROTOCOLS = (KnnConfig(), FewLabelsConfig(labels_per_class=(1,), draws=20), Lin
 
 
 class Column(NamedTuple):
-    """One figure of the table and where it stands in the records."""
+    """One figure of the table and its place in the records."""
 
     title: str
     protocol: str
@@ -51,7 +51,7 @@ COLUMNS = (
 
 
 class Pixels(nn.Module):
-    """The baseline that needs no network: an image's own values."""
+    """The baseline without a network: the values of the pixels."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -67,9 +67,9 @@ def demo(out: Path, *, seeds: Repeats = 3, device: Device = "auto") -> Path:
     """Pretrain on the embedded digits, print the table, write the report.
 
     Args:
-        out: an empty or missing folder; becomes the run folder of the first seed, the others lie in `seed-N`.
-        seeds: number of runs, at least 1.
-        device: auto, cpu, cuda or mps.
+        out: an empty or missing folder; becomes the run folder of the first seed, with the others in `seed-N`.
+        seeds: number of runs.
+        device: as in a run's configuration.
 
     Returns:
         The report's path.

@@ -1,4 +1,4 @@
-"""Recipes in words: the list of all, and the page of one."""
+"""Recipes in words: a list of all, and a page for each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tessella.methods.method import Pass
 from tessella.recipes import RECIPES, recipe
 from tessella.recipes.batch import at_batch_size, flags
 from tessella.recipes.cost import GPU, forwards, gpu_hours, images_of, passes, tflops, training_flops
-from tessella.report.published import PUBLISHED, Score
+from tessella.report.published import PUBLISHED, Score, per_cent
 from tessella.run.config import RunConfig, to_yaml
 
 _FIGURES = {
@@ -70,13 +70,11 @@ def _short(score: Score) -> str:
 
 
 def _figure(score: Score) -> str:
-    """As published: one decimal, or two."""
-    value = f"{score.value:g}"
-    return f"{_FIGURES[score.protocol, score.metric]} {value if '.' in value else value + '.0'}"
+    return f"{_FIGURES[score.protocol, score.metric]} {per_cent(score.value)}"
 
 
 def views_in_words(config: RunConfig) -> str:
-    """What is cut from an image, as in "2x224 + 6x96"."""
+    """The views of an image, such as "2x224 + 6x96"."""
     groups = views_of(config.method).groups
     if groups[0].tiles > 1:
         return f"{groups[0].tiles}x{groups[0].tiles} tiles of {groups[0].size}"
@@ -96,11 +94,7 @@ def _crops(seen: list[Pass]) -> str:
 
 
 def page(config: RunConfig) -> list[str]:
-    """Lines about one recipe: where it is from, what it costs, what to expect, how to change it.
-
-    Args:
-        config: from `recipe`, so that it knows its name.
-    """
+    """Lines about one recipe, from `recipe`: source, cost, expected score, rule for other batch sizes, settings."""
     name = config.recipe
     data = "" if config.data else "--data DATA "
     return [
@@ -111,14 +105,14 @@ def page(config: RunConfig) -> list[str]:
         *_entry("Score", _scores(PUBLISHED.get(name, ()))),
         *_entry("Batch", _batch(config)),
         "",
-        "Settings; each can be given, as in --method.temperature 0.2:",
+        "Settings; each is an option, as in --method.temperature 0.2:",
         "",
         to_yaml(config).rstrip(),
     ]
 
 
 def _entry(title: str, sentences: list[str]) -> list[str]:
-    """A title and its sentences, each on lines of its own."""
+    """A title and its sentences, each on its own lines."""
     lines = [line for s in sentences for line in textwrap.wrap(s, 110, break_on_hyphens=False, break_long_words=False)]
     return [f"{title + ':' if number == 0 else '':<9}{line}" for number, line in enumerate(lines)]
 
@@ -149,7 +143,7 @@ def _hours(config: RunConfig) -> str:
     what = f"{images:,} images" if images else f"each {_NOMINAL_IMAGES:,} images"
     return (
         f"about {amount} GPU-hours on one {GPU} for {config.epochs} epochs of {what}. An estimate, not measured: it "
-        f"assumes {tflops(config)} TFLOP/s sustained in bf16, and input that never keeps the GPU waiting"
+        f"assumes {tflops(config)} TFLOP/s sustained in bf16, and that the GPU never waits for its input"
     )
 
 
@@ -168,6 +162,6 @@ def _batch(config: RunConfig) -> list[str]:
     rule = method_of(config.method).batch_rule
     words = " ".join(flags(config, at_batch_size(config, other)).values())
     return [
-        f"{config.batch_size} images per update. At another size nothing changes by itself. The rule: {rule}.",
+        f"{config.batch_size} images per update. At another size nothing is scaled automatically. The rule: {rule}.",
         f"For example --batch-size {other} {words}",
     ]

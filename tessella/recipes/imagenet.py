@@ -35,7 +35,7 @@ def swav_imagenet_100ep() -> RunConfig:
     """SwAV, ResNet-50, 2x224 + 6x96 crops, batch 4096, 100 epochs.
 
     LARC at 4.8 after 10 epochs from 0.3, cosine to 0.0048. Crops of 14 to 100 and 5 to 14 % of the area, strong
-    colours, half of them blurred. Prototypes rest for about the first epoch.
+    colours, half of them blurred. Prototypes are frozen for about the first epoch.
     Published: 72.1 (VISSL's rerun 71.99). Source: official script swav_100ep_pretrain, 64 GPUs.
     """
     return _swav(100)
@@ -81,10 +81,9 @@ def swav_imagenet_400ep_2x224() -> RunConfig:
 def swav_imagenet_200ep_bs256() -> RunConfig:
     """SwAV, ResNet-50, batch 256 with a queue of 3840 from epoch 15, 200 epochs.
 
-    LARC at 0.6 without warm-up, cosine to 0.0006. Crops as in `swav_imagenet_100ep`. Prototypes rest for the first
-    epoch.
-    Published: 72.7 (VISSL's rerun 73.07). Source: official script swav_200ep_bs256_pretrain, 4 GPUs, 52 min per epoch
-    on V100.
+    LARC at 0.6 without warm-up, cosine to 0.0006. Crops as in `swav_imagenet_100ep`. Prototypes are frozen for the
+    first epoch. Published: 72.7 (VISSL's rerun 73.07). Source: official script swav_200ep_bs256_pretrain, 4 GPUs, 52
+    min per epoch on V100.
     """
     return RunConfig(_SMALL_BATCH_METHOD, BackboneConfig("resnet50"), OFFICIAL_RATES[256], epochs=200, batch_size=256)
 

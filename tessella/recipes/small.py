@@ -119,11 +119,11 @@ def swav_digits() -> RunConfig:
 
 # --- ResNet-18 on a GPU: CIFAR and folders of 64-pixel images --------------------------------------------------
 #
-# Proposals from what others published or found out; none of them has been run to its end by us.
+# Proposals from what others have published or found; none of them has been run to its end by us.
 
 
 class _Images(NamedTuple):
-    """What the images of a recipe are like, and the network for their size."""
+    """The images of a recipe, and the network for their size."""
 
     data: str
     size: int
@@ -178,7 +178,7 @@ def swav_cifar10() -> RunConfig:
     """SwAV, CIFAR-10, ResNet-18 with a small stem, two crops of 32 pixels, 512 prototypes, batch 512, 200 epochs.
 
     AdamW at 0.004, cosine to 0. Crops of 14 to 100 % of the area, colours at half strength, no blur, no queue;
-    prototypes rest for one epoch.
+    prototypes are frozen for one epoch.
     Not run to its end by us. Published by others, with other code: kNN 84.2. Source: lightly's CIFAR-10 benchmark,
     whose figure is the best of its epochs. After 1000 epochs with LARS, 3000 prototypes and a queue solo-learn has
     89.17 (linear).
@@ -189,9 +189,8 @@ def swav_cifar10() -> RunConfig:
 def swav_cifar100() -> RunConfig:
     """SwAV, CIFAR-100, ResNet-18 with a small stem, two crops of 32 pixels, 1000 prototypes, batch 512, 200 epochs.
 
-    Settings of `swav_cifar10`, with the ten prototypes per class that SwAV's users advise.
-    A proposal that we have not run to its end; nothing is published for these settings. After 1000 epochs with LARS,
-    3000 prototypes and a queue solo-learn has 64.88 (linear).
+    Settings of `swav_cifar10`, with the ten prototypes per class that SwAV's users advise. A proposal, not run to its
+    end by us. After 1000 epochs with LARS, 3000 prototypes and a queue solo-learn has 64.88 (linear).
     """
     return _swav(_CIFAR100, prototypes=1000, freeze=97)
 
@@ -199,9 +198,8 @@ def swav_cifar100() -> RunConfig:
 def swav_64px() -> RunConfig:
     """SwAV, any folder of 64-pixel images, ResNet-18, two crops of 64 pixels, 500 prototypes, batch 512, 200 epochs.
 
-    Settings of `swav_cifar10`, with some blur and a 2x2 max-pool in the stem. Made for some 100,000 images; prototypes:
-    some ten times the kinds of things that you expect.
-    A proposal that we have not run to its end; nothing is published for these settings.
+    Settings of `swav_cifar10`, with some blur and a 2x2 max-pool in the stem. Made for some 100,000 images; use
+    about ten times as many prototypes as kinds of things that you expect. A proposal, not run to its end by us.
     """
     return _swav(_FOLDER, prototypes=500, freeze=200)
 
@@ -220,7 +218,7 @@ def jigclu_cifar10() -> RunConfig:
 
     SGD at 0.06 after 10 epochs from 0, cosine to 0. Tiles of 80 % of each side, a crop of 20 to 100 % of each, mild
     colours, no blur. Tiles of 32 pixels (`--method.tile-size 32`) cost four times as much and are likely to be better.
-    A proposal that we have not run to its end; nothing is published for these settings. One forward per image.
+    A proposal, not run to its end by us. One forward per image.
     """
     return _montage(JigcluConfig, _CIFAR10)
 
@@ -228,8 +226,7 @@ def jigclu_cifar10() -> RunConfig:
 def jigclu_cifar100() -> RunConfig:
     """JigClu, CIFAR-100, ResNet-18 with a small stem, montages of 2x2 tiles of 16 pixels, batch 256, 400 epochs.
 
-    Settings of `jigclu_cifar10`.
-    A proposal that we have not run to its end; nothing is published for these settings. One forward per image.
+    Settings of `jigclu_cifar10`. A proposal, not run to its end by us. One forward per image.
     """
     return _montage(JigcluConfig, _CIFAR100)
 
@@ -237,8 +234,8 @@ def jigclu_cifar100() -> RunConfig:
 def jigclu_64px() -> RunConfig:
     """JigClu, any folder of 64-pixel images, ResNet-18, montages of 2x2 tiles of 32 pixels, batch 256, 400 epochs.
 
-    Settings of `jigclu_cifar10`, with some blur and a 2x2 max-pool in the stem.
-    A proposal that we have not run to its end; nothing is published for these settings. One forward per image.
+    Settings of `jigclu_cifar10`, with some blur and a 2x2 max-pool in the stem. A proposal, not run to its end by us.
+    One forward per image.
     """
     return _montage(JigcluConfig, _FOLDER)
 
@@ -247,9 +244,8 @@ def mejigclu_cifar10() -> RunConfig:
     """MEJigClu, CIFAR-10, ResNet-18 with a small stem, montages of 2x2 tiles of 16 pixels, batch 256, 400 epochs.
 
     Schedule and colours as in `jigclu_cifar10`; tiles of 65 to 95 % of each side; 256 categories of 195 images, few
-    enough to be learnt by heart. If `category_accuracy` passes 0.9 before half of the run, try
-    `--method.category-weight 0.2`.
-    A proposal that we have not run to its end; nothing is published for these settings. One forward per image.
+    enough to be memorised. If `category_accuracy` passes 0.9 before half of the run, try
+    `--method.category-weight 0.2`. A proposal, not run to its end by us. One forward per image.
     """
     return _montage(MejigcluConfig, _CIFAR10)
 
@@ -257,8 +253,7 @@ def mejigclu_cifar10() -> RunConfig:
 def mejigclu_cifar100() -> RunConfig:
     """MEJigClu, CIFAR-100, ResNet-18 with a small stem, montages of 2x2 tiles of 16 pixels, batch 256, 400 epochs.
 
-    Settings of `mejigclu_cifar10`.
-    A proposal that we have not run to its end; nothing is published for these settings. One forward per image.
+    Settings of `mejigclu_cifar10`. A proposal, not run to its end by us. One forward per image.
     """
     return _montage(MejigcluConfig, _CIFAR100)
 
@@ -267,8 +262,8 @@ def mejigclu_64px() -> RunConfig:
     """MEJigClu, any folder of 64-pixel images, ResNet-18, montages of 2x2 tiles of 32 pixels, batch 256, 400 epochs.
 
     Settings of `mejigclu_cifar10`, with some blur and a 2x2 max-pool in the stem. A category should have 50 images or
-    more: for a folder of fewer than 12,800 take a smaller batch, images / 50.
-    A proposal that we have not run to its end; nothing is published for these settings. One forward per image.
+    more: for a folder of fewer than 12,800 take a smaller batch, images / 50. A proposal, not run to its end by us. One
+        forward per image.
     """
     return _montage(MejigcluConfig, _FOLDER)
 
@@ -299,8 +294,7 @@ def smog_cifar10() -> RunConfig:
 def smog_cifar100() -> RunConfig:
     """SMoG, CIFAR-100, ResNet-18 with a small stem, two crops of 32 pixels per pipeline, batch 256, 200 epochs.
 
-    Settings of `smog_cifar10` with 3 x 500 groups.
-    A proposal that we have not run to its end; nothing is published for these settings.
+    Settings of `smog_cifar10` with 3 x 500 groups. A proposal, not run to its end by us.
     """
     return _smog(_CIFAR100, groups=500)
 
@@ -309,8 +303,7 @@ def smog_64px() -> RunConfig:
     """SMoG, any folder of 64-pixel images, ResNet-18, two crops of 64 pixels per pipeline, batch 256, 200 epochs.
 
     Settings of `smog_cifar10` with 3 x 500 groups, blur as on ImageNet but weaker, and a 2x2 max-pool in the stem. Made
-    for some 100,000 images; of fewer than 5,000 make fewer groups.
-    A proposal that we have not run to its end; nothing is published for these settings.
+    for some 100,000 images; of fewer than 5,000 make fewer groups. A proposal, not run to its end by us.
     """
     return _smog(_FOLDER, groups=500)
 
@@ -338,8 +331,7 @@ def coke_cifar10() -> RunConfig:
 
     SGD: an epoch at 0 that only clusters, 10 epochs up to 0.2, cosine to 0; 0.1 to 0.4 are worth a sweep. 100 + 150 +
     200 clusters of some 250 to 500 images. Crops of 30 to 100 % of the area, mild colours, no blur; the second crop is
-    solarised one time in five.
-    A proposal that we have not run to its end; nothing is published for these settings.
+    solarised one time in five. A proposal, not run to its end by us.
     """
     return _coke(_CIFAR10, centres=(100, 150, 200), least_area=0.3)
 
@@ -347,8 +339,7 @@ def coke_cifar10() -> RunConfig:
 def coke_cifar100() -> RunConfig:
     """CoKe, CIFAR-100, ResNet-18 with a small stem, two crops of 32 pixels, batch 256, 1 + 400 epochs.
 
-    Settings of `coke_cifar10` with crops of 20 to 100 % of the area.
-    A proposal that we have not run to its end; nothing is published for these settings.
+    Settings of `coke_cifar10` with crops of 20 to 100 % of the area. A proposal, not run to its end by us.
     """
     return _coke(_CIFAR100, centres=(100, 150, 200), least_area=0.2)
 
@@ -357,8 +348,7 @@ def coke_64px() -> RunConfig:
     """CoKe, any folder of 64-pixel images, ResNet-18, two crops of 64 pixels, batch 256, 1 + 400 epochs.
 
     Settings of `coke_cifar100` with blur as on ImageNet but weaker, and a 2x2 max-pool in the stem. 250 + 300 + 400
-    clusters, made for some 100,000 images: choose one per 250 to 450 of yours.
-    A proposal that we have not run to its end; nothing is published for these settings.
+    clusters, made for some 100,000 images: choose one per 250 to 450 of yours. A proposal, not run to its end by us.
     """
     return _coke(_FOLDER, centres=(250, 300, 400), least_area=0.2)
 

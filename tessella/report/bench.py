@@ -1,4 +1,4 @@
-"""The measured rates of a machine as lines for people, with what follows from them."""
+"""The measured rates of a machine as lines for people, with advice."""
 
 from __future__ import annotations
 
@@ -7,28 +7,22 @@ from typing import NamedTuple
 from tessella.engine.bench import PACKED_QUALITY, PACKED_SIDE, Rates
 from tessella.run.config import RunConfig
 
-_CLEAR = 1.2  # a pack that brings less is not worth a pass over the data
+_CLEAR = 1.2  # speed-up from which on a pack is worth a pass over the data
 
 
 class Bench(NamedTuple):
-    """What `tessella bench` has measured."""
+    """The result of `tessella bench`."""
 
     config: RunConfig
     rates: Rates
 
     def lines(self) -> list[str]:
-        """For people: a table, then what limits and what would help."""
+        """A table, then what limits and what would help."""
         return bench_lines(self.rates, self.config.recipe, self.config.backbone.name)
 
 
 def bench_lines(rates: Rates, recipe: str, network: str) -> list[str]:
-    """A table, then what limits and what would help.
-
-    Args:
-        rates: measured.
-        recipe: its name.
-        network: in words.
-    """
+    """A table, then what limits and what would help."""
     size = f", {rates.mean_bytes / 1000:.1f} kB in the mean" if rates.mean_bytes else ""
     rows: list[tuple[str, float | None, str]] = [
         ("read", rates.read, "one thread, the first time (the system's cache may have held them)"),

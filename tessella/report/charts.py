@@ -1,8 +1,7 @@
 """Curves and bars as plain numbers, which a template draws as inline SVG.
 
-Positions are in per cent of the plot, and the drawn line lies in a square of 1000 x 1000 units that the
-browser stretches: a chart fits a phone and a poster, while its text keeps its size. It takes neither a
-library of charts nor, in the page, a script.
+Positions are in per cent of the plot. The line is in a square of 1000 x 1000 units that the browser stretches, so a
+chart fits any screen while its text keeps its size. The page needs neither a library nor a script.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ class Tick(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """One chart. Texts are plain: whoever draws it escapes them."""
+    """One chart. Texts are plain; the template escapes them."""
 
     title: str
-    sentence: str  # what one sees and what is good
+    sentence: str  # what it shows and what is good
     path: str  # SVG path in 1000 x 1000 units, y downwards
     filled: bool
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     x_label: str
-    latest: str  # the last value, for who reads no curves; empty for bars
+    latest: str  # the last value; empty for bars
     rule: Tick | None  # a horizontal line to compare with
 
 
@@ -47,18 +46,15 @@ def line_chart(
     rule: float | None = None,
     rule_label: str = "",
 ) -> Chart | None:
-    """A curve over the steps of a run. Its axis reaches 0, so that noise looks as small as it is.
+    """A curve over the steps of a run; None without a value. Its axis reaches 0, so that noise looks as small as it is.
 
     Args:
-        points: (step, value), steps >= 0 and ascending; None and what is not finite leave a gap.
+        points: (step, value), steps >= 0 and ascending; None and infinite values leave a gap.
         title: of the chart.
-        sentence: what one sees and what is good.
-        reaches: a value that the axis shows in any case.
-        rule: a value to mark with a horizontal line; the axis reaches it.
-        rule_label: what to call it.
-
-    Returns:
-        The chart, or None if there is not one value.
+        sentence: what it shows and what is good.
+        reaches: a value that the axis includes.
+        rule: a value to mark with a horizontal line; the axis includes it.
+        rule_label: of that line.
     """
     points = [(step, value if value is not None and math.isfinite(value) else None) for step, value in points]
     values = [value for _, value in points if value is not None]
@@ -86,14 +82,7 @@ def line_chart(
 
 
 def bar_chart(heights: Sequence[int], *, title: str, sentence: str, x_label: str) -> Chart:
-    """Bars side by side.
-
-    Args:
-        heights: of each bar, at least one, >= 0, in descending order.
-        title: of the chart.
-        sentence: what one sees and what is good.
-        x_label: what a bar is.
-    """
+    """Bars side by side, at least one, of heights >= 0 in descending order; `x_label` names what a bar is."""
     marks, count = nice_ticks(0, max(max(heights), 1), whole=True), len(heights)
     numbers = [mark for mark in nice_ticks(0, count, whole=True) if 1 <= mark <= count]
     if count > _MOST_BARS:
@@ -121,13 +110,7 @@ def bar_chart(heights: Sequence[int], *, title: str, sentence: str, x_label: str
 
 
 def nice_ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """Three to seven round numbers, evenly spaced, that enclose [low, high].
-
-    Args:
-        low: smallest value.
-        high: largest value, >= low.
-        whole: whether only whole numbers will do.
-    """
+    """Three to seven round, evenly spaced numbers, whole ones if asked for, that enclose [low, high]."""
     if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-300):  # a constant is drawn in the middle
         room = abs(low) / 2 or 1.0
         low, high = low - room, high + room
@@ -150,26 +133,26 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """Of a long curve the lowest and the highest point of each stretch, so that no spike is lost."""
+    """The lowest and the highest point of each stretch of a long curve, so that no spike is lost."""
     length = math.ceil(len(points) / (_MOST_POINTS // 2))
     if length <= 2:
         return list(points)
-    kept: list[tuple[float, float | None]] = []
+    thinned: list[tuple[float, float | None]] = []
     for start in range(0, len(points), length):
         stretch = points[start : start + length]
         values = [(value, step) for step, value in stretch if value is not None]
         if values:
-            kept += [(step, value) for step, value in sorted({min(values)[::-1], max(values)[::-1]})]
+            thinned += [(step, value) for step, value in sorted({min(values)[::-1], max(values)[::-1]})]
         else:
-            kept.append(stretch[0])
-    return kept
+            thinned.append(stretch[0])
+    return thinned
 
 
 def _line(points: Iterable[tuple[float, float | None]]) -> str:
     parts, pen_down = [], False
     for x, y in points:
         if y is not None:
-            # A point alone becomes a dot: a line of no length with a round end.
+            # A single point becomes a dot: a line of length 0 with a round end.
             parts.append(f"{'L' if pen_down else 'M'}{x:.1f},{y:.1f}" + ("" if pen_down else "h0"))
         pen_down = y is not None
     return "".join(parts)

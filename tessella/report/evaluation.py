@@ -320,8 +320,8 @@ def _letter(number: int) -> str:
 def _measures(record: Record) -> Mapping[str, str]:
     """Scores that the record's protocol declares, and their labels."""
     name = str(record.get("protocol"))
-    for own, protocol in PROTOCOLS.items():
-        if name in protocol.settings or name == own or name.startswith(f"{own}-"):
+    for key, protocol in PROTOCOLS.items():
+        if name in protocol.settings or name == key or name.startswith(f"{key}-"):
             return protocol.measures
     return {}
 

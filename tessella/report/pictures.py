@@ -1,7 +1,7 @@
-"""What a run looked at: augmented views, montages and members of clusters, as PNG files and for a page.
+"""Pictures of a run: augmented views, montages and members of clusters, as PNG files and for a page.
 
-Views are drawn anew from the run's seed, by the same plan and the same operations as in training: what is
-shown is what the network saw (within one level of 255 where training resizes while it decodes).
+Views are drawn from the run's seed by the same plan and operations as in training, so they are what the network saw
+(within one of 255 levels, because training may resize while it decodes).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EXAMPLES = 4  # images whose views are shown
 LARGEST = 8  # clusters that are shown
 MEMBERS = 10  # of each
 
-# Orange, blue, green, pink of Okabe and Ito: colour-blind readers, too, tell them apart on light and dark.
+# Orange, blue, green, pink of Okabe and Ito, which colour-blind readers can distinguish on light and dark.
 COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7")
 
 _ORIGINAL_SIDE = 320  # pixels; a page needs no whole photo
@@ -47,11 +47,11 @@ class Picture(NamedTuple):
     source: str  # a data: URI
     width: int  # pixels
     height: int
-    text: str  # what it shows, for who cannot see it; plain
+    text: str  # what it shows, as plain text
 
 
 class Box(NamedTuple):
-    """Where a view was cut, in per cent of the image."""
+    """The crop of a view, in per cent of the image."""
 
     left: float
     top: float
@@ -86,10 +86,10 @@ class Cluster(NamedTuple):
 
 
 class Album:
-    """Pictures saved as PNG in one folder, which holds nothing else."""
+    """Pictures saved as PNG in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
-        if folder.is_symlink():  # in a stranger's run it may lead to pictures that are not ours to delete
+        if folder.is_symlink():  # in a stranger's run it may point to other pictures, which must not be deleted
             files.remove(folder)
         files.make_folder(folder)
         for left_over in folder.glob("*.png"):  # of an earlier report, perhaps of other clusters
@@ -97,7 +97,7 @@ class Album:
         self.folder = folder
 
     def add(self, name: str, pixels: Pixels, text: str) -> Picture:
-        """Save a picture as `name`.png. `text` says what it shows."""
+        """Save a picture, which shows `text`, as `name`.png."""
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
         files.write_bytes(self.folder / f"{name}.png", buffer.getvalue(), lasting=False)
@@ -108,22 +108,15 @@ class Album:
 def example_rows(images: ImageSet, count: int = EXAMPLES) -> list[tuple[int, Pixels]]:
     """Up to `count` readable images, spread evenly over the set: rows and pixels."""
     wanted = ((2 * i + 1) * len(images) // (2 * count) for i in range(count))
-    found = (next(_readable(images, range(row, min(row + _ATTEMPTS, len(images)))), None) for row in wanted)
-    return list({pair[0]: pair for pair in found if pair is not None}.values())
+    readable = (next(_readable(images, range(row, min(row + _ATTEMPTS, len(images)))), None) for row in wanted)
+    return list({pair[0]: pair for pair in readable if pair is not None}.values())
 
 
 def show_views(images: ImageSet, spec: ViewSpec, seed: int, album: Album) -> tuple[list[Example], list[Picture]]:
     """Some images as training saw them in its first epoch, and the montages of their tiles.
 
-    Args:
-        images: of the run.
-        spec: of the run's method.
-        seed: of the run.
-        album: where the pictures go.
-
-    Returns:
-        The examples; and for each crop group of tiles as many montages as there are examples, their tiles
-        shuffled as in training, though among these images only.
+    Each crop group of tiles gives as many montages as there are examples, shuffled as in training, but among these
+    images only.
     """
     chosen = example_rows(images)
     if not chosen:
@@ -153,12 +146,9 @@ def show_views(images: ImageSet, spec: ViewSpec, seed: int, album: Album) -> tup
 
 
 def show_clusters(images: ImageSet, clusters: ArrayLike, album: Album) -> list[Cluster]:
-    """The largest clusters, with members spread evenly over the data set: neither the best nor the worst.
+    """The largest clusters, with members spread evenly over the data set, neither the best nor the worst.
 
-    Args:
-        images: N of them.
-        clusters: (N,) cluster of each image, negative where there is none.
-        album: where the pictures go.
+    `clusters` (N,) holds the cluster of each image, or a negative number.
     """
     clusters = np.asarray(clusters)
     numbers, sizes = np.unique(clusters[clusters >= 0], return_counts=True)

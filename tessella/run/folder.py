@@ -150,9 +150,9 @@ class RunFolder:
             return False
         if not self.path.is_dir():
             return True
-        found = {entry.name for entry in self.path.iterdir() if not files.is_unfinished(entry)}
-        ours = lock.NAME in found or self._has_begun()
-        return bool(found - _BEFORE_STEPS if ours else found) or any(self.checkpoints.glob("*")) or self._has_steps()
+        names = {entry.name for entry in self.path.iterdir() if not files.is_unfinished(entry)}
+        ours = lock.NAME in names or self._has_begun()
+        return bool(names - _BEFORE_STEPS if ours else names) or any(self.checkpoints.glob("*")) or self._has_steps()
 
     def _has_steps(self) -> bool:
         """Whether a step stands in the log."""
@@ -482,10 +482,10 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Installed versions of what a result depends on; None for what runs from a source tree."""
-    found: dict[str, str | None] = {}
+    installed: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed

@@ -1,4 +1,4 @@
-"""Files of other projects, read without running any of their code."""
+"""Files of other projects, read without executing any code from them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tessella.run.backbone_file import read_described
 SUFFIXES = (".pth", ".pt", ".tar", ".torch", ".bin", ".safetensors")
 
 _MOST_LEVELS = 16  # of tuples in tuples; torch writes three
-_SCALAR = np.float64(0).__reduce__()[0]  # what rebuilds a number of numpy; its module has moved between versions
-# What official files hold besides tensors, and what does nothing but hold values.
+_SCALAR = np.float64(0).__reduce__()[0]  # rebuilds a number of numpy; its module has moved between versions
+# What official files hold besides tensors; all of it only stores values.
 _HARMLESS: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
     (_SCALAR, "numpy._core.multiarray.scalar"),
@@ -39,13 +39,10 @@ _HARMLESS: list[Any] = [
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """What a checkpoint file holds, on the CPU: tensors, numbers and text in dictionaries and lists.
-
-    Args:
-        path: .safetensors, or whatever `torch.save` wrote, under any other name.
+    """The content of a .safetensors file or, with any other name, of `torch.save`: tensors, numbers, texts; on the CPU.
 
     Raises:
-        UserError: the file cannot be read, would run code to be read, or holds no named tensors.
+        UserError: the file cannot be read, would execute code, or holds no named tensors.
     """
     content = read_described(path)[0] if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(content, dict):
@@ -58,7 +55,7 @@ def _read_torch(path: Path) -> Any:
         with open_regular(path) as file, torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             _refuse_bomb(path, file)
             _refuse_nested_tuples(path, file)
-            warnings.simplefilter("ignore")  # torch warns of pickle protocols; what it cannot read, it refuses
+            warnings.simplefilter("ignore")  # about pickle protocols; torch refuses what it cannot read
             return torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -68,21 +65,21 @@ def _read_torch(path: Path) -> Any:
             raise UserError(_unreadable(path, error)) from None
         raise UserError(
             f"{path} holds a Python object ({culprit[1]}) that only code from the file could rebuild, so it is not "
-            "read: such a file can do anything to your machine. If you trust who made it, open it there with torch, "
-            "take its state_dict, and save that alone: torch.save(state_dict, FILE) or "
+            "read: such a file can do anything to your machine. If you trust its author, open it with torch, take the "
+            "state_dict, and save only that: torch.save(state_dict, FILE) or "
             "safetensors.torch.save_file(state_dict, FILE)"
         ) from None
-    except Exception as error:  # whatever the parser says of damaged or foreign bytes
+    except Exception as error:  # damaged or foreign bytes raise errors of many types
         raise UserError(_unreadable(path, error)) from None
 
 
 def _refuse_bomb(path: Path, file: BinaryIO) -> None:
-    """Refuse an archive that unpacks to more than it is: torch.save compresses nothing."""
+    """Refuse an archive that unpacks to more bytes than it has: torch.save does not compress."""
     try:
         with zipfile.ZipFile(file) as archive:
             claimed = sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
-        claimed = 0  # the older format of torch.save, or damaged: torch will say
+        claimed = 0  # the older format of torch.save, or damaged, which torch reports
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if claimed > size:
@@ -92,11 +89,11 @@ def _refuse_bomb(path: Path, file: BinaryIO) -> None:
 
 
 def _refuse_nested_tuples(path: Path, file: BinaryIO) -> None:
-    """Refuse a pickle whose tuples hold each other level by level: a key made of them takes for ever to hash."""
+    """Refuse a pickle of deeply nested tuples: as a key of a dictionary they take exponential time to hash."""
     try:
         deep = any(_tuple_levels(pickled) > _MOST_LEVELS for pickled in _pickles(file))
     except (OSError, ValueError, IndexError, NotImplementedError, zlib.error):
-        return  # damaged: torch will say
+        return  # damaged, which torch reports
     finally:
         file.seek(0)
     if deep:
@@ -104,7 +101,7 @@ def _refuse_nested_tuples(path: Path, file: BinaryIO) -> None:
 
 
 def _pickles(file: BinaryIO) -> Iterator[BinaryIO]:
-    """What torch unpickles: a member of an archive or, in its older format, four pickles in a row."""
+    """The pickles that torch reads: a member of an archive or, in its older format, four in a row."""
     try:
         with zipfile.ZipFile(file) as archive:
             for name in archive.namelist():
@@ -116,7 +113,7 @@ def _pickles(file: BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _tuple_levels(pickled: BinaryIO) -> int:
-    """How deep the tuples of a pickle lie in each other; nothing is unpickled."""
+    """How deeply the tuples of a pickle are nested, without unpickling."""
     stack: list[int | None] = []  # the level of each value; None for a mark
     memo: dict[int, int] = {}
     deepest = 0
@@ -140,7 +137,7 @@ def _tuple_levels(pickled: BinaryIO) -> int:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    said = str(error).partition("WeightsUnpickler error:")[2] or str(error)
-    said = (said.strip().splitlines() or ["the file ends early"])[0]  # torch's advice, which follows, is not for here
-    reason = f"{type(error).__name__}: {textwrap.shorten(said, 160)}"
+    message = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    message = (message.strip().splitlines() or ["the file ends early"])[0]  # without the advice of torch that follows
+    reason = f"{type(error).__name__}: {textwrap.shorten(message, 160)}"
     return f"{path} cannot be read as a file of torch.save ({reason}): is it one, and complete? Download it again"

@@ -1,6 +1,6 @@
-"""Imported weights on disk: what `tessella import` writes, and how it comes back.
+"""Imported weights on disk: what `tessella import` writes, and how it is read.
 
-FOLDER/import.json           what it is, where it came from, what became of every tensor
+FOLDER/import.json           title, origin and settings, and the report on every tensor
 FOLDER/backbone.safetensors  the network, in the layout of a run's product
 FOLDER/heads.safetensors     the rest of the method: heads, prototypes, centres; absent for a network alone
 """
@@ -32,10 +32,10 @@ def import_weights(file: Path, out: Path, origin: str = "auto") -> Official:
     Args:
         file: the checkpoint.
         out: missing or empty.
-        origin: the project, if only its layout is to be accepted.
+        origin: a project, to accept its layout only.
 
     Returns:
-        What was read, with the report.
+        The weights and the report.
 
     Raises:
         UserError: the file cannot be read or does not fit, or `out` holds something.
@@ -59,7 +59,7 @@ def import_weights(file: Path, out: Path, origin: str = "auto") -> Official:
     write_backbone(out / "backbone.safetensors", net, official.backbone, official_transform(official), origin_of)
     if heads:
         write_described(out / "heads.safetensors", heads, {"of": facts["sha256"]})
-    files.write_json(out / FACTS, facts)  # last: with it the folder counts
+    files.write_json(out / FACTS, facts)  # last: without it the folder is no import
     return official
 
 
@@ -72,7 +72,7 @@ def read_imported(folder: Path) -> Official:
     """The inverse of `import_weights`.
 
     Raises:
-        UserError: something in the folder has been damaged.
+        UserError: something in the folder is damaged.
     """
     path = folder / FACTS
     facts = _facts(path)
@@ -92,13 +92,13 @@ def read_imported(folder: Path) -> Official:
 
 
 def report_lines(official: Official) -> list[str]:
-    """The report for people: what it is, then one line per group of tensors."""
-    cells = [("in the file", "here", "")]
+    """The report for people: a title, then one line per group of tensors."""
+    rows = [("in the file", "here", "")]
     for row in official.report:
-        said = [row.what, row.reason] if row.outcome == "matched" else [f"{row.outcome}: {row.reason}", row.what]
-        cells.append((row.official or "-", row.ours or "-", "; ".join(filter(None, said))))
-    left, right = (max(len(row[i]) for row in cells) for i in (0, 1))
-    table = [f"{theirs:<{left}}  {ours:<{right}}  {said}".rstrip() for theirs, ours, said in cells]
+        texts = [row.what, row.reason] if row.outcome == "matched" else [f"{row.outcome}: {row.reason}", row.what]
+        rows.append((row.official or "-", row.ours or "-", "; ".join(filter(None, texts))))
+    left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
+    table = [f"{theirs:<{left}}  {ours:<{right}}  {text}".rstrip() for theirs, ours, text in rows]
     net = official.backbone
     return [f"{official.title}: {net.name}, width {net.width}, {net.stem} stem", "", *table]
 
@@ -115,20 +115,14 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _is_sound(facts: Any) -> bool:
     """Whether these can be the facts that `import_weights` wrote."""
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT or not {"backbone", "method"} <= set(facts):
         return False
-    if facts.get("origin") not in [layout.origin for layout in layouts()]:
-        return False
-    texts = [facts.get("title"), facts.get("sha256")]
     rows = facts.get("report")
-    if (
-        not isinstance(rows, list)
-        or not isinstance(facts.get("whole"), bool)
-        or not {"backbone", "method"} <= set(facts)
-    ):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(Row._fields) for row in rows):
         return False
-    for row in rows:
-        if not isinstance(row, dict) or set(row) != set(Row._fields):
-            return False
-        texts += row.values()
-    return all(isinstance(text, str) for text in texts)
+    texts = [facts.get("title"), facts.get("sha256"), *(text for row in rows for text in row.values())]
+    return (
+        facts.get("origin") in [layout.origin for layout in layouts()]
+        and isinstance(facts.get("whole"), bool)
+        and all(isinstance(text, str) for text in texts)
+    )

@@ -1,4 +1,4 @@
-"""The layouts of official checkpoints: each method declares its own, and torchvision's ResNets have one."""
+"""The layouts of official checkpoints: those that the methods declare, and that of torchvision's ResNets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TORCHVISION = Layout(
 
 _PROBE = {
     "linear.*": "holds a linear classifier and no network: import the pre-trained file that it was trained on, and "
-    "`tessella evaluate` trains a probe of its own"
+    "`tessella evaluate` trains its own probe"
 }
 
 

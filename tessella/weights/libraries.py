@@ -1,6 +1,6 @@
-"""Pretrained networks of the libraries that publish them: by name, which may download, or from a local copy.
+"""Pretrained networks of torchvision and timm: by name, which may download, or from a local copy.
 
-Each comes with the library's own transform: resize, crop, interpolation, mean and std.
+Each has the library's own transform: resize, crop, interpolation, mean and std.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WITHOUT_LABELS = ("dino", "mae", "swav", "moco", "ijepa")  # in names of networ
 
 
 class Pretrained(NamedTuple):
-    """A network's weights and the images that it expects."""
+    """A network's weights and the transform of its images."""
 
     backbone: BackboneConfig
     tensors: dict[str, Tensor]  # state of our backbone
@@ -40,43 +40,42 @@ class Pretrained(NamedTuple):
 
 
 def torchvision_network(name: str) -> Pretrained:
-    """A ResNet with torchvision's best weights. They were trained with labels.
+    """A ResNet with torchvision's best weights, which were trained with labels.
 
     Raises:
-        UserError: torchvision has no such ResNet, or its weights cannot be had.
+        UserError: torchvision has no such ResNet, or its weights cannot be loaded.
     """
     if name not in LAYERS:
         raise UserError(
-            f"torchvision:{name} is none of the networks that are taken from torchvision "
-            f"({', '.join(LAYERS)}); timm has most others: timm:NAME"
+            f"torchvision:{name} is not one of {', '.join(LAYERS)}; most other networks are in timm: timm:NAME"
         )
     import torchvision
 
     try:
         weights = torchvision.models.get_model_weights(name).DEFAULT
-        state, own = weights.get_state_dict(progress=False), weights.transforms()
-    except Exception as error:  # whatever a download says
-        raise UserError(_not_there(f"torchvision:{name}", error)) from None
+        state, theirs = weights.get_state_dict(progress=False), weights.transforms()
+    except Exception as error:  # downloads raise errors of many types
+        raise UserError(_cannot_load(f"torchvision:{name}", error)) from None
     tensors = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    size, resize, how = own.crop_size[0], own.resize_size[0], own.interpolation.value
-    transform = EvalTransform(size, resize, tuple(own.mean), tuple(own.std), interpolation=how)
+    size, resize, how = theirs.crop_size[0], theirs.resize_size[0], theirs.interpolation.value
+    transform = EvalTransform(size, resize, tuple(theirs.mean), tuple(theirs.std), interpolation=how)
     return Pretrained(infer_resnet(tensors, f"torchvision:{name}"), tensors, transform)
 
 
-def timm_network(given: str) -> Pretrained:
+def timm_network(spec: str) -> Pretrained:
     """A network of timm with its weights.
 
     Args:
-        given: NAME of the library, perhaps with a tag as in `resnet50.a1_in1k`, which downloads the weights if they
+        spec: NAME of the library, perhaps with a tag as in `resnet50.a1_in1k`, which downloads the weights if they
             are not in its cache; or a local FOLDER that timm wrote (config.json and weights), a weights FILE in such
             a folder, or NAME=FILE.
 
     Raises:
-        UserError: there is no such network or file, they do not fit, or the weights cannot be had.
+        UserError: there is no such network or file, they do not fit, or the weights cannot be loaded.
     """
     import timm
 
-    name, _, file = given.partition("=")
+    name, _, file = spec.partition("=")
     if file:
         return _timm_of_file(name, Path(file), {})
     path = Path(name)
@@ -85,16 +84,16 @@ def timm_network(given: str) -> Pretrained:
     _refuse_unknown(name)
     try:
         net: Any = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # whatever a download says; "no pretrained weights exist" is a RuntimeError too
-        raise UserError(_not_there(f"timm:{name}", error)) from None
+    except Exception as error:  # of a download, or a RuntimeError that no pretrained weights exist
+        raise UserError(_cannot_load(f"timm:{name}", error)) from None
     return _timm_pretrained(name, net.state_dict(), timm.data.resolve_data_config(model=net))
 
 
-def is_local(given: str) -> bool:
-    """Whether what `timm_network` takes is certainly a file or folder here, so that nothing is downloaded."""
+def is_local(spec: str) -> bool:
+    """Whether an argument of `timm_network` is a local file or folder, so that nothing is downloaded."""
     import timm
 
-    name, _, file = given.partition("=")
+    name, _, file = spec.partition("=")
     return bool(file) or (not timm.is_model(name) and Path(name).exists())
 
 
@@ -129,7 +128,7 @@ def timm_folder(path: Path) -> Pretrained:
     """
     folder = path if path.is_dir() else path.parent
     if path.is_file() and not (folder / CONFIG).is_file():
-        raise UserError(f"{path} does not say which network it is of: give timm:NAME={path}")
+        raise UserError(f"{path} does not name its network: give timm:NAME={path}")
     config = read_json(folder / CONFIG, _MOST_BYTES)
     name = config.get("architecture") if isinstance(config, dict) else None
     facts = config.get("pretrained_cfg", {}) if isinstance(name, str) else None
@@ -156,23 +155,23 @@ def _exported(file: Path, facts: Mapping[str, Any]) -> Pretrained:
 
 
 def _timm_of_file(name: str, file: Path, facts: Mapping[str, Any]) -> Pretrained:
-    """Timm converts and loads the tensors, strictly; the file itself is read by us."""
+    """Read the file here, because timm would unpickle it; timm converts and loads the tensors, strictly."""
     import timm
 
     _refuse_unknown(name)
     state = unwrap(read_file(file), file.name).tensors
     try:
-        own = timm.get_pretrained_cfg(name)
-        heads = (own and own.classifier) or ()
+        known = timm.get_pretrained_cfg(name)
+        heads = (known and known.classifier) or ()
         rows = [state.get(f"{head}.weight") for head in ((heads,) if isinstance(heads, str) else heads)]
-        # With the file's own number of classes timm demands every tensor; it drops the classifier of another number.
+        # With the file's number of classes, timm requires every tensor; with another, it drops the classifier.
         classes = next((weight.shape[0] for weight in rows if weight is not None and weight.dim()), 0)
-        given = {"state_dict": state, "num_classes": classes}
-        net: Any = timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=given)
+        overlay = {"state_dict": state, "num_classes": classes}
+        net: Any = timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay)
         with torch.device("meta"):
             headless = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
         whole, cfg = net.state_dict(), timm.data.resolve_data_config(model=net)
-    except Exception as error:  # whatever a filter of timm says of foreign tensors
+    except Exception as error:  # timm's filters raise errors of many types for foreign tensors
         raise UserError(
             f"{file} does not hold the weights of timm:{name} ({_short(error)}): is it that network?"
         ) from None
@@ -185,7 +184,7 @@ def _timm_pretrained(name: str, state: Mapping[str, Tensor], facts: Mapping[str,
 
 
 def _timm_transform(name: str, facts: Mapping[str, Any]) -> EvalTransform:
-    """As timm's own evaluation has it. What its crop would fill with padding is left out instead."""
+    """The transform of timm's own evaluation, but without padding: its crop is limited to the image."""
     try:
         size = int(facts["input_size"][-1])
         resize = max(size, math.floor(size / float(facts["crop_pct"] or 1.0)))
@@ -218,9 +217,9 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 160)}"
 
 
-def _not_there(what: str, error: Exception) -> str:
+def _cannot_load(what: str, error: Exception) -> str:
     return (
-        f"the weights of {what} cannot be had ({_short(error)}). Without an internet connection, fetch them where "
-        "there is one: the library keeps them in its cache folder (TORCH_HOME, HF_HOME), which can be copied here; "
-        "timm:FOLDER and timm:NAME=FILE take local weights. random:NAME is a network without weights"
+        f"the weights of {what} cannot be loaded ({_short(error)}). Without an internet connection, download them on "
+        "another machine and copy the library's cache folder (TORCH_HOME, HF_HOME), or give local weights with "
+        "timm:FOLDER or timm:NAME=FILE. random:NAME is a network without weights"
     )

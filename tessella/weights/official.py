@@ -1,15 +1,15 @@
-"""Official checkpoints in our methods' names: recognised by keys and shapes, every tensor accounted for.
+"""Official checkpoints under the names of our methods: recognised by keys and shapes, with a report on every tensor.
 
-    file -> tensors under their official names     (released, training and VISSL files; `module.` taken off)
+    file -> tensors under their official names     (released, training and VISSL files; without `module.`)
          -> layout, by the keys                    (a table of names for each project)
          -> network and settings, by the shapes
          -> tensors under our names, strict, and a report
 
-A layout says which official tensor each of ours comes from. What our method has and the file has not, and what the file
-has and our method has not, is an error unless the layout names it with its reason. Settings that a file does not show,
-such as the temperature or the crops, stay at the method's defaults.
+A layout says which official tensor each of ours comes from. A tensor that only our method or only the file has is an
+error unless the layout names it with a reason. Settings that a file does not show, such as the temperature or the
+crops, keep the method's defaults.
 
-The layouts were taken from the projects' code; the tests read self-made files of them.
+The layouts were taken from the projects' code; the tests read files that they make themselves.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tessella.modules.resnet import LAYERS
 from tessella.weights.files import read_file
 from tessella.weights.layouts import layouts, refused
 
-Outcome: TypeAlias = Literal["matched", "left out", "started anew"]
+Outcome: TypeAlias = Literal["matched", "left out", "initialised"]
 
 SETTING = Setting(images=0, batch_size=1, seed=0)  # of a method that is not there to be trained
 
@@ -43,24 +43,24 @@ _SHOWN = 3  # tensors that an error names
 
 
 class Row(NamedTuple):
-    """What became of one group of tensors."""
+    """One group of tensors in the report."""
 
-    official: str  # its names in the file; empty if the file has none
-    ours: str  # its names in our method; empty if it has no place
+    official: str  # names in the file; empty if the file has none
+    ours: str  # names in our method; empty if it has none
     outcome: Outcome
     what: str  # how many values, in which shape
     reason: str = ""
 
 
 class Official(NamedTuple):
-    """Weights of another project, in our names."""
+    """Weights of another project under our names."""
 
     origin: str  # `Layout.origin`
-    title: str  # what it is, for people
+    title: str  # for people
     backbone: BackboneConfig
-    method: MethodConfig | None  # what the shapes tell, the rest at its defaults; None: the file is a network alone
-    whole: bool  # whether nothing is missing that the method needs to assign images to clusters
-    tensors: dict[str, Tensor]  # of the method's state, `backbone.` first; floating ones in float32
+    method: MethodConfig | None  # from the shapes, other settings at their defaults; None: the file is only a network
+    whole: bool  # whether it has all tensors that the method needs to assign images to clusters
+    tensors: dict[str, Tensor]  # of the method's state, the network's under `backbone.`; floating ones in float32
     report: tuple[Row, ...]
 
 
@@ -69,35 +69,35 @@ def read_official(path: Path, origin: str = "auto") -> Official:
 
     Args:
         path: a file that torch.save or safetensors wrote.
-        origin: the project, if only its layout is to be accepted.
+        origin: a project, to accept its layout only.
 
     Raises:
-        UserError: the file is of no known layout, of another one, or a tensor has no place, is missing or has another
-            shape; the text names it.
+        UserError: the file has no known layout or another one, or a tensor is unknown, missing or of another shape; the
+            text names it.
     """
     return recognise(read_file(path), path.name, origin)
 
 
 def recognise(content: Mapping[str, Any], name: str, origin: str = "auto") -> Official:
-    """As `read_official`, from what the file `name` holds. Tensors may be on torch's meta device, without values."""
+    """As `read_official`, from the content of the file `name`, whose tensors may be on torch's meta device."""
     file = unwrap(content, name)
     known = {layout.origin for layout in layouts()}
     if origin not in ("auto", *known):
         raise UserError(f"--from {origin}: the projects are {', '.join(sorted(known))}; leave --from out to find out")
     layout = _layout_of(file)
-    found = layout.origin
-    if origin not in ("auto", found) and (origin, found) != ("swav", "deepclusterv2"):  # SwAV may have several heads
-        raise UserError(f"{name} has the layout of {found}, not of {origin}: leave --from out, or give another file")
+    its = layout.origin
+    if origin not in ("auto", its) and (origin, its) != ("swav", "deepclusterv2"):  # SwAV may have several heads
+        raise UserError(f"{name} has the layout of {its}, not of {origin}: leave --from out, or give another file")
     net_prefix = layout.names["backbone.*"].removesuffix("*")
     net = {k.removeprefix(net_prefix): v for k, v in file.tensors.items() if k.startswith(net_prefix)}
     backbone = infer_resnet(net, name)
     title, method = layout.config(file)
     tensors, rows = _match(file, layout, backbone, method)
-    return Official(found, f"{title}, {file.wrapping}", backbone, method, layout.assigns, tensors, rows)
+    return Official(its, f"{title}, {file.wrapping}", backbone, method, layout.assigns, tensors, rows)
 
 
 def official_transform(official: Official, image_size: int | None = None) -> EvalTransform:
-    """What the images of these weights go through: by default at 224 pixels, or at 32 with a stem for small ones."""
+    """The transform of images for these weights: by default 224 pixels, or 32 for a small stem."""
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if official.method is not None:  # SwAV normalises a little differently
         mean, std = views_of(official.method).mean, views_of(official.method).std
@@ -106,14 +106,10 @@ def official_transform(official: Official, image_size: int | None = None) -> Eva
 
 
 def infer_resnet(tensors: Mapping[str, Tensor], name: str) -> BackboneConfig:
-    """Which ResNet a state dict in torchvision's key layout belongs to, from its keys and shapes.
-
-    Args:
-        tensors: the state dict; other keys do not matter.
-        name: of the file, for messages.
+    """The ResNet of a state dict in torchvision's key layout, from its keys and shapes; other keys do not matter.
 
     Raises:
-        UserError: none that is known here.
+        UserError: it is no known ResNet; the text contains `name`, of the file.
     """
     blocks = [len({k.split(".")[1] for k in tensors if re.match(rf"layer{s}\.\d+\.", k)}) for s in (1, 2, 3, 4)]
     expansion = 4 if "layer1.0.conv3.weight" in tensors else 1
@@ -133,20 +129,15 @@ _WEIGHTS_UNDER = ("state_dict", "model_state_dict", "model", "teacher", "student
 _MOST_CLAIMED = 2  # bytes of all tensors / bytes that the file stores for them; more is a trick with shared storage
 _AROUND = {
     "epoch": "a counter of the run that made the file",
-    "optimizer": "belongs to the run that made the file; a new run has its own",
-    "scheduler": "belongs to the run that made the file; a new run has its own",
-    "amp": "belongs to the run that made the file; a new run has its own",
-    "scaler": "belongs to the run that made the file; a new run has its own",
+    **dict.fromkeys(
+        ("optimizer", "scheduler", "amp", "scaler"), "belongs to the run that made the file; a new run has its own"
+    ),
 }
 _NOTE = "a note of the run that made the file"
 
 
 def unwrap(content: Mapping[str, Any], name: str) -> OfficialFile:
-    """Take off what is wrapped around the weights.
-
-    Args:
-        content: of the file.
-        name: of the file, for messages.
+    """Remove what is wrapped around the weights in the content of the file `name`.
 
     Raises:
         UserError: the tensors are not plain ones, or claim more values than the file holds.
@@ -175,12 +166,12 @@ def _named(entries: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Directly, under names. What lies deeper is never looked at: lists in lists can be endless."""
+    """Whether a dictionary holds tensors directly. Deeper levels are not searched: lists in lists can be endless."""
     return isinstance(value, dict) and any(isinstance(item, Tensor) for item in value.values())
 
 
 def _why_left(key: str, value: Any, taken: str) -> str:
-    """Why an entry beside the weights is left out."""
+    """The reason why an entry beside the weights is left out."""
     if key in _AROUND:
         return _AROUND[key]
     if key in _WEIGHTS_UNDER and _holds_tensors(value):
@@ -189,7 +180,7 @@ def _why_left(key: str, value: Any, taken: str) -> str:
 
 
 def _refuse_claims(tensors: Mapping[str, Tensor], name: str) -> None:
-    """Refuse tensors that a small file makes huge: one stored value can stand for a billion."""
+    """Refuse tensors that are much larger than what the file stores: one stored value can stand for a billion."""
     stored: dict[int, int] = {}
     claimed: dict[tuple[Any, ...], int] = {}
     for key, tensor in tensors.items():
@@ -207,7 +198,7 @@ def _refuse_claims(tensors: Mapping[str, Tensor], name: str) -> None:
 
 
 def _unwrap_vissl(state: Mapping[str, Any], name: str) -> OfficialFile:
-    """VISSL keeps the network's trunk and its heads apart; here under the names that SwAV's own files give them."""
+    """A VISSL file, whose trunk and heads are separate, under the names of SwAV's own files."""
     try:
         model = state["base_model"]["model"]
         trunk, heads = (
@@ -231,14 +222,14 @@ def _unwrap_vissl(state: Mapping[str, Any], name: str) -> OfficialFile:
 def _match(
     file: OfficialFile, layout: Layout, backbone: BackboneConfig, method: MethodConfig | None
 ) -> tuple[dict[str, Tensor], tuple[Row, ...]]:
-    """Our tensors, and what became of all of theirs and ours.
+    """Our tensors, and the report on all of theirs and ours.
 
     Raises:
         UserError: some tensors do not fit; the text names them.
     """
     matched: dict[str, dict[str, Tensor]] = {}  # pattern of ours -> name -> value
     uncounted: dict[str, Tensor] = {}
-    anew, used, wrong, missing = set(), set(), [], []
+    initialised, used, wrong, missing = set(), set(), [], []
     for name, shape in _expected(backbone, method).items():
         pattern, key = _official_name(layout, name)
         if key in file.tensors:
@@ -250,7 +241,7 @@ def _match(
         elif name.endswith("num_batches_tracked"):
             uncounted[name] = torch.zeros((), dtype=torch.long)
         elif known := _first_match(layout.reset, name):
-            anew.add(known)
+            initialised.add(known)
         else:
             missing.append(key or name)
     left = {key: _first_match(layout.left_out, key) for key in file.tensors.keys() - used}
@@ -264,16 +255,16 @@ def _match(
         *(Row(p, "", "left out", _what([file.tensors[k] for k in left if left[k] == p]), layout.left_out[p])
           for p in layout.left_out if p in left.values()),
         *(Row(key, "", "left out", "", reason) for key, reason in file.others.items()),
-        *(Row("", pattern, "started anew", "", layout.reset[pattern]) for pattern in layout.reset if pattern in anew),
+        *(Row("", p, "initialised", "", why) for p, why in layout.reset.items() if p in initialised),
     ]  # fmt: skip
     if uncounted:
         counters = f"{len(uncounted)} counters"
-        rows.append(Row("", "*.num_batches_tracked", "started anew", counters, "absent; nothing depends on them"))
+        rows.append(Row("", "*.num_batches_tracked", "initialised", counters, "absent; nothing depends on them"))
     return {name: value for group in matched.values() for name, value in group.items()} | uncounted, tuple(rows)
 
 
 def _expected(backbone: BackboneConfig, method: MethodConfig | None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of our state, without computing a value of it."""
+    """Names and shapes of our state."""
     with torch.device("meta"):
         net = build_backbone(backbone)
         state = build_method(method, net, SETTING).state_dict() if method is not None else {}
@@ -282,7 +273,7 @@ def _expected(backbone: BackboneConfig, method: MethodConfig | None) -> dict[str
 
 
 def _official_name(layout: Layout, ours: str) -> tuple[str, str]:
-    """The pattern that one of our names matches, and its name in the file; empty if there is none."""
+    """The pattern that one of our names matches, and its name in the file; both empty if there is none."""
     for pattern, official in layout.names.items():
         match = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), ours)
         if match:
@@ -342,6 +333,6 @@ def _layout_of(file: OfficialFile) -> Layout:
     seen = ", ".join(list(file.tensors)[:_SHOWN]) or "no tensors"
     known = ", ".join(layout.origin for layout in layouts())
     raise UserError(
-        f"{file.name} is of no layout that is known here ({known}): it holds {seen}. A ResNet's own "
-        "state dict in torchvision's key layout is always accepted"
+        f"{file.name} has none of the known layouts ({known}): it holds {seen}. A ResNet's own state dict in "
+        "torchvision's key layout is always accepted"
     )

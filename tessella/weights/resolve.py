@@ -35,15 +35,15 @@ _BACKBONE = "backbone."
 
 
 class Weights(NamedTuple):
-    """What a source holds, before any network is built."""
+    """The content of a source, before a network is built."""
 
     name: str
     backbone: BackboneConfig
-    tensors: dict[str, Tensor]  # under the names of a method's state; `backbone.` first
+    tensors: dict[str, Tensor]  # under the names of a method's state; the network's under `backbone.`
     transform: EvalTransform
     method: MethodConfig | None = None  # None: there is none that could assign images to clusters
     setting: Setting = SETTING
-    strict: bool = True  # whether `tensors` are the method's whole state; an import may start parts of it anew
+    strict: bool = True  # whether `tensors` are the method's whole state; an import may lack parts of it
 
 
 class Loaded(NamedTuple):
@@ -57,10 +57,7 @@ class Loaded(NamedTuple):
 
 
 def resolve_backbone(spec: str, *, image_size: int | None = None, seed: int = 0) -> Loaded:
-    """The backbone that `spec` names.
-
-    What a run, a folder or a file names is never downloaded; torchvision:NAME and timm:NAME are, if the library has
-    not kept them.
+    """The backbone that `spec` names. Only torchvision:NAME and timm:NAME are downloaded, unless they are in a cache.
 
     Args:
         spec: RUN | IMPORTED | EXPORTED | FILE | torchvision:NAME | timm:NAME | timm:FOLDER | timm:NAME=FILE |
@@ -69,7 +66,7 @@ def resolve_backbone(spec: str, *, image_size: int | None = None, seed: int = 0)
         seed: of a random initialisation.
 
     Raises:
-        UserError: nothing of that name, or it does not fit.
+        UserError: there is nothing of that name, or it does not fit.
     """
     if spec.startswith("random:"):
         return _random(spec, image_size, seed)
@@ -85,8 +82,8 @@ def loaded_module(module: nn.Module, image_size: int | None = None) -> Loaded:
     """A network that the caller has built.
 
     Args:
-        module: maps (b, 3, h, w) to features (b, d); its `transform` says how images are resized and normalised, as
-            that of `load_backbone` does. Without one: 224 pixels (or `image_size`), ImageNet's mean and std.
+        module: maps (b, 3, h, w) to features (b, d); its `transform` resizes and normalises images. Without one: 224
+            pixels (or `image_size`), ImageNet's mean and std.
         image_size: pixels of the evaluated crop; default: the transform's.
 
     Raises:
@@ -113,14 +110,14 @@ def loaded_module(module: nn.Module, image_size: int | None = None) -> Loaded:
 
 
 def read_weights(spec: str, *, image_size: int | None = None, download: bool = True) -> Weights:
-    """The tensors that `spec` names, and what they belong to; arguments and errors as in `resolve_backbone`.
+    """The tensors that `spec` names, with network and transform; arguments and errors as in `resolve_backbone`.
 
-    With `download=False`, a pretrained network by name is refused, whether it is in a cache or not.
+    With `download=False`, a pretrained network by name is refused, even if it is in a cache.
     """
     path = Path(spec)
     library, _, network = spec.partition(":")
     if not download and (library == "torchvision" or (library == "timm" and not is_local(network))):
-        raise UserError(f"{spec} may be downloaded, and only the run names it: give --init-from {spec} to allow it")
+        raise UserError(f"{spec} may need a download, and only the run names it: give --init-from {spec} to allow it")
     if library == "torchvision":
         return _described(torchvision_network(network), spec, image_size)
     if library == "timm":
@@ -133,7 +130,7 @@ def read_weights(spec: str, *, image_size: int | None = None, download: bool = T
 
 
 def random_twin(loaded: Loaded, seed: int) -> Loaded:
-    """The same network at random init: the baseline of every figure."""
+    """The same network at random init, as a baseline."""
     backbone = _initialised(loaded.config, seed)
     backbone.transform = loaded.transform
     return loaded._replace(backbone=backbone, method=None, name=f"random init, seed {seed}")
@@ -193,7 +190,7 @@ def _folder(path: Path, image_size: int | None) -> Weights:
 
 
 def _run(path: Path, image_size: int | None) -> Weights:
-    """The newest checkpoint, where the heads fit the backbone; without one, the product."""
+    """The newest checkpoint, whose heads belong to the backbone; without one, backbone.safetensors."""
     run, config = RunFolder.open(path)
     transform = eval_transform(config if image_size is None else replace(config, image_size=image_size))
     newest = checkpoint_files.load_newest(run.checkpoints)
@@ -205,7 +202,7 @@ def _run(path: Path, image_size: int | None) -> Weights:
         raise UserError(f"{path} holds no weights yet: let the run reach its first checkpoint")
     product = read_backbone(run.backbone)
     if product is None or product.backbone != config.backbone:
-        raise UserError(f"{run.backbone} is not the network of config.yaml beside it: bring both back from one copy")
+        raise UserError(f"{run.backbone} is not the network of config.yaml beside it: restore both from one copy")
     return _described(product, path.name, None)._replace(transform=transform)
 
 

@@ -54,8 +54,8 @@ def test_a_network_of_timm_keeps_its_weights_and_its_images(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("torchvision:vit_b_16", "torchvision:vit_b_16 is none of the networks that are taken from torchvision"),
-        ("torchvision:resnet10", "weights of torchvision:resnet10 cannot be had"),
+        ("torchvision:vit_b_16", "torchvision:vit_b_16 is not one of resnet"),
+        ("torchvision:resnet10", "weights of torchvision:resnet10 cannot be loaded"),
         ("timm:resnet51", "timm has no network 'resnet51'; did you mean"),
         ("nothing:at:all", "names no backbone: give a run folder"),
     ],
@@ -73,7 +73,7 @@ def test_without_a_connection_the_way_out_is_told(monkeypatch: pytest.MonkeyPatc
         DEFAULT=SimpleNamespace(get_state_dict=fails)))  # fmt: skip
     monkeypatch.setattr(timm, "create_model", fails)
     for name in ("torchvision:resnet50", "timm:resnet50"):
-        with pytest.raises(UserError, match=r"cannot be had \(OSError: Name or service.*TORCH_HOME, HF_HOME"):
+        with pytest.raises(UserError, match=r"cannot be loaded \(OSError: Name or service.*TORCH_HOME, HF_HOME"):
             resolve_backbone(name)
 
 
@@ -149,7 +149,7 @@ def test_a_local_file_that_lacks_tensors_is_refused(tmp_path: Path):
     torch.save({"model": state}, tmp_path / "part.pth")
     with pytest.raises(UserError, match=r"part\.pth does not hold the weights of timm:test_resnet .*layer4"):
         resolve_backbone(f"timm:test_resnet={tmp_path / 'part.pth'}")
-    with pytest.raises(UserError, match=r"does not say which network it is of: give timm:NAME="):
+    with pytest.raises(UserError, match=r"does not name its network: give timm:NAME="):
         resolve_backbone(f"timm:{tmp_path / 'part.pth'}")
     (folder / "config.json").write_text('["architecture"]')
     with pytest.raises(UserError, match=r"config\.json is not a config\.json of timm"):

@@ -45,7 +45,7 @@ def equal(ours: Tensor, theirs: Tensor) -> None:
 
 
 def rebuilt(official: Official) -> Any:
-    """Our method with the imported weights; what is started anew as it is built."""
+    """Our method with the imported weights; what is initialised as it is built."""
     assert official.method is not None
     method: Method = build_method(official.method, build_backbone(official.backbone), SETTING)
     method.load_state_dict(official.tensors, strict=False)
@@ -164,7 +164,7 @@ def test_smog_online_and_momentum_outputs_are_those_of_the_release(tmp_path: Pat
     momentum = method.momentum_encoder
     zk = nets.head(state, "k_encoder.projection_head", nets.features(parts["k_encoder."], x))
     equal(momentum["projector"](momentum["backbone"](x)), zk)
-    anew = {row.ours for row in official.report if row.outcome == "started anew"}
+    anew = {row.ours for row in official.report if row.outcome == "initialised"}
     assert anew == {"groups", "bank.*"}
 
 
@@ -300,7 +300,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "SwAV's queue": (lambda: {"queue": torch.ones(2, 3, 4)}, "one rank's queue of SwAV"),
     "another project": (
         lambda: {"state_dict": {"module.encoder_q.conv1.weight": torch.ones(8, 3, 7, 7)}},
-        r"is of no layout that is known here .* it holds encoder_q\.conv1\.weight",
+        r"has none of the known layouts .* it holds encoder_q\.conv1\.weight",
     ),
     "a network with other blocks": (
         lambda: nets.released(nets.swav(nets.resnet(8, (1, 1, 2, 1)))), r"its four stages have \[1, 1, 2, 1\] blocks",
@@ -353,9 +353,9 @@ def test_the_report_accounts_for_everything_in_the_file(tmp_path: Path):
         ("counter_*", "", "left out"),
         ("epoch", "", "left out"),
         ("optimizer", "", "left out"),
-        ("", "clusterings.*.duals", "started anew"),
-        ("", "clusterings.*.seen", "started anew"),
-        ("", "label*.rows", "started anew"),
+        ("", "clusterings.*.duals", "initialised"),
+        ("", "clusterings.*.seen", "initialised"),
+        ("", "label*.rows", "initialised"),
     }
 
 
