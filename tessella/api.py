@@ -124,7 +124,7 @@ def scan(data: Images, *, headers_only: bool = False, workers: Threads | None = 
     Args:
         data: the images.
         headers_only: decode nothing; quick, but files that end in the middle are not found.
-        workers: decoding processes; default: the cores at hand.
+        workers: decoding processes; default: the available cores.
 
     Returns:
         What was found; `lines()` is what the command prints.
@@ -157,7 +157,7 @@ def pack(
         out: folder of the pack; missing or empty.
         short_side: pixels that the shorter side of an image has at most.
         quality: of the JPEGs, 1 to 100.
-        workers: threads; default: the cores at hand.
+        workers: threads; default: the available cores.
     """
     from tessella.data.pack import pack as write_pack
     from tessella.data.sources.objects import images_of
@@ -186,7 +186,7 @@ def bench(
         data: the images.
         recipe: of the run that is planned; default: the one that `tessella scan` names.
         device: where to run.
-        workers: decoding threads; default: the cores at hand.
+        workers: decoding threads; default: the available cores.
         batch_size: images per update; default: the recipe's.
         seconds: about how long it may take.
 
@@ -494,7 +494,7 @@ def evaluate(
         label_map: a .csv of class,superclass; the superclasses count.
         images: of COCO files that do not lie near them: their folder or archive.
         device: where to run.
-        workers: decoding threads; default: the cores at hand.
+        workers: decoding threads; default: the available cores.
         seed: of every random choice of the protocols.
         image_size: pixels of the evaluated crop; default: the run's.
         interpolation: bilinear or bicubic, to resize images for every backbone; default: as each was trained.
@@ -557,7 +557,7 @@ def embed(
         out: NAME.parquet, or NAME.npy with the images' names and ids in files beside it.
         labels: write class labels too (parquet only).
         device: where to run.
-        workers: decoding threads; default: the cores at hand.
+        workers: decoding threads; default: the available cores.
         image_size: pixels of the evaluated crop; default: the run's.
         batch_size: images per forward pass; changes the speed, not the result.
 

@@ -310,12 +310,12 @@ def _until_done(run: Path, train: Callable[[], object]) -> int:
     try:
         train()
     except Interrupted as stop:
-        _say(f"{stop}; `tessella resume {name}` goes on")
+        _say(f"{stop}; `tessella resume {name}` continues the run")
         return EXIT_INTERRUPTED
     except KeyboardInterrupt as stop:
         if not (run / "config.yaml").exists():  # there is no run to resume
             raise
-        _say(f"{str(stop) or 'stopped by Ctrl-C'}; `tessella resume {name}` goes on from what was saved last")
+        _say(f"{str(stop) or 'stopped by Ctrl-C'}; `tessella resume {name}` continues from the last checkpoint")
         return EXIT_INTERRUPTED
     if place().rank == 0:
         print(printable(f"Written:    {run}, with backbone.safetensors and the figures of its steps in metrics.jsonl"))

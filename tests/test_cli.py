@@ -212,7 +212,7 @@ def test_an_interrupted_run_exits_with_75_and_tells_how_to_go_on(tmp_path, monke
 
     monkeypatch.setattr("tessella.engine.pretrain.pretrain", stopped)
     assert main(["pretrain", "swav_cpu", "--data", "digits", "--out", str(tmp_path / "my run")]) == 75
-    assert f"step 3 of 10; `tessella resume '{tmp_path}/my run'` goes on" in capsys.readouterr().err
+    assert f"step 3 of 10; `tessella resume '{tmp_path}/my run'` continues the run" in capsys.readouterr().err
 
 
 def test_ctrl_c_where_nothing_was_to_be_saved_exits_with_130(monkeypatch, capsys):

@@ -1,1 +1,1 @@
-"""The loop and what belongs to a run: config, checkpoints, log, health, evaluation records."""
+"""The training loop, ranks, checks of numbers, signals, and the benchmark."""

@@ -1,1 +1,1 @@
-"""Pages for people: what a run did, saw and learned."""
+"""Pages and tables for people."""

@@ -32,7 +32,7 @@ class Grid(NamedTuple):
             table.add_column(escape(literal(head)), justify=side, no_wrap=not drawn)  # type: ignore[arg-type]
         for row in self.rows:
             table.add_row(*(escape(literal(cell)) for cell in row))
-        Console(width=None if drawn else 10_000).print(table)
+        Console(width=None if drawn else 10_000, force_jupyter=False).print(table)
 
     def markdown(self) -> list[str]:
         """Lines of Markdown. Only words are escaped: numbers and their spread are ours."""

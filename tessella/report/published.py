@@ -127,7 +127,9 @@ _FASTER = f"{_COCO}, Faster R-CNN FPN, 200 epochs on ImageNet"
 _UNNAMED = "network not named"
 _TABLES = "the paper's tables"
 _LEADERBOARD = "a leaderboard of third parties, not verified"
-_MASK_RCNN = "Mask R-CNN, FPN or C4 not named"
+_MASK_RCNN = f"{_COCO}, Mask R-CNN, FPN or C4 not named"
+_MASK_RCNN_BOXES = Reported("smog", 40.1, _MASK_RCNN, _TABLES), Reported("coke", 40.9, _MASK_RCNN, _LEADERBOARD)
+_MASK_RCNN_MASKS = Reported("smog", 36.9, _MASK_RCNN, _TABLES), Reported("coke", 37.2, _MASK_RCNN, _LEADERBOARD)
 _FURTHER: dict[str, dict[str, tuple[Reported, ...]]] = {
     "finetune-1%": {"top1": (Reported("smog", 63.6, f"ImageNet, {_UNNAMED}", _TABLES),)},
     "finetune-100%": {
@@ -150,25 +152,21 @@ _FURTHER: dict[str, dict[str, tuple[Reported, ...]]] = {
     "coco-mask-fpn": {
         "box_ap": (
             Reported("swav", 41.6, f"{_COCO}, Mask R-CNN FPN", "the SwAV paper"),
-            Reported("smog", 40.1, f"{_COCO}, {_MASK_RCNN}", _TABLES),
-            Reported("coke", 40.9, f"{_COCO}, {_MASK_RCNN}", _LEADERBOARD),
+            *_MASK_RCNN_BOXES,
         ),
         "mask_ap": (
             Reported("swav", 37.8, f"{_COCO}, Mask R-CNN FPN", "a benchmark archive's entry for the paper"),
-            Reported("smog", 36.9, f"{_COCO}, {_MASK_RCNN}", _TABLES),
-            Reported("coke", 37.2, f"{_COCO}, {_MASK_RCNN}", _LEADERBOARD),
+            *_MASK_RCNN_MASKS,
         ),
     },
     "coco-mask-c4": {
         "box_ap": (
             Reported("swav", 38.4, f"{_COCO}, Mask R-CNN C4", _BARLOW),
-            Reported("smog", 40.1, f"{_COCO}, {_MASK_RCNN}", _TABLES),
-            Reported("coke", 40.9, f"{_COCO}, {_MASK_RCNN}", _LEADERBOARD),
+            *_MASK_RCNN_BOXES,
         ),
         "mask_ap": (
             Reported("swav", 33.8, f"{_COCO}, Mask R-CNN C4", _BARLOW),
-            Reported("smog", 36.9, f"{_COCO}, {_MASK_RCNN}", _TABLES),
-            Reported("coke", 37.2, f"{_COCO}, {_MASK_RCNN}", _LEADERBOARD),
+            *_MASK_RCNN_MASKS,
         ),
     },
     "voc": {

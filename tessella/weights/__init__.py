@@ -1,1 +1,1 @@
-"""Backbones by name: runs, official checkpoints, libraries' networks; and runs that start from them."""
+"""Backbones by name: runs, official checkpoints, networks of libraries; and the initial weights of a run."""

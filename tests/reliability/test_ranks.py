@@ -109,7 +109,7 @@ def looks_around(*beats: str) -> str:
                 watch._store.set(f"beat {rank}", str(watch._store.add(f"beat {rank} counted", 0)))
 
     with mock.patch("tessella.engine.watch.time.sleep", sleep):
-        return watch._look_around()
+        return watch._silent_ranks()
 
 
 def test_who_is_silent_is_named_who_failed_is_quoted_and_who_follows_is_not_blamed():
@@ -124,10 +124,10 @@ def test_who_is_silent_is_named_who_failed_is_quoted_and_who_follows_is_not_blam
 
 
 def test_a_rank_that_lives_and_falls_behind_is_told_with_stacks_and_nothing_ends(capfd: pytest.CaptureFixture[str]):
-    watch_of("9 starts", "7 starts")._tell_who_is_behind()
+    watch_of("9 starts", "7 starts")._print_all_positions()
     assert capfd.readouterr().err == ""  # all are at the same place: nobody is behind
     with mock.patch("tessella.engine.watch.sys.__stderr__", sys.stderr):
-        watch_of("17 step 3, waits for images", "19 step 3, computes")._tell_who_is_behind()
+        watch_of("17 step 3, waits for images", "19 step 3, computes")._print_all_positions()
     said = capfd.readouterr().err
     assert "rank 1: step 3, waits for images; rank 2: step 3, computes" in said
     assert "test_a_rank_that_lives_and_falls_behind" in said
