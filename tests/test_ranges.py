@@ -145,7 +145,7 @@ def test_every_number_of_a_command_has_a_range_that_is_checked(command: Callable
 def test_a_number_that_is_accepted_starts_or_is_refused_with_a_reason(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(memory, "_machine_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 1 << 30)
     base = tiny_run(method, max_steps=1) if method != "coke" else dataclasses.replace(
         tiny_run(max_steps=1), method=dataclasses.replace(recipe("coke_cpu").method, centres=(10, 20))
     )  # fmt: skip

@@ -91,7 +91,7 @@ def watch_of(*beats: str) -> Watch:
     """Rank 0's, when the others have said this."""
     watch = Watch(timeout=0)
     watch._rank, watch._world, watch._store = 0, len(beats) + 1, torch.distributed.HashStore()
-    watch._say_alive()
+    watch._write_beat()
     for rank, beat in enumerate(beats, start=1):
         watch._store.set(f"beat {rank}", beat)
         watch._store.set(f"who {rank}", f"process {100 + rank} on host")
