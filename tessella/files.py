@@ -8,7 +8,8 @@ A folder may come from somebody else, with links, pipes or devices in place of t
 - A file that is appended to or locked must be regular and have one name.
 - A file that is read must be regular: it is opened without waiting, and checked again afterwards.
 
-The folders above the given one are the user's own and may be links. Systems without directory descriptors (Windows)
+Every function raises `FileError` if the file or folder cannot be used. The folders above the given one are the user's
+own and may be links. Systems without directory descriptors (Windows)
 check for links by name first, which leaves a moment for a program that runs at the same time.
 """
 
@@ -65,14 +66,9 @@ class FileError(UserError, OSError):
 
 
 def open_regular(path: Path | str, limit: int | None = None) -> io.BufferedReader:
-    """Open a regular file for reading.
+    """Open a regular file of at most `limit` bytes (None: of any size); the path may be a link, or lead through links.
 
-    Args:
-        path: may be a link, or lead through links.
-        limit: maximum size in bytes; None for any.
-
-    Raises:
-        FileError: it is missing, not a regular file, too large, nearly all holes, or cannot be opened.
+    Refused are files that are missing, not regular, too large, or nearly all holes.
     """
     with _explain_read_error(path):
         _refuse_special(path, os.stat(path))  # merely opening a device can do something
@@ -92,11 +88,7 @@ def open_regular(path: Path | str, limit: int | None = None) -> io.BufferedReade
 
 
 def read_bytes(path: Path | str, limit: int, size: int | None = None) -> bytes:
-    """The first `size` bytes of a regular file, or all of it if it has at most `limit` bytes.
-
-    Raises:
-        FileError: as `open_regular`.
-    """
+    """The first `size` bytes of a regular file, or all of it if it has at most `limit` bytes."""
     with _explain_read_error(path), open_regular(path, limit if size is None else None) as file:
         length = os.fstat(file.fileno()).st_size  # no more than it has now: another program may write without end
         try:
@@ -106,11 +98,7 @@ def read_bytes(path: Path | str, limit: int, size: int | None = None) -> bytes:
 
 
 def read_text(path: Path | str, limit: int, errors: str = "strict") -> str:
-    """The text of a UTF-8 file of at most `limit` bytes.
-
-    Raises:
-        FileError: as `open_regular`, or it is not UTF-8 and `errors` is "strict".
-    """
+    """The text of a UTF-8 file of at most `limit` bytes; with `errors` "strict", other text is a FileError."""
     try:
         return read_bytes(path, limit).decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
@@ -118,11 +106,7 @@ def read_text(path: Path | str, limit: int, errors: str = "strict") -> str:
 
 
 def read_json(path: Path | str, limit: int) -> Any:
-    """The value in a JSON file of at most `limit` bytes.
-
-    Raises:
-        FileError: as `open_regular`, or it is not JSON, or a number in it is NaN or infinite.
-    """
+    """The value in a JSON file of at most `limit` bytes, without NaN and infinite numbers."""
     text = read_text(path, limit)
     try:
         return json.loads(text, parse_constant=_finite, parse_float=_finite)
@@ -139,11 +123,7 @@ def _finite(text: str) -> float:
 
 
 def sha256(path: Path | str) -> str:
-    """Hash of a regular file's bytes, as hexadecimal digits.
-
-    Raises:
-        FileError: as `open_regular`.
-    """
+    """Hash of a regular file's bytes, as hexadecimal digits."""
     with _explain_read_error(path), open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -183,9 +163,6 @@ def writing(path: Path, *, inside: Path | None = None, needed: int = 0, lasting:
         inside: an existing folder above `path`: no folder below it on the way may be a link, and missing ones are made.
         needed: bytes that will be written, for the message about a full disk.
         lasting: wait until it is on the disk. False for many small files that can be made again.
-
-    Raises:
-        FileError: the disk is full, a folder is a link, ...
     """
     explained = partial(explain_write_error, path.parent, needed)
     at_once = is_unfinished(path.parent)
@@ -216,13 +193,13 @@ def writing(path: Path, *, inside: Path | None = None, needed: int = 0, lasting:
 
 
 def write_bytes(path: Path, data: bytes | memoryview, *, inside: Path | None = None, lasting: bool = True) -> None:
-    """Write a file, whole or not at all; arguments and errors as `writing`."""
+    """Write a file, whole or not at all; arguments as of `writing`."""
     with writing(path, inside=inside, needed=len(data), lasting=lasting) as file:
         file.write(data)
 
 
 def write_text(path: Path, text: str, *, inside: Path | None = None) -> None:
-    """Write a UTF-8 file, whole or not at all; arguments and errors as `writing`.
+    """Write a UTF-8 file, whole or not at all; arguments as of `writing`.
 
     Characters that UTF-8 cannot hold (parts of foreign file names) are written as backslash escapes.
     """
@@ -238,9 +215,9 @@ def json_text(value: Any, indent: int | None = 2) -> str:
     return json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False) + "\n"
 
 
-def write_json(path: Path, value: Any, *, indent: int | None = 2, inside: Path | None = None) -> None:
-    """Write a value through `json_text` and `write_text`; arguments and errors as theirs."""
-    write_text(path, json_text(value, indent), inside=inside)
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write a value through `json_text` and `write_text`."""
+    write_text(path, json_text(value, indent))
 
 
 def write_tensors(
@@ -257,28 +234,18 @@ def owned_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def open_append(path: Path, *, inside: Path | None = None) -> io.FileIO:
-    """Open a file, made if it is missing, to append to it; without a buffer, so that closing cannot fail.
-
-    Raises:
-        FileError: as `open_own`.
-    """
-    return open(open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, inside=inside), "ab", buffering=0)
+def open_append(path: Path) -> io.FileIO:
+    """Open a file, made if it is missing, to append to it; without a buffer, so that closing cannot fail."""
+    return open(open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0)
 
 
-def open_own(path: Path, flags: int, *, inside: Path | None = None) -> int:
-    """Descriptor of a file that is changed in place and is certainly no other file's second name.
+def open_own(path: Path, flags: int) -> int:
+    """Descriptor of a file that is changed in place: it is regular, no link, and has one name only.
 
-    Args:
-        path: of the file; its folder must exist.
-        flags: for `os.open`; O_TRUNC is not allowed.
-        inside: see `writing`.
-
-    Raises:
-        FileError: it is a link, has a second name, or is no regular file; its folder is a link; ...
+    Flags are those of `os.open`, without O_TRUNC; the folder must exist.
     """
     assert not flags & os.O_TRUNC
-    with explain_write_error(path.parent, 0), _Folder(path.parent, inside) as folder:
+    with explain_write_error(path.parent, 0), _Folder(path.parent) as folder:
         try:
             descriptor = folder.open(path.name, flags | _NO_WAITING)
         except OSError:
@@ -310,12 +277,7 @@ class _Output(io.FileIO):
 def make_folder(path: Path, *, inside: Path | None = None) -> None:
     """Make a folder of Tessella's, and those above it, if missing.
 
-    Args:
-        path: of the folder.
-        inside: an existing folder above `path`: no folder below it on the way may be a link; default: `path`.
-
-    Raises:
-        FileError: it, or one between `inside` and it, is a link or no folder; or it cannot be made.
+    `inside` is an existing folder above `path`: no folder below it on the way may be a link. Default: `path`.
     """
     with explain_write_error(path, 0):
         if inside is None and not path.is_dir():
@@ -326,37 +288,24 @@ def make_folder(path: Path, *, inside: Path | None = None) -> None:
 
 
 def refuse_link(path: Path, *, inside: Path | None = None) -> None:
-    """Check that a folder of Tessella's, if it exists, is no link.
-
-    Raises:
-        FileError: it, or one between `inside` and it, is a link or no folder; or it lies outside of `inside`.
-    """
+    """Check that a folder of Tessella's, if it exists, lies in `inside` without a link on the way."""
     with explain_write_error(path, 0), contextlib.suppress(FileNotFoundError):
         _Folder(path, inside).close()
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, inside: Path | None = None, needed: int = 0) -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
     """A folder for the body to fill; it gets its name when the body has ended without an error.
 
     A folder that had the name before is called `NAME.replaced` during the exchange, so that one of them always exists.
-
-    Args:
-        path: of the folder. The one above it must exist.
-        inside: see `writing`.
-        needed: bytes that will be written, for the message about a full disk.
-
-    Yields:
-        The folder under its temporary name. Files must be written by functions of this module.
-
-    Raises:
-        FileError: as `writing`.
+    The body gets the folder under its temporary name, and must write files by functions of this module. The folder
+    above `path` must exist.
     """
     name, replaced = _temporary_name(), path.name + _REPLACED
-    explained = partial(explain_write_error, path.parent, needed)
+    explained = partial(explain_write_error, path.parent, 0)
     with contextlib.ExitStack() as stack:
         with explained():
-            folder = stack.enter_context(_Folder(path.parent, inside, make=inside is not None))
+            folder = stack.enter_context(_Folder(path.parent))
             folder.mkdir(name)
         try:
             yield path.parent / name
@@ -380,9 +329,6 @@ def remove(path: Path, *, inside: Path | None = None) -> None:
     """Remove a file, a link (never what it leads to) or a whole folder at once, if it exists.
 
     A folder that the system cannot remove at the moment keeps an unfinished name.
-
-    Raises:
-        FileError: the folder above it is a link or cannot be written.
     """
     with (
         explain_write_error(path.parent, 0),
@@ -400,12 +346,7 @@ def is_unfinished(path: Path) -> bool:
 def remove_unfinished(folder: Path, older_than: float = 0.0) -> None:
     """Remove what killed processes have left in a folder of Tessella's.
 
-    Args:
-        folder: in which no other process writes, unless `older_than` spares what it may be writing now.
-        older_than: seconds since the last change.
-
-    Raises:
-        FileError: the folder is a link.
+    No other process may write there, unless what changed in the last `older_than` seconds is spared.
     """
     with explain_write_error(folder, 0), contextlib.suppress(FileNotFoundError), _Folder(folder) as opened:
         for name in opened.names():
@@ -420,9 +361,6 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold a folder's lock, the file `lock` in it; both are made if missing. Other processes wait.
 
     Where locks do not work, or the folder cannot be written, two processes do the same work, which must be harmless.
-
-    Raises:
-        FileError: the folder is a link, or the lock is no file of ours.
     """
     from filelock import lock_descriptor
 
@@ -573,14 +511,9 @@ def _sync(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def explain_write_error(folder: Path, needed: int) -> Iterator[None]:
-    """Turn an error of the file system into one that says what to do; for a full disk, how much is needed and free.
+    """Turn any OSError into a `FileError` that says what to do; for a full disk, how much is needed and free.
 
-    Args:
-        folder: where the body writes.
-        needed: bytes that it writes; 0 if unknown.
-
-    Raises:
-        FileError: instead of any OSError: a full disk, a read-only or vanished folder, a stale mount, ...
+    The body writes in `folder` and needs `needed` bytes, 0 if unknown.
     """
     try:
         yield
@@ -598,11 +531,7 @@ def explain_write_error(folder: Path, needed: int) -> Iterator[None]:
 
 
 def refuse_full_disk(folder: Path, needed: int) -> None:
-    """Check before anything is written that `needed` bytes fit into a folder.
-
-    Raises:
-        FileError: they do not.
-    """
+    """Check before anything is written that `needed` bytes fit into a folder."""
     try:
         disk = shutil.disk_usage(folder)
     except OSError:

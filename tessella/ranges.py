@@ -82,11 +82,7 @@ def check_ranges(settings: Any, path: str = "", images: int | None = None) -> No
 
 
 def checked(function: Callable[..., T]) -> Callable[..., T]:
-    """A function that first checks its arguments by the ranges in their types.
-
-    Raises:
-        UserError: see `check_ranges`.
-    """
+    """A function that first checks its arguments by the ranges in their types, as `check_ranges` does."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)

@@ -63,11 +63,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return name in self.loaded
 
     def require(self, name: str) -> None:
-        """Refuse a name that a user typed and that is unknown, without importing anything.
-
-        Raises:
-            UserError: with similar names.
-        """
+        """Raise a UserError, with similar names, if a name is unknown; nothing is imported."""
         if name not in self:
             near = difflib.get_close_matches(name, self, 3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(self)}"

@@ -1,4 +1,4 @@
-"""What a method sees of the data."""
+"""What a method gets of the data."""
 
 from __future__ import annotations
 

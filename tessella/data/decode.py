@@ -51,7 +51,7 @@ _MAX_STRIPS = 2**17  # of a TIFF, or tiles: one for each row of each colour of t
 _MAX_TEXT_PIXELS = 2**23  # bytes of a PPM in decimal digits
 _MAX_TEXT_COMMENTS = 16  # in them
 _MAX_RUNS = 2**23  # bytes of a BMP in runs of pixels
-# Bytes per pixel that decoding holds at its peak, the result included. Images that need more than `_LARGE_BYTES` are
+# Peak memory of decoding in bytes per pixel, the result included. Images that need more than `_LARGE_BYTES` are
 # decoded one after the other, whatever the number of threads; the largest accepted one needs 1.3 GiB.
 _BYTES_PER_PIXEL = {"WEBP": 18, "AVIF": 18, "HEIF": 18}
 _OTHER_BYTES_PER_PIXEL = 8
@@ -60,9 +60,9 @@ _MAX_SCANNED_PIXELS = 2**31  # scans x pixels of a JPEG: about 3 s; 12 scans of 
 _LARGE_BYTES = 2**28
 _LARGE_HEADER_BYTES = 2**26  # headers that need a whole file of this size are read one after the other, to spare memory
 _large = threading.Lock()
-_JPEG_FILL = re.compile(rb"(?:\xff\x00|\xff(?=[\xff\x00])){0,4097}")  # may stand between two segments and says nothing
+_JPEG_FILL = re.compile(rb"(?:\xff\x00|\xff(?=[\xff\x00])){0,4097}")  # allowed between two segments, without meaning
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # within a scan, anything but a stuffed byte or restart
-_HEAD_BYTES = 2**16  # holds the header of nearly every JPEG, and is one read on any file system
+_HEAD_BYTES = 2**16  # the header of nearly every JPEG, and one read on any file system
 _FAST_COLOURSPACES = ("YCbCr", "RGB", "Gray")  # what simplejpeg turns into RGB exactly as Pillow does
 _JPEG_DAMAGE = ("premature end", "bad huffman code")  # pixels are lost, which Pillow would not say
 _PNG_ORIENTATION_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
@@ -105,7 +105,7 @@ def decode(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8]:
     Args:
         encoded: a whole file in one of `FORMATS`.
         shrink: 1, 2, 4 or 8; a JPEG may come at 1/shrink of its size, sides rounded up, in half the time. Others, and
-            JPEGs that are to be turned and whose sides are no multiples of it, come whole.
+            rotated JPEGs whose sides are no multiples of it, come whole.
 
     Returns:
         (height, width, 3) uint8 RGB, contiguous and writable.
@@ -128,10 +128,7 @@ def decode(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8]:
 
 
 def upright_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Pixels of a Pillow image, converted and turned as `decode` does.
-
-    Returns:
-        (height, width, 3) uint8 RGB, contiguous and writable.
+    """Pixels of a Pillow image, converted and rotated as by `decode`: (h, w, 3) uint8, contiguous and writable.
 
     Raises:
         Unreadable: its range of values is unknown.
@@ -146,10 +143,7 @@ def upright_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def probe(encoded: bytes) -> tuple[int, int]:
-    """Upright (width, height) in pixels, from the header alone.
-
-    Args:
-        encoded: a whole file, or as much of it as holds the header.
+    """Upright (width, height) in pixels from a file, or as much of it as contains the header.
 
     Raises:
         Unreadable: no header of `FORMATS`, or a size that `decode` refuses.
@@ -171,11 +165,7 @@ def probe(encoded: bytes) -> tuple[int, int]:
 
 
 def probe_with(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
-    """Upright (width, height) of an image that is read only as far as needed.
-
-    Args:
-        read: gives the first n bytes.
-        size: bytes of the whole image.
+    """Upright (width, height) of an image of `size` bytes, read only as far as needed; `read(n)` are its first n bytes.
 
     Raises:
         Unreadable: see `probe`; also when the image has more than `MAX_BYTES`.
@@ -410,70 +400,51 @@ def _check_png(image: Image.Image, encoded: bytes) -> None:
         elif packed:
             break
     last_row = image.crop((0, image.height - 1, image.width, image.height))
-    if interlaced or not np.asarray(last_row).any():
-        _check_png_rows(image, b"".join(packed), encoded[24:26], interlaced)
-
-
-def _check_png_rows(image: Image.Image, packed: bytes, kind: bytes, interlaced: bool) -> None:
-    """Refuse compressed rows that unpack to less than the image; `kind` is bit depth and colour type."""
-    bits = kind[0] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind[1]]
-    missing = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in _png_passes(*image.size, interlaced))
-    unpacker = zlib.decompressobj()
+    if not interlaced and np.asarray(last_row).any():
+        return
+    starts = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    passes = [
+        (len(range(x, image.width, dx)), len(range(y, image.height, dy)))  # columns, rows
+        for x, y, dx, dy in (starts if interlaced else ((0, 0, 1, 1),))
+    ]
+    bits = encoded[24] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[encoded[25]]  # of a pixel: depth times channels
+    missing = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in passes if columns)
+    unpacker, data = zlib.decompressobj(), b"".join(packed)
     while missing > 0:
-        unpacked = len(unpacker.decompress(packed, min(missing, 2**22)))
+        unpacked = len(unpacker.decompress(data, min(missing, 2**22)))
         if not unpacked:
             raise Unreadable("damaged or truncated PNG: rows of the image are missing")
-        missing, packed = missing - unpacked, unpacker.unconsumed_tail
-
-
-def _png_passes(width: int, height: int, interlaced: bool) -> list[tuple[int, int]]:
-    """Columns and rows of each pass over a PNG."""
-    if not interlaced:
-        return [(width, height)]
-    starts = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-    passes = [(len(range(x, width, dx)), len(range(y, height, dy))) for x, y, dx, dy in starts]
-    return [(columns, rows) for columns, rows in passes if columns and rows]
+        missing, data = missing - unpacked, unpacker.unconsumed_tail
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 2 to 8; 1 (upright) when there is none, it cannot be parsed, or it is no orientation."""
     try:
         orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # metadata that nobody asked for must not cost an image
+    except Exception:  # bad metadata must not cost an image
         return 1
     return orientation if orientation in _UPRIGHT else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        levels = _floats(image) if image.mode == "F" else _sixteen_bits(image)
-        return Image.fromarray(levels).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")
-
-
-def _sixteen_bits(image: Image.Image) -> NDArray[np.uint8]:
-    """0..65535 to 0..255 by 1/257, which maps white to white. Dividing by 256 or cutting at 255 would not."""
-    values = np.asarray(image)
-    if image.mode == "I":  # 32 bits in memory; PNG and PPM hold 16-bit values there
-        if image.format not in ("PNG", "PPM"):
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise Unreadable("floating-point pixels outside [0, 1]: save the image with 8 or 16 bits")
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):
+        # 0..65535 to 0..255 by 1/257, which maps white to white. PNG and PPM hold 16-bit values in 32-bit pixels.
+        if image.mode == "I" and image.format not in ("PNG", "PPM"):
             raise Unreadable("32-bit integer pixels: their range is unknown; save the image with 8 or 16 bits")
-        values = values.clip(0, 65535)
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _floats(image: Image.Image) -> NDArray[np.uint8]:
-    values = np.asarray(image)
-    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-        raise Unreadable("floating-point pixels outside [0, 1]: save the image with 8 or 16 bits")
-    return np.rint(values * 255).astype(np.uint8)
+        values = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _reason(error: Exception) -> str:
-    """One short line: parsers' texts may hold line breaks or bytes of the file."""
+    """One short line: parsers' messages may have line breaks or bytes of the file."""
     if isinstance(error, MemoryError):
         return "decoding needs more memory than there is"
     text = " ".join(str(error).split()) or type(error).__name__

@@ -39,14 +39,13 @@ def evaluation_batches(
         skipped: receives key -> reason of every image that could not be decoded.
 
     Yields:
-        (b, 3, size, size) float32 on the device, in `image_layout`, and their (b,) rows; images that could not be
-        decoded are left out.
+        (b, 3, size, size) float32 on the device, in `image_layout`, and their (b,) rows, without undecodable images.
     """
     device, rows, size = torch.device(device), np.asarray(rows, dtype=np.int64), transform.size
 
-    def fill(pixels: Tensor, readable: NDArray[np.bool_], wanted: NDArray[np.int64], positions: list[int]) -> None:
+    def fill(pixels: Tensor, readable: NDArray[np.bool_], chosen: NDArray[np.int64], positions: list[int]) -> None:
         for position in positions:
-            row = int(wanted[position])
+            row = int(chosen[position])
             try:
                 pixels[position] = transform.crop(images.image(row))
                 readable[position] = True
@@ -56,13 +55,13 @@ def evaluation_batches(
 
     def drafts() -> Iterator[tuple[tuple[Tensor, NDArray[np.bool_], NDArray[np.int64]], Sequence[Task]]]:
         for start in range(0, len(rows), batch_size):
-            wanted = rows[start : start + batch_size]
-            pixels = torch.empty(len(wanted), size, size, 3, dtype=torch.uint8, pin_memory=device.type == "cuda")
-            draft = pixels, np.zeros(len(wanted), dtype=np.bool_), wanted
-            yield draft, [partial(fill, *draft, positions) for positions in portions(len(wanted))]
+            chosen = rows[start : start + batch_size]
+            pixels = torch.empty(len(chosen), size, size, 3, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            draft = pixels, np.zeros(len(chosen), dtype=np.bool_), chosen
+            yield draft, [partial(fill, *draft, positions) for positions in portions(len(chosen))]
 
     with closing(run_ahead(drafts(), max(1, workers))) as done:
-        for pixels, readable, wanted in done:
+        for pixels, readable, chosen in done:
             if readable.any():
                 pixels = pixels if readable.all() else pixels[torch.from_numpy(readable)]
-                yield transform.normalised(pixels.to(device, non_blocking=True)), wanted[readable]
+                yield transform.normalised(pixels.to(device, non_blocking=True)), chosen[readable]

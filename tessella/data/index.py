@@ -85,13 +85,13 @@ class Index:
         unreadable: Sequence[tuple[str, str]] = (),
         columns: dict[str, NDArray[Any]] | None = None,
     ) -> Index:
-        """An index in memory.
+        """An index in memory; for the first arguments see `columns_of`.
 
         Args:
-            keys: N names in ascending order.
-            sizes: as for `columns_of`, like `byte_sizes` and `labels`.
-            byte_sizes: see `sizes`.
-            labels: see `sizes`.
+            keys: names.
+            sizes: of the images.
+            byte_sizes: of their files.
+            labels: of the images.
             classes: names.
             fingerprint: of the pixels, where keys and sizes do not tell two sets apart.
             unreadable: (key, reason) of images that were left out.
@@ -284,13 +284,10 @@ def _measure(listing: Listing, position: int) -> tuple[int, int, int] | Unreadab
 def columns_of(
     keys: Sequence[str], sizes: ArrayLike, byte_sizes: ArrayLike, labels: ArrayLike
 ) -> dict[str, NDArray[Any]]:
-    """The columns of an index.
+    """The columns of an index of N images, whose keys are in ascending order.
 
-    Args:
-        keys: N names in ascending order.
-        sizes: (N, 2) upright width and height, or one pair for all images.
-        byte_sizes: (N,) of the encoded images; -1 where they are not encoded.
-        labels: (N,) index into the classes; -1 for none.
+    Upright width and height are (N, 2), or one pair for all. Bytes of the encoded images, -1 if they are not encoded,
+    and indices into the classes, -1 for none, are (N,), or one number for all.
     """
     encoded, count = [_encode(key) for key in keys], len(keys)
     offsets = np.zeros(count + 1, dtype=np.int64)
@@ -332,7 +329,7 @@ def write_columns(folder: Path, columns: dict[str, NDArray[Any]]) -> dict[str, s
 
 
 def read_columns(folder: Path, hashes: dict[str, str]) -> dict[str, NDArray[Any]]:
-    """What `write_columns` wrote, memory-mapped; every byte is compared with its hash first.
+    """The columns that `write_columns` wrote, memory-mapped; every byte is compared with its hash first.
 
     Raises:
         ValueError: a file is missing or not what it was.

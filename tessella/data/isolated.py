@@ -107,10 +107,10 @@ class IsolatedDecoder:
 def undecodable(
     images: ImageSet, workers: int | None = None, command: Sequence[str] = COMMAND, seconds: float = SECONDS
 ) -> list[tuple[str, str]]:
-    """Decode every image of a set once, each in a process that may crash.
+    """Decode every image of a set once, each in a process that may crash; nothing is decoded of an array in memory.
 
     Args:
-        images: what to read; nothing is decoded of an array in memory.
+        images: what to read.
         workers: decoding processes; default: the cores that this process may use.
         command: that starts one.
         seconds: after which decoding an image is given up.
@@ -166,13 +166,9 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash must not fill the disk
     answers.write(b"ready\n")
     while length := images.read(_LENGTH_BYTES):
-        encoded = images.read(int.from_bytes(length, "little"))
-        answers.write(json.dumps(_answer(encoded)).encode() + b"\n")
-
-
-def _answer(encoded: bytes) -> tuple[int, int] | str:
-    try:
-        height, width, _ = decode(encoded).shape
-    except Unreadable as error:
-        return error.reason
-    return width, height
+        answer: str | tuple[int, ...]
+        try:
+            answer = decode(images.read(int.from_bytes(length, "little"))).shape[1::-1]  # width, height
+        except Unreadable as error:
+            answer = error.reason
+        answers.write(json.dumps(answer).encode() + b"\n")

@@ -62,7 +62,7 @@ class Loader:
     Attributes:
         skipped: key -> reason of every image that could not be decoded so far.
         wait_seconds: time that the consumer has waited for batches.
-        resident: whether the images live on the device.
+        resident: whether the images are in the device's memory.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Loader:
 
         Args:
             images: what to read.
-            spec: what to see of it.
+            spec: the views.
             sampler: which rows make up each step.
             seed: of the run.
             device: where the batches go.
@@ -116,17 +116,12 @@ class Loader:
             self._pixels = self._read_all()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """The steps of one epoch, from `first_step` on; closing the iterator stops its threads.
+        """The steps of one epoch, from `first_step` on: the `accumulate` micro-batches of this rank.
 
-        Args:
-            epoch: from 0.
-            first_step: steps of this epoch that are already done.
-
-        Yields:
-            The step's `accumulate` micro-batches of this rank.
+        Closing the iterator stops its threads.
 
         Raises:
-            UserError: if more images than allowed could not be decoded.
+            UserError: more images than allowed could not be decoded.
         """
         produce = self._from_device if self.resident and not self._finishes else self._from_threads
         with closing(produce(epoch, first_step)) as batches:
@@ -154,7 +149,7 @@ class Loader:
 
     def _drafts(self, epoch: int, first_step: int) -> Iterator[tuple[_Draft, Sequence[Task]]]:
         for step, rows in self._micro_batches(epoch, first_step):
-            rows = self._stand_in[rows] if self.resident else rows.copy()
+            rows = self._row_shown[rows] if self.resident else rows.copy()
             draft = _Draft(rows, self._plan(epoch, rows, step), [self._empty(g, len(rows)) for g in self.spec.groups])
             if self.resident:
                 parts = portions(len(rows), _RESIDENT_IMAGES_PER_TASK)
@@ -192,10 +187,8 @@ class Loader:
 
     def _cut(self, draft: _Draft, images: NDArray[np.uint8], first: int, shrink: int = 1) -> None:
         """Make the views of images (n, h, w, 3), the first of which is at position `first` of the batch."""
-        at, begin = slice(first, first + len(images)), 0
-        for group, views in zip(self.spec.groups, draft.views, strict=True):
-            box, *colours = draft.plan.select(at, slice(begin, begin + group.views))
-            begin += group.views
+        for (_, slots), views in zip(self.spec.slices(), draft.views, strict=True):
+            box, *colours = draft.plan.select(slice(first, first + len(images)), slots)
             scaled = box / shrink
             if self._finishes:
                 self._kernels.cut_and_colour(images, scaled, *colours, self._mean, self._std, views.numpy(), first)
@@ -273,22 +266,21 @@ class Loader:
         readable = np.setdiff1d(np.arange(len(pixels)), sorted(self._unreadable))
         if not len(readable):
             raise UserError(_NONE_READABLE)
-        self._stand_in = readable[np.searchsorted(readable, np.arange(len(pixels))) % len(readable)]
+        self._row_shown = readable[np.searchsorted(readable, np.arange(len(pixels))) % len(readable)]
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return images if self._finishes else images.contiguous().to(self.device)
 
     def _from_device(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
         for step, rows in self._micro_batches(epoch, first_step):
-            rows = self._stand_in[rows]
+            rows = self._row_shown[rows]
             plan = self._plan(epoch, rows, step)
             chosen, boxes = to_device(rows, self.device), to_device(plan.box, self.device)
             images = self._pixels.index_select(0, chosen)
-            pixels, first = [], 0
-            for group in self.spec.groups:
-                box = boxes[:, first : first + group.views].unbind(1)
-                pixels.append(torch.cat([crop_resize(images, view, group.size) for view in box]))
-                first += group.views
-            yield self._finish(rows, plan, pixels)
+            crops = [
+                torch.cat([crop_resize(images, box, group.size) for box in boxes[:, views].unbind(1)])
+                for group, views in self.spec.slices()
+            ]
+            yield self._finish(rows, plan, crops)
 
     # Both
 
@@ -298,11 +290,14 @@ class Loader:
 
     def _finish(self, rows: NDArray[np.int64], plan: ViewPlan, pixels: list[Tensor]) -> Batch:
         """A batch from its crops, (v * B, 3, s, s) uint8 per group, view after view."""
-        views, first = [], 0
-        for group, crops in zip(self.spec.groups, pixels, strict=True):
-            part = plan.select(slice(None), slice(first, first + group.views))
-            views.append(_colour(crops, part, group, self.spec).unflatten(0, (group.views, len(rows))))
-            first += group.views
+        views = []
+        for (group, slots), crops in zip(self.spec.slices(), pixels, strict=True):
+            # Crops are ordered by view, the plan by image.
+            part = plan.select(slice(None), slots)._asdict()
+            colours = {k: values.swapaxes(0, 1).reshape(len(crops), *values.shape[2:]) for k, values in part.items()}
+            del colours["box"]
+            coloured = photometric(crops, **colours, mean=self.spec.mean, std=self.spec.std)
+            views.append(coloured.unflatten(0, (group.views, len(rows))))
         return Batch(tuple(views), to_device(rows, self.device))
 
 
@@ -323,11 +318,7 @@ def _threads_finish(device: torch.device) -> bool:
 
 
 def _compiled_kernels() -> ModuleType:
-    """`ops.kernels`. Importing it takes half a second; the first time on a machine, which compiles it, ten.
-
-    Raises:
-        UserError: numba is missing or incompatible, or can write its cache nowhere.
-    """
+    """`ops.kernels`. Importing it takes half a second; the first time on a machine, which compiles it, ten."""
     try:
         from tessella.ops import kernels
     except Exception as error:  # also NumPy's, LLVM's and the file system's
@@ -336,11 +327,3 @@ def _compiled_kernels() -> ModuleType:
             "if its cache cannot be written, set NUMBA_CACHE_DIR to a folder that can"
         ) from error
     return kernels
-
-
-def _colour(crops: Tensor, plan: ViewPlan, group: CropGroup, spec: ViewSpec) -> Tensor:
-    """`photometric` for crops of one group; they lie view after view, their plan image after image."""
-    n = group.views * plan.flip.shape[0]
-    colours = {k: values.swapaxes(0, 1).reshape(n, *values.shape[2:]) for k, values in plan._asdict().items()}
-    del colours["box"]
-    return photometric(crops, **colours, mean=spec.mean, std=spec.std)

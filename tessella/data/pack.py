@@ -58,9 +58,9 @@ class Packed(NamedTuple):
         """The result in words, for the pack in `out`."""
         share = f" ({self.bytes / self.source_bytes:.0%} of {self.source_bytes:,})" if self.source_bytes else ""
         loss = "" if self.psnr is None else f"; encoding costs {self.psnr:.1f} dB PSNR in the mean of a sample"
-        kept = f", {self.kept:,} of them as they were" if self.kept else ""
+        unchanged = f", {self.kept:,} of them unchanged" if self.kept else ""
         failed = f"; {self.unreadable:,} could not be read, {out / 'pack.json'} says why" if self.unreadable else ""
-        lines = [f"{self.images:,} images{kept}, {self.bytes:,} bytes{share}{loss}{failed}; verified"]
+        lines = [f"{self.images:,} images{unchanged}, {self.bytes:,} bytes{share}{loss}{failed}; verified"]
         if not self.source_bytes:
             lines.append("These images are in memory during a run, which is as fast without a pack")
         return lines
@@ -89,7 +89,7 @@ def pack(images: ImageSet, out: Path, *, short_side: PackedSide, quality: JpegQu
         workers: threads.
 
     Raises:
-        UserError: the folder holds something else or no room is left, a setting is out of range, a shard is damaged,
+        UserError: the folder holds something else or the disk is full, a setting is out of range, a shard is damaged,
             or no image can be read.
     """
     settings = {"source": images.fingerprint, "short_side": short_side, "quality": quality}
@@ -252,11 +252,11 @@ def _finish(images: ImageSet, out: Path, settings: dict[str, Any], shards: int) 
     return packed
 
 
-def _check_same(out: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
+def _check_same(out: Path, packed: dict[str, Any], settings: dict[str, Any]) -> None:
     other = [
-        "other images" if name == "source" else f"{name} {found.get(name)} instead of {value}"
+        "other images" if name == "source" else f"{name} {packed.get(name)} instead of {value}"
         for name, value in settings.items()
-        if found.get(name) != value
+        if packed.get(name) != value
     ]
     if other:
         raise UserError(f"{out} is a pack with {', '.join(other)}: choose another --out, or delete it")

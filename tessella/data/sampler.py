@@ -35,11 +35,7 @@ class EpochSampler:
     """Every image once per epoch in a random order; those that do not fill the last batch are left out."""
 
     def __init__(self, images: int, batch_size: int, seed: int) -> None:
-        """Sample batches of `batch_size` images, over all ranks and micro-batches, from `images` by the run's seed.
-
-        Raises:
-            UserError: the images do not fill one batch.
-        """
+        """Raise a UserError if `images` do not fill one batch of `batch_size`, over all ranks; `seed` is the run's."""
         self.images, self.batch_size = images, batch_size
         if not 0 < batch_size <= images:
             raise UserError(
@@ -125,11 +121,7 @@ class SlotSampler:
 
 
 def check_shares(batch_size: int, world_size: int, accumulate: int) -> None:
-    """Refuse a global batch that cannot be divided equally among ranks and micro-batches.
-
-    Raises:
-        UserError: `batch_size` is not a multiple of `world_size * accumulate`.
-    """
+    """Raise a UserError unless `batch_size` is a multiple of `world_size * accumulate`."""
     parts = world_size * accumulate
     if batch_size % parts:
         below = batch_size // parts * parts

@@ -23,10 +23,6 @@ def run_ahead(work: Iterable[tuple[T, Sequence[Task]]], workers: int) -> Generat
 
     Leaving the generator in any way drops tasks that have not begun and waits for the others: a thread inside a decoder
     when the interpreter ends would abort the process, so the threads are not daemons.
-
-    Args:
-        work: items and the tasks that complete them.
-        workers: number of threads.
     """
     pool = ThreadPoolExecutor(workers, "tessella-data", _without_inner_threads)
     try:

@@ -8,6 +8,7 @@ CPU, `ops.augment` on a GPU.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
@@ -99,6 +100,13 @@ class ViewSpec:
         """Views per image over all groups."""
         return sum(group.views for group in self.groups)
 
+    def slices(self) -> Iterator[tuple[CropGroup, slice]]:
+        """Each group with its views' places in a plan."""
+        first = 0
+        for group in self.groups:
+            yield group, slice(first, first + group.views)
+            first += group.views
+
 
 class ViewPlan(NamedTuple):
     """What was drawn for B images and V views (all groups, one after the other)."""
@@ -130,11 +138,10 @@ def draw(spec: ViewSpec, seed: int, epoch: int, ids: ArrayLike, sizes: ArrayLike
     """
     ids, sizes = np.asarray(ids), np.asarray(sizes, dtype=np.int64)
     numbers = uniforms(stream_key(seed, "view"), ids, epoch, np.arange(spec.views), _NUMBERS)
-    parts, first = [], 0
-    for group in spec.groups:
+    parts = []
+    for group, views in spec.slices():
         overlap = _draw_overlap(group, seed, epoch, [step] if group.overlap_per == "batch" else ids)
-        parts.append(_draw_group(group, numbers[:, first : first + group.views], sizes, overlap))
-        first += group.views
+        parts.append(_draw_group(group, numbers[:, views], sizes, overlap))
     return ViewPlan._make(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
 
 

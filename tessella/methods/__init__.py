@@ -30,5 +30,5 @@ def build_method(config: MethodConfig, backbone: Backbone, setting: Setting) -> 
 
 
 def views_of(config: MethodConfig) -> ViewSpec:
-    """The views that the config's method wants to see of each image."""
+    """The views of each image that the config's method needs."""
     return method_of(config).view_spec(config)

@@ -184,7 +184,7 @@ class Coke(Method):
     def _embed(self, views: tuple[Tensor, ...]) -> Tensor:
         """Unit embeddings of all crops, before and after the predictor: (2, V, B, D).
 
-        One pass per crop: batch norm sees every crop by itself, as officially.
+        One pass per crop, so that each crop has batch statistics of its own, as officially.
         """
         projected = [self.projector(self.backbone(crop)) for group in views for crop in group]
         predicted = [self.predictor(z) for z in projected]

@@ -76,7 +76,7 @@ class Jigclu(Jigsaw):
         return self.loss_of_equal_tiles() + self.config.location_weight * math.log(self.config.tiles**2)
 
     def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
-        """Loss of this rank: all tiles are contrasted; those of its own montages are asked for their corner."""
+        """Loss of this rank: all tiles are contrasted; the corner is predicted for those of its own montages."""
         puzzle = self.puzzle(batch, progress)
         logits = self.location_head(puzzle.cells)
         return self.output(puzzle, "location", logits, puzzle.corner, self.config.location_weight)

@@ -99,14 +99,9 @@ class Jigsaw(Method):
         return Puzzle(cells, here % n, here // n, embeddings, cluster_loss)
 
     def output(self, puzzle: Puzzle, question: str, logits: Tensor, answers: Tensor, weight: float) -> MethodOutput:
-        """The contrastive loss plus the cross-entropy of a question about each cell.
+        """The contrastive loss plus, weighted, the cross-entropy of a question about each cell, named in the metrics.
 
-        Args:
-            puzzle: of this step.
-            question: its name in the metrics.
-            logits: (m * m * B, choices).
-            answers: (m * m * B,) int64.
-            weight: of the cross-entropy.
+        Logits are (m * m * B, choices), answers (m * m * B,) int64.
         """
         loss = F.cross_entropy(logits.float(), answers)
         return MethodOutput(

@@ -4,7 +4,7 @@
     tiles of all ranks -> one permutation -> n montages -> backbone, once -> feature map -> m x m cells, pooled
     cell vectors -> clustering head -> supervised contrastive loss: the tiles of one image attract
                  -> category head   -> cross-entropy over C categories, a fixed random split of the images
-    Sampler: slot k of each batch draws only from category k, so that a batch asks for every category once.
+    Sampler: slot k of each batch draws only from category k, so that a batch has every category once.
     State: parameters, and the four numbers that the split is a function of.
 
 Source: Zhang, Liu, Zhao, Liang, "More effective jigsaw clustering" (MEJigClu). No official code was found; what the
@@ -129,7 +129,7 @@ class Mejigclu(Jigsaw):
 
     @classmethod
     def sampler(cls, config: MejigcluConfig, images: int, batch_size: int, seed: int) -> Sampler:
-        """Slot k draws from category k; in any other order nothing in an image would tell the right answer."""
+        """Slot k draws from category k; in any other order nothing in an image would show the right answer."""
         if config.slots == "random":
             return EpochSampler(images, batch_size, seed)
         categories = config.categories or batch_size
@@ -142,7 +142,7 @@ class Mejigclu(Jigsaw):
         return self.loss_of_equal_tiles() + self.config.category_weight * math.log(self.categories)
 
     def forward(self, batch: Batch, progress: Progress) -> MethodOutput:
-        """Loss of this rank: all tiles are contrasted; those of its own montages are given a category."""
+        """Loss of this rank: all tiles are contrasted; the category is predicted for those of its own montages."""
         puzzle = self.puzzle(batch, progress)
         category = self._categories(batch.instances)[puzzle.slot]
         return self.output(puzzle, "category", self.category_head(puzzle.cells), category, self.config.category_weight)

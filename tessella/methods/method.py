@@ -150,13 +150,9 @@ class Method(nn.Module):
 
     @classmethod
     def sampler(cls, config: Any, images: int, batch_size: int, seed: int) -> Sampler:
-        """Which images make up each step: every image once per epoch, unless a method needs otherwise.
+        """Which of `images` make up each step of `batch_size` images, over all ranks and micro-batches.
 
-        Args:
-            config: of the method.
-            images: in the data set.
-            batch_size: images per update, over all ranks and micro-batches.
-            seed: of the run.
+        Every image once per epoch, unless a method needs another order. `seed` is the run's.
         """
         return EpochSampler(images, batch_size, seed)
 
@@ -171,8 +167,7 @@ class Method(nn.Module):
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Called on every rank before the first step of a run.
 
-        Args:
-            batches: of this rank, one pass over the images that is not trained on; read only when iterated.
+        `batches` are this rank's, one pass over the images that is not trained on; they are read only when iterated.
         """
 
     def epoch_start(self, progress: Progress) -> None:

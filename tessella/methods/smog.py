@@ -216,7 +216,8 @@ class Smog(Method):
         z, p = self._embed(online)  # (large, B, D), (V, B, D)
         zk = self._embed_by_momentum_encoder(other)  # (A, B, D)
         with torch.autocast(z.device.type, enabled=False):
-            labels = torch.stack([_nearest(zk, groups) for groups in self.groups])  # (H, A, B)
+            labels = torch.stack([nearest_group(zk.flatten(0, 1), groups) for groups in self.groups])
+            labels = labels.unflatten(1, zk.shape[:2])  # (H, A, B)
             groups, nearest = self._move_groups(z, progress)  # (H, K, D), (H, B)
             per_set = zip(groups, labels, strict=True)
             loss = torch.stack([group_loss(p, g, y, self.config.temperature) for g, y in per_set]).mean()
@@ -338,8 +339,3 @@ def linear_momentum(start: float, end: float, progress: Progress) -> float:
 def _of_first_size(views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The groups that share a pass with the large crops of the first one."""
     return tuple(itertools.takewhile(lambda group: group.shape[-1] == views[0].shape[-1], views))
-
-
-def _nearest(rows: Tensor, groups: Tensor) -> Tensor:
-    """(A, B, D) -> (A, B)."""
-    return nearest_group(rows.flatten(0, 1), groups).unflatten(0, rows.shape[:2])

@@ -201,7 +201,7 @@ class Swav(Method):
     def _embed(self, views: tuple[Tensor, ...]) -> Tensor:
         """Unit embeddings of all crops, crop by crop: (V, B, D).
 
-        One backbone pass per crop size, one projector pass over everything: batch norm sees what it sees officially.
+        One backbone pass per crop size, one projector pass over everything: batch norm has the official input.
         """
         features = torch.cat([self.backbone(crops) for crops in crops_by_size(views)])
         return self.projector(features).unflatten(0, (-1, views[0].shape[1]))

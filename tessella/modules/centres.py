@@ -59,8 +59,7 @@ class OnlineCentres(nn.Module):
     def close_epoch(self, share: float | None = None) -> None:
         """Make this epoch's centres those of the last epoch, and count from 0.
 
-        Args:
-            share: weight of this epoch's centres in a running average over epochs; None: no average.
+        `share` is the weight of this epoch's centres in a running average over epochs; None: no average.
         """
         if share is not None:
             average = (1 - share) * self.previous + share * F.normalize(self.current, dim=1)

@@ -34,12 +34,7 @@ def without_drop_path(module: nn.Module) -> Iterator[None]:
 def seed_noise(seed: int, step: int, micro_batch: int, rank: int, device: torch.device) -> None:
     """Seed torch's global generators, from which a network draws its noise, from these numbers.
 
-    Args:
-        seed: of the run.
-        step: of the run, from 0.
-        micro_batch: of the step.
-        rank: of this process.
-        device: whose generator is seeded beside the CPU's. torch.manual_seed would seed those of all devices, slowly.
+    That of the CPU and of the device only: torch.manual_seed would seed those of all devices, slowly.
     """
     high, low, _, _ = philox(stream_key(seed, "drop"), (step, micro_batch, rank, 0)).tolist()
     torch.default_generator.manual_seed(high << 32 | low)

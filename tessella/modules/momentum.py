@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tessella.modules.drop_path import drop_paths
 
@@ -27,9 +27,7 @@ class MomentumEncoder(nn.ModuleDict):
     @torch.no_grad()
     def ema_update(self, online: Mapping[str, nn.Module], momentum: float) -> None:
         """Set every parameter to momentum * copy + (1 - momentum) * online; momentum in [0, 1], 0 copies."""
-        torch._foreach_lerp_(*self._pairs(online), 1 - momentum)
-
-    def _pairs(self, online: Mapping[str, nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters of the copies and of the online modules, in the same order."""
-        copies: list[Tensor] = [p for name in online for _, p in sorted(self[name].named_parameters())]
-        return copies, [p for module in online.values() for _, p in sorted(module.named_parameters())]
+        copies, originals = (
+            [p for name in online for _, p in sorted(modules[name].named_parameters())] for modules in (self, online)
+        )
+        torch._foreach_lerp_(copies, originals, 1 - momentum)  # type: ignore[arg-type]

@@ -20,28 +20,16 @@ from tessella.ops.layout import image_layout
 
 
 def crops_by_size(views: Sequence[Tensor]) -> list[Tensor]:
-    """The crops of each pass: neighbouring groups of one size share a pass, as in SwAV's official code.
+    """One (n, 3, s, s) tensor per pass, in the order of the crop groups (v, B, 3, s, s).
 
-    Args:
-        views: one (v, B, 3, s, s) tensor per crop group.
-
-    Returns:
-        One (n, 3, s, s) tensor per pass, in the order of `views`.
+    Neighbouring groups of one size share a pass, as in SwAV's official code.
     """
     passes = [list(groups) for _, groups in itertools.groupby(views, key=lambda group: group.shape[-1])]
     return [groups[0].flatten(0, 1) if len(groups) == 1 else torch.cat(groups).flatten(0, 1) for groups in passes]
 
 
 def joint_features(net: ResNet, crops: Sequence[Tensor]) -> Tensor:
-    """Pooled features of all crops, size after size.
-
-    Args:
-        net: the network.
-        crops: one (n, 3, s, s) tensor per size.
-
-    Returns:
-        (sum of all n, feature_dim).
-    """
+    """Pooled features (sum of all n, feature_dim) of crops (n, 3, s, s) of several sizes, size after size."""
     if len(crops) == 1:
         return net(crops[0])
     layout = image_layout(crops[0].device)
@@ -68,7 +56,7 @@ def _stage(stage: Any, maps: list[Tensor]) -> list[Tensor]:
 
 
 def _normalise_together(norm: nn.Module, maps: list[Tensor], relu: bool) -> list[Tensor]:
-    """Batch norm of (n, c, h, w) maps of several sizes as of one batch of pixels, and ReLU if asked for."""
+    """Batch norm of (n, c, h, w) maps of several sizes as of one batch of pixels, and ReLU if `relu`."""
     if maps[0].is_cuda:  # channels last: a batch of one-pixel images
         pixels = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps])  # (all pixels, c)
         normalised = norm(pixels[:, :, None, None])[:, :, 0, 0].T

@@ -47,19 +47,15 @@ class GlobalBatchNorm(_BatchNorm):
         new.train(norm.training)
         return new
 
-    def _check_input_dim(self, x: Tensor) -> None:
-        if x.dim() not in (2, 4):
-            raise ValueError(f"expected (n, c) or (n, c, h, w), got {tuple(x.shape)}")
-
     def forward(self, x: Tensor) -> Tensor:
         """Normalise; in training mode over the batch of all ranks."""
-        self._check_input_dim(x)
+        assert x.dim() in (2, 4), tuple(x.shape)
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         dims = [0, *range(2, x.dim())]
         shape = (1, -1, *[1] * (x.dim() - 2))
-        mine = x.new_full((1,), x.numel() // x.shape[1])
-        total = dist.all_reduce_sum_with_grad(torch.cat([x.sum(dim=dims), mine]))
+        pixels = x.new_full((1,), x.numel() // x.shape[1])  # of this rank
+        total = dist.all_reduce_sum_with_grad(torch.cat([x.sum(dim=dims), pixels]))
         count = total[-1].detach()
         mean = total[:-1] / count
         centred = x - mean.view(shape)

@@ -14,15 +14,11 @@ from tessella.ops.partition import partition
 
 
 class Partition(nn.Module):
-    """Which of C parts each training image belongs to, for the whole run; see `ops.partition`.
+    """Which of C parts each training image belongs to, for the whole run; see `ops.partition` for the arguments.
 
     The split is a function of the constructor's numbers, so only they and a checksum are saved. Loading other numbers
-    is refused, unless `images` is 0, as for an evaluation: what was learnt about one split is wrong about another.
-
-    Args:
-        images: rows of the data set; 0 for none.
-        parts: C.
-        seed: of the split, in [0, 2**63).
+    is refused, unless `images` is 0, as for an evaluation: what was learnt about one split is wrong about another. The
+    seed is below 2**63.
     """
 
     def __init__(self, images: int, parts: int, seed: int) -> None:

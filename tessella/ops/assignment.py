@@ -123,10 +123,10 @@ def average_labels(labels: Tensor, weights: Tensor, new: Tensor, share: float) -
     known = same.any(dim=-1, keepdim=True)
     slot = torch.where(known, same.byte().argmax(dim=-1, keepdim=True), weights.argmin(dim=-1, keepdim=True))
     evicted = torch.where(known, 0, weights.gather(-1, slot))
-    kept = torch.where(known, weights, weights.scatter(-1, slot, 0)) * ((1 - share) / (1 - evicted))
+    old = torch.where(known, weights, weights.scatter(-1, slot, 0)) * ((1 - share) / (1 - evicted))
     first = weights.sum(dim=-1, keepdim=True) == 0
     added = torch.full_like(evicted, share).masked_fill(first, 1)
-    return labels.scatter(-1, slot, new[..., None]), kept.scatter_add(-1, slot, added)
+    return labels.scatter(-1, slot, new[..., None]), old.scatter_add(-1, slot, added)
 
 
 @torch.no_grad()

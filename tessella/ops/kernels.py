@@ -209,7 +209,7 @@ def _add_pairs(into, a, b, c, d, e, f, weights):
 
 @_compile()
 def _filter(into, values, step, weights):
-    """into[i] = the weighted sum of values[i + reach * step] and of what lies 1, 2, ... steps before and behind it."""
+    """into[i] = the weighted sum of values[i + reach * step] and of those 1, 2, ... steps before and after it."""
     n, reach = len(into), len(weights) - 1
     _scale(into, values[reach * step :][:n], weights[0])
     for d in range(1, reach, 3):
@@ -304,8 +304,8 @@ def _colour(view, jitter, factors, order, gray, sigma, solarize, mean, std, plan
 
 # --- what the loader calls --------------------------------------------------------------------------------------
 
-# Given types are compiled when the module is imported, not by the first thread that calls. An array of any strides may
-# be given for a type without ::1, one that may be written to for a read-only one.
+# Functions with a signature are compiled when the module is imported, not by the first thread that calls them. Types
+# without ::1 accept any strides, read-only ones also writable arrays.
 _IMAGES = types.Array(types.uint8, 4, "C", readonly=True)
 _BOXES, _FLAGS, _NUMBERS = types.float64[:, :, ::1], types.boolean[:, :], types.float32[:, :]
 _PLAN = (_FLAGS, _FLAGS, types.float32[:, :, :], types.uint8[:, :, :], _FLAGS, _NUMBERS, _FLAGS)

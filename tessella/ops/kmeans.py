@@ -62,7 +62,7 @@ def kmeans(
     """
     n = x.shape[0]
     if not 1 <= k <= n:
-        raise UserError(f"{k} clusters of {n} images: ask for 1 to {n} clusters or give more images")
+        raise UserError(f"{k} clusters of {n} images: set 1 to {n} clusters or give more images")
     # Distances do not depend on the origin, but their float32 rounding does.
     x = F.normalize(x.float(), dim=1) if spherical else x.float()
     origin = torch.zeros_like(x[0]) if spherical else x.mean(dim=0)
@@ -84,7 +84,7 @@ def nearest_centre(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     half_norms = centres.square().sum(dim=1) / 2
     nearest, distance = [], []
     for part in x.split(rows):
-        # argmin |x - c|² = argmin |c|²/2 - x·c: the row's own length needs no pass over the block
+        # argmin |x - c|² = argmin |c|²/2 - x·c: |x|² needs no pass over the block
         value, index = torch.addmm(half_norms, part, centres.T, alpha=-1).min(dim=1)
         nearest.append(index)
         distance.append((part.square().sum(dim=1) + 2 * value).clamp(min=0))

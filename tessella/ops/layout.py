@@ -1,4 +1,4 @@
-"""What depends on the kind of device: how images lie in memory, and the most precise numbers."""
+"""What depends on the kind of device: memory layout of images, and the widest float type."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _NO_FLOAT64 = {"mps"}
 
 
 def image_layout(device: torch.device) -> torch.memory_format:
-    """The layout of a network's weights, input and maps: channels last on a GPU, whose convolutions want it.
+    """The memory format of a network's weights, input and maps: channels last on a GPU, where convolutions are faster.
 
-    Not on a CPU. There torch's batch norm sums channels-last maps inexactly (relative errors of 3e-5 in its output and
+    Not on a CPU: there torch's batch norm sums channels-last maps inexactly (relative errors of 3e-5 in its output and
     up to 1.6e-3 in its running variance were seen; 4e-8 otherwise), and the gradient of strided 1x1 convolutions with
     few channels has crashed the process.
     """

@@ -29,8 +29,9 @@ def per_class_accuracy(correct: Tensor, labels: Tensor, classes: int) -> Tensor:
     return hits / torch.bincount(labels, minlength=classes).double()
 
 
-def wilson_interval(accuracy: float, images: int, z: float = 1.96) -> tuple[float, float]:
-    """Bounds in [0, 1] of a share measured on independent images: Wilson's score interval, 1927; z = 1.96 for 95 %."""
+def wilson_interval(accuracy: float, images: int) -> tuple[float, float]:
+    """Bounds in [0, 1] of a share measured on independent images: Wilson's score interval for 95 %, 1927."""
+    z = 1.96
     centre = accuracy + z**2 / (2 * images)
     half = z * math.sqrt(accuracy * (1 - accuracy) / images + z**2 / (4 * images**2))
     scale = 1 + z**2 / images

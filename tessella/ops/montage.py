@@ -102,14 +102,14 @@ def shuffled_montages(tiles: Tensor, order: Tensor, m: int) -> Tensor:
 
     local = np.flatnonzero(has == rank)
     local = local[np.argsort(shows[local], kind="stable")]  # by the rank that shows them, then by position
-    wanted = np.flatnonzero(shows == rank)  # (m * m * b,), slot by slot
-    arrival = np.argsort(np.argsort(has[wanted], kind="stable"))  # they come by the rank that has them
+    needed = np.flatnonzero(shows == rank)  # (m * m * b,), slot by slot
+    arrival = np.argsort(np.argsort(has[needed], kind="stable"))  # they come by the rank that has them
 
     def on_device(indices: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(indices).to(tiles.device, non_blocking=True)
 
     sent = tiles[on_device(place[local]), on_device(image[local] - rank * b)]
-    counts = (np.bincount(who, minlength=ranks).tolist() for who in (shows[local], has[wanted]))
+    counts = (np.bincount(ranks_of, minlength=ranks).tolist() for ranks_of in (shows[local], has[needed]))
     received = dist.all_to_all(sent, *counts)
     return stitch(received[on_device(arrival)].unflatten(0, (m * m, b)), m)
 
@@ -121,14 +121,6 @@ def gather_cells(cells: Tensor) -> Tensor:
     differentiable: row k shows tile order[k].
     """
     return dist.gather_with_grad(cells.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
-
-
-def unstitch(montages: Tensor, m: int) -> Tensor:
-    """Tiles (m * m, b, c, s, s), slots row by row, from montages (b, c, m * s, m * s); the inverse of `stitch`."""
-    b, c, side, _ = montages.shape
-    s = side // m
-    grid = montages.view(b, c, m, s, m, s)
-    return grid.permute(2, 4, 0, 1, 3, 5).reshape(m * m, b, c, s, s)
 
 
 def pool_cells(maps: Tensor, m: int) -> Tensor:

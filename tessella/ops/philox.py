@@ -80,7 +80,7 @@ def shuffled(
 ) -> NDArray[np.int64]:
     """Which of `count` things comes at each position of a random order, without drawing the whole order.
 
-    A keyed permutation of range(count): time and memory depend on the number of positions asked for, not on `count`.
+    A keyed permutation of range(count): time and memory depend on the number of positions, not on `count`.
     It is a Feistel network on a grid of about sqrt(count) rows and columns; a number that lands in a cell beyond
     `count` goes through it again (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). The round keys
     are Philox's, the round function is the finaliser of SplitMix64.

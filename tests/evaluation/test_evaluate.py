@@ -158,11 +158,8 @@ def test_an_unknown_protocol_is_refused_with_the_nearest_name():
 
 
 def named(n, names, name="planted"):
-    class Named(ArrayImages):
-        classes = names
-
     images = planted_images(n)
-    return Named(name, np.stack([images.image(row) for row in range(n)]), images.labels)
+    return ArrayImages(name, np.stack([images.image(row) for row in range(n)]), images.labels, classes=names)
 
 
 def test_train_and_test_without_a_common_class_are_refused():

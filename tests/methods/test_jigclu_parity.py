@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tessella.data.batch import Batch
 from tessella.methods.jigclu import Jigclu
-from tessella.ops.montage import pool_cells, shuffled_montages, tile_order, unstitch
+from tessella.ops.montage import pool_cells, shuffled_montages, tile_order
 from tests.float64 import precision
 from tests.methods import reference_jigclu as official
 from tests.methods.beside_jigclu import (
@@ -89,4 +89,5 @@ def test_montages_are_the_official_ones_and_come_apart_into_the_permuted_tiles()
     montages = shuffled_montages(tiles, order, 2)
     (theirs,) = official.montages([list(tiles)], order)
     assert torch.equal(montages, theirs)
-    assert torch.equal(unstitch(montages, 2).flatten(0, 1), tiles.flatten(0, 1)[order])
+    slots = montages.unflatten(3, (2, -1)).unflatten(2, (2, -1)).permute(2, 4, 0, 1, 3, 5)  # row, column, montage, ...
+    assert torch.equal(slots.flatten(0, 2), tiles.flatten(0, 1)[order])

@@ -19,7 +19,6 @@ from tessella.ops.montage import (
     stitch,
     tile_boxes,
     tile_order,
-    unstitch,
 )
 from tests.ranks import on_ranks
 
@@ -100,13 +99,16 @@ def test_overlaps_along_x_and_y_may_differ():
     assert (both[1] == tile_boxes([100], [80], 2, 0.2)[0]).all()
 
 
-def test_stitch_puts_slots_row_by_row_and_unstitch_is_its_exact_inverse():
+def test_stitch_puts_slots_row_by_row():
     tiles = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 2, 3, 5, 5).contiguous()
     montage = stitch(tiles, 2)
     corners = [montage[0, 0, 0, 0], montage[0, 0, 0, -1], montage[0, 0, -1, 0], montage[0, 0, -1, -1]]
     assert [int(c) for c in corners] == [0, 1, 2, 3]
     random = torch.randn(9, 2, 3, 4, 4)
-    assert torch.equal(unstitch(stitch(random, 3), 3), random)
+    montages = stitch(random, 3)
+    for slot, tile in enumerate(random):
+        row, column = divmod(slot, 3)
+        assert torch.equal(montages[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4], tile)
 
 
 def test_a_slot_of_a_montage_is_the_position_it_was_filled_from():

@@ -45,10 +45,8 @@ class Repeated(ImageSet):
     """Any number of images that show the same noise, read each time: two sizes, so that they do not become resident."""
 
     def __init__(self, count: int) -> None:
-        index = Index.of_arrays(
-            [f"{number:08d}" for number in range(count)], (24, 20), labels=None, classes=[], fingerprint=str(count)
-        )
-        index.sizes[1] = (20, 24)
+        sizes = [(20, 24) if number == 1 else (24, 20) for number in range(count)]
+        index = Index.of([f"{number:08d}" for number in range(count)], sizes, fingerprint=str(count))
         super().__init__("repeated", index, labelled=False)
         self._pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 

@@ -27,13 +27,12 @@ from pathlib import Path
 import numpy as np
 
 from tessella.data.sources.archives import archives_in, open_archives
-from tessella.data.sources.embedded import EMBEDDED
 from tessella.data.sources.files import IMAGE_SUFFIXES, ending_of, names_in
 from tessella.data.sources.folders import holds_image, open_folder
 from tessella.data.sources.images import ArrayImages, ImageSet, Request
 from tessella.data.sources.lists import LIST_SUFFIXES, open_list
 from tessella.data.sources.messages import not_read
-from tessella.data.sources.named import TORCHVISION, open_hugging_face, open_torchvision
+from tessella.data.sources.named import EMBEDDED, TORCHVISION, open_hugging_face, open_torchvision
 from tessella.data.sources.packs import is_pack, open_pack
 from tessella.data.sources.tars import TAR_SUFFIXES
 from tessella.errors import UserError
@@ -50,7 +49,7 @@ _REMEDIES = {  # ending of a file that cannot be opened -> what to do
     **dict.fromkeys(IMAGE_SUFFIXES, "it is a single image: give the folder that holds it"),
 }
 
-# Openers of other packages by the word before the colon: (data as given, whether classes are asked for) -> images.
+# Openers of other packages by the word before the colon: (data as given, whether to show the classes) -> images.
 SOURCES: Registry[Callable[[str, bool], ImageSet]] = Registry("sources", {})
 
 

@@ -18,11 +18,7 @@ from tessella.errors import UserError
 
 
 def open_folder(request: Request) -> ImageSet:
-    """Open what lies below a folder, or below a part of it.
-
-    Raises:
-        UserError: the part is no folder.
-    """
+    """Open what lies below a folder, or below a part of it; UserError if the part is no folder."""
     root = os.path.abspath(os.path.join(request.path, request.part or ""))
     if not os.path.isdir(root):
         raise UserError(part_not_found(request.data, str(request.part), names_in(request.path)))

@@ -17,7 +17,7 @@ from tessella.errors import UserError
 
 
 class Request(NamedTuple):
-    """Images as a user asks for them; what the openers of all kinds of sources take."""
+    """The images that a user names; the argument of the openers of all kinds of sources."""
 
     data: str  # as given, for messages and records
     path: str  # of the folder, archive, list or pack; or the name of the data set
@@ -33,45 +33,16 @@ class ImageSet:
     def __init__(self, name: str, index: Index, labelled: bool) -> None:
         self.name = name  # as given
         self.index = index
-        self._labelled = labelled
+        self.ids: NDArray[np.int64] = index.ids  # (N,) stable, distinct, non-negative
+        self.sizes: NDArray[np.int32] = index.sizes  # (N, 2) width and height in pixels of the upright images
+        self.labels = index.labels if labelled else None  # (N,) int64 indices into `classes`; None unless asked for
+        self.classes = index.classes if labelled else None  # their names
+        self.fingerprint = index.fingerprint  # changes when an image comes, goes, is renamed or encoded again
+        self.unreadable = index.unreadable  # (key, reason) of what has the name of an image and is not in the set
+        self.passed_over = index.passed_over  # ending -> number of files among the images that are of no kind to read
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @property
-    def ids(self) -> NDArray[np.int64]:
-        """(N,) stable, distinct, non-negative."""
-        return self.index.ids
-
-    @property
-    def sizes(self) -> NDArray[np.int32]:
-        """(N, 2) width and height in pixels of the upright images."""
-        return self.index.sizes
-
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """(N,) indices into `classes`; None unless asked for."""
-        return self.index.labels if self._labelled else None
-
-    @property
-    def classes(self) -> list[str] | None:
-        """Names of the classes; None unless labels were asked for."""
-        return self.index.classes if self._labelled else None
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when an image comes, goes, is renamed or encoded again; not when it is touched."""
-        return self.index.fingerprint
-
-    @property
-    def unreadable(self) -> list[tuple[str, str]]:
-        """(key, reason) of what has the name of an image and is not in the set."""
-        return self.index.unreadable
-
-    @property
-    def passed_over(self) -> dict[str, int]:
-        """Ending -> number of files among the images that are of a kind which is not read."""
-        return self.index.passed_over
 
     @cached_property
     def uniform_size(self) -> tuple[int, int] | None:
@@ -84,19 +55,13 @@ class ImageSet:
         return self.index.key(row)
 
     def read(self, row: int) -> bytes | NDArray[np.uint8]:
-        """An image as it is stored: encoded, or (height, width, 3) uint8 pixels.
-
-        Raises:
-            Unreadable: it cannot be read (any more).
-        """
+        """An image as it is stored: encoded, or (height, width, 3) uint8 pixels. Unreadable if it is gone."""
         raise NotImplementedError
 
     def image(self, row: int, shrink: int = 1) -> NDArray[np.uint8]:
         """Upright pixels, (height, width, 3) uint8 RGB.
 
-        Args:
-            row: which image.
-            shrink: 1, 2, 4 or 8; a JPEG may come at 1/shrink of its size, sides rounded up.
+        A JPEG may come at 1/shrink of its size, sides rounded up; shrink is 1, 2, 4 or 8.
 
         Raises:
             Unreadable: the image cannot be read or decoded whole.

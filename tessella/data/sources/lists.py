@@ -70,7 +70,7 @@ def _list_of_file(data: str, path: str) -> Listing:
         keys=names,
         read=lambda position, size: read_file(paths[position], size),
         # A missing file or a folder fails when it is read, with its reason.
-        byte_sizes=[max(found[1], 1) if found else 1 for found in evidence],
+        byte_sizes=[max(file[1], 1) if file else 1 for file in evidence],
         labels=labels,
         classes=classes,
         file_of=lambda position: paths[position],
@@ -123,7 +123,7 @@ def _read_parquet(data: str, path: str) -> tuple[list[str], list[Any], str]:
         path_column, label_column = _columns_of_list([name.lower() for name in names])
         columns = [column for column in (path_column, label_column) if column >= 0]
         chosen = [names[column] for column in columns]
-        # Dictionaries stay what they are: a few bytes can stand for the same long text a billion times.
+        # Dictionaries stay dictionaries: a few bytes can encode the same long text a billion times.
         texts = [names[column] for column in columns if _is_text(schema.types[column])]
         with parquet.ParquetFile(path, read_dictionary=texts) as file:
             if file.metadata.num_rows > _MAX_ROWS:

@@ -35,11 +35,7 @@ def with_parents(folders: Iterable[str]) -> list[str]:
 
 
 def check_split(data: str, split: str, splits: Sequence[str]) -> None:
-    """Refuse a split that a data set by name does not have.
-
-    Raises:
-        UserError: names the existing splits.
-    """
+    """Raise a UserError, with the existing splits, if a data set by name does not have this one."""
     if split not in splits:
         base = data.partition("::")[0]
         raise UserError(f"{data}: no such split; there are {', '.join(f'{base}::{name}' for name in splits)}")

@@ -1,4 +1,4 @@
-"""Data sets of other libraries by name: torchvision's, as arrays in memory, and Hugging Face's."""
+"""Data sets by name: digits and shapes, which need no download, torchvision's, as arrays in memory, Hugging Face's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tessella.data.decode import MAX_BYTES, Unreadable
 from tessella.data.index import Index, Listing, cache_folder, cached_index
+from tessella.data.sources import shapes
 from tessella.data.sources.files import read_file
 from tessella.data.sources.images import ArrayImages, ImageSet, Request
 from tessella.data.sources.messages import check_split
@@ -31,6 +33,43 @@ TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "kmnist": ("KMNIST", _BOTH),
     "usps": ("USPS", _BOTH),
 }
+
+
+def _open_digits(request: Request) -> ImageSet:
+    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels, enlarged to 32 x 32; every fifth for tests."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    rows = _rows_of_split(request, testing=np.arange(len(bunch.target)) % 5 == 0)
+    levels = np.rint(bunch.images[rows] * (255 / 16)).astype(np.uint8)
+    images = [np.asarray(Image.fromarray(level).resize((32, 32), Image.Resampling.BICUBIC)) for level in levels]
+    return _embedded(request, "digits", np.stack(images), rows, bunch.target[rows], [str(digit) for digit in range(10)])
+
+
+def _open_shapes(request: Request) -> ImageSet:
+    """Generated shapes, 2000 for training and 500 for testing."""
+    rows = _rows_of_split(request, testing=np.arange(2500) >= 2000)
+    images, labels = shapes.draw_shapes(rows)
+    return _embedded(request, "shapes", images, rows, labels, shapes.CLASSES)
+
+
+def _rows_of_split(request: Request, testing: NDArray[np.bool_]) -> NDArray[np.int64]:
+    split = request.part or "all"
+    check_split(request.data, split, ("train", "test", "all"))
+    return np.flatnonzero({"train": ~testing, "test": testing, "all": np.ones_like(testing)}[split])
+
+
+def _embedded(
+    request: Request, name: str, images: NDArray[np.uint8], rows: NDArray[np.int64], labels: NDArray, classes: list[str]
+) -> ImageSet:
+    keys = [f"{name}/{row:04d}" for row in rows]
+    if not request.labels:
+        return ArrayImages(request.data, images, keys=keys)
+    return ArrayImages(request.data, images, labels, classes=classes, keys=keys)
+
+
+EMBEDDED = {"digits": _open_digits, "shapes": _open_shapes}
 
 
 def open_torchvision(request: Request) -> ImageSet:

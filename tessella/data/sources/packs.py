@@ -47,9 +47,9 @@ def open_pack(request: Request) -> TarImages:
     description = read_description(folder)
     shards = [folder / shard["file"] for shard in description["shards"]]
     for file, shard in zip(shards, description["shards"], strict=True):
-        found = file.stat().st_size if file.is_file() else None
-        if found != shard["bytes"]:
-            state = "is missing" if found is None else f"has {found:,} bytes instead of {shard['bytes']:,}"
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard["bytes"]:
+            state = "is missing" if size is None else f"has {size:,} bytes instead of {shard['bytes']:,}"
             raise UserError(f"{printable(str(file))} {state}: copy the pack again, or pack the images again")
     index = Index(_columns(folder, description), description)
     if request.part:
@@ -113,11 +113,7 @@ def _columns(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_columns(columns: dict[str, Any], rows: int, classes: int) -> None:
-    """Refuse arrays that are no index, whoever wrote them.
-
-    Raises:
-        ValueError: says which.
-    """
+    """Raise a ValueError for arrays that are no index."""
     shapes = {name: (rows,) for name in _NEEDED} | {"key_offsets": (rows + 1,), "sizes": (rows, 2)}
     shapes["key_bytes"] = (columns["key_bytes"].size,)
     for name, column in columns.items():
@@ -131,7 +127,7 @@ def _check_columns(columns: dict[str, Any], rows: int, classes: int) -> None:
         "ids": rows == 0 or (columns["ids"].min() >= 0 and len(np.unique(columns["ids"])) == rows),
     }.items():
         if not right:
-            raise ValueError(f"{name}.npy holds values that cannot be")
+            raise ValueError(f"{name}.npy holds impossible values")
 
 
 def _part(data: str, index: Index, part: str) -> Index:

@@ -1,6 +1,6 @@
 """Generated images for tests and demonstrations: ten kinds of shape on striped backgrounds, 64 x 64.
 
-Place, size, angle and colours are random and tell nothing of the class, so raw pixels are a weak guide to it.
+Place, size, angle and colours are random and independent of the class, so raw pixels predict it poorly.
 Every image is a function of its number alone.
 """
 
@@ -86,7 +86,7 @@ def colours_of(numbers: Array) -> tuple[Array, Array, Array]:
     return shape, dark, light
 
 
-# Signed distances to the shapes' edges (or close to them), negative inside; shapes fit the unit circle.
+# Signed distances to the shapes' edges (or nearly), negative inside; shapes fit the unit circle.
 
 
 def _circle(x: Array, y: Array, radius: float) -> Array:

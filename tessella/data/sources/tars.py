@@ -55,14 +55,16 @@ class Archives:
         weakref.finalize(self, _close_all, self._descriptors)
 
     def read(self, archive: int, offset: int, size: int) -> bytes:
-        """`size` bytes of one archive.
-
-        Raises:
-            Unreadable: the archive is gone, or ends before.
-        """
+        """`size` bytes of one archive; Unreadable if it is gone or ends before."""
         try:
             with self._descriptor(archive) as descriptor:
-                return _read_range(descriptor, offset, size)
+                data = os.pread(descriptor, size, offset)
+                while len(data) < size:
+                    more = os.pread(descriptor, size - len(data), offset + len(data))
+                    if not more:
+                        raise Unreadable("the archive ends before the image does")
+                    data += more
+                return data
         except OSError as error:
             raise Unreadable(f"the archive cannot be read: {error.strerror}") from error
 
@@ -169,7 +171,16 @@ def _decompress(path: str, copy: Path, compressed_bytes: int) -> None:
     shown = os.path.basename(path)
     try:
         files.make_folder(copy.parent)
-        _check_space(path, copy.parent, compressed_bytes)
+        with files.open_regular(path) as packed:
+            packed.seek(max(0, compressed_bytes - 4))
+            needed = max(int.from_bytes(packed.read(4), "little"), compressed_bytes)  # gzip's, modulo 2**32
+        free = shutil.disk_usage(copy.parent).free
+        # A damaged trailer may name any size; no archive shrinks by more than deflate's ratio of 1032.
+        if free < needed <= 1032 * compressed_bytes:
+            raise UserError(
+                f"{path} needs at least {needed:,} bytes decompressed, but {copy.parent} has {free:,} free: set"
+                " TESSELLA_CACHE to a folder with room"
+            )
         with (
             files.open_regular(path) as packed,
             gzip.GzipFile(fileobj=packed) as unpacked,
@@ -193,20 +204,6 @@ def _decompress(path: str, copy: Path, compressed_bytes: int) -> None:
             f"{path} cannot be decompressed into {copy.parent} ({error.strerror}): set TESSELLA_CACHE to a"
             " folder with room, or decompress it yourself and name the .tar"
         ) from error
-
-
-def _check_space(path: str, folder: Path, compressed_bytes: int) -> None:
-    """Refuse at once what cannot fit. Gzip stores the size modulo 2**32, so this is a lower bound."""
-    with files.open_regular(path) as file:
-        file.seek(max(0, compressed_bytes - 4))
-        needed = max(int.from_bytes(file.read(4), "little"), compressed_bytes)
-    free = shutil.disk_usage(folder).free
-    # A damaged trailer may name any size; no archive shrinks by more than deflate's ratio of 1032.
-    if free < needed <= 1032 * compressed_bytes:
-        raise UserError(
-            f"{path} needs at least {needed:,} bytes decompressed, but {folder} has {free:,} free: set"
-            " TESSELLA_CACHE to a folder with room"
-        )
 
 
 class _HeaderReader(io.FileIO):
@@ -233,16 +230,6 @@ def _refusal(entry: tarfile.TarInfo, end_of_file: int) -> str:
 
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-
-
-def _read_range(descriptor: int, offset: int, size: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size:
-        more = os.pread(descriptor, size - len(data), offset + len(data))
-        if not more:
-            raise Unreadable("the archive ends before the image does")
-        data += more
-    return data
 
 
 def _close_all(descriptors: dict[int, int]) -> None:
