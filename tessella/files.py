@@ -215,9 +215,9 @@ def json_text(value: Any, indent: int | None = 2) -> str:
     return json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False) + "\n"
 
 
-def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+def write_json(path: Path, value: Any, *, indent: int | None = 2, inside: Path | None = None) -> None:
     """Write a value through `json_text` and `write_text`."""
-    write_text(path, json_text(value, indent))
+    write_text(path, json_text(value, indent), inside=inside)
 
 
 def write_tensors(
