@@ -36,7 +36,7 @@ from tessella.ranges import JpegQuality, PackedSide, checked
 
 IMAGES_PER_SHARD = 8192
 
-_IMAGES_PER_TASK = 8
+_IMAGES_AT_ONCE = 32
 _JPEG_SIDE = 65_500  # pixels; longer sides do not fit the format
 _HEADER = 512  # bytes before a member of a tar
 _LIST_LIMIT = 1 << 30  # bytes of a shard's list
@@ -132,7 +132,7 @@ def _write(images: ImageSet, out: Path, settings: dict[str, Any], workers: int) 
     with progress_bar(f"packing {len(images):,} images", len(images)) as advance:
         for number, first in enumerate(parts):
             rows = range(first, min(first + IMAGES_PER_SHARD, len(images)))
-            if not _is_whole(out, number):
+            if not _is_whole(out / _shard(number)):
                 _write_shard(images, out, number, rows, settings, workers, advance)
             else:
                 advance(len(rows))
@@ -145,19 +145,16 @@ def _write_shard(
     """One tar and, when it is complete, the list of its members."""
     file, table, unreadable = out / _shard(number), [], []
 
-    encode = partial(encode_for_pack, images, short_side=settings["short_side"], quality=settings["quality"])
-
-    def encode_all(chunk: range, results: list[_Encoded | str]) -> None:
-        for row in chunk:
-            try:
-                results.append(encode(row))
-            except Unreadable as error:
-                results.append(error.reason)
+    def encode(row: int, results: dict[int, _Encoded | str]) -> None:
+        try:
+            results[row] = encode_for_pack(images, row, short_side=settings["short_side"], quality=settings["quality"])
+        except Unreadable as error:
+            results[row] = error.reason
 
     def work() -> Any:
-        for start in range(rows.start, rows.stop, _IMAGES_PER_TASK):
-            chunk, results = range(start, min(start + _IMAGES_PER_TASK, rows.stop)), list[_Encoded | str]()
-            yield (chunk, results), [partial(encode_all, chunk, results)]
+        for first in range(rows.start, rows.stop, _IMAGES_AT_ONCE):
+            chunk, results = range(first, min(first + _IMAGES_AT_ONCE, rows.stop)), dict[int, _Encoded | str]()
+            yield (chunk, results), [partial(encode, row, results) for row in chunk]
 
     # Some chunks are in work at a time, never a whole shard, so that memory does not grow with it.
     with (
@@ -166,7 +163,8 @@ def _write_shard(
         tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for chunk, results in done:
-            for row, image in zip(chunk, results, strict=True):
+            for row in chunk:
+                image = results[row]
                 if isinstance(image, str):
                     unreadable.append([images.key(row), image])
                     continue
@@ -176,7 +174,7 @@ def _write_shard(
                 tar.addfile(member, BytesIO(image.encoded))
             advance(len(chunk))
     about = {"file": file.name, "bytes": file.stat().st_size, "sha256": files.sha256(file), "images": len(table)}
-    files.write_json(_list_of(out, number), about | {"members": table, "unreadable": unreadable})
+    files.write_json(file.with_suffix(".json"), about | {"members": table, "unreadable": unreadable})
 
 
 def encode_for_pack(images: ImageSet, row: int, short_side: int, quality: int) -> _Encoded:
@@ -214,7 +212,8 @@ def _psnr(pixels: NDArray[np.uint8], encoded: bytes) -> float:
 
 def _finish(images: ImageSet, out: Path, settings: dict[str, Any], shards: int) -> Packed:
     """Write index and description from the shards' lists; with `pack.json` the pack is complete."""
-    lists = [_read_json(_list_of(out, number)) for number in range(shards)]
+    tables = [(out / _shard(number)).with_suffix(".json") for number in range(shards)]
+    lists = [_read_json(table) for table in tables]
     members = np.array([member[:5] for one in lists for member in one["members"]], np.int64).reshape(-1, 5)
     if not len(members):
         raise UserError(f"none of the {len(images)} images of {images.name} can be read: there is nothing to pack")
@@ -247,8 +246,8 @@ def _finish(images: ImageSet, out: Path, settings: dict[str, Any], shards: int) 
             raise UserError(f"{out / shard['file']} was not stored as it was written: check the disk, then pack again")
     files.write_json(out / DESCRIPTION, description)
     files.remove(out / PACKING)
-    for number in range(shards):
-        files.remove(_list_of(out, number))
+    for table in tables:
+        files.remove(table)
     return packed
 
 
@@ -262,20 +261,15 @@ def _check_same(out: Path, packed: dict[str, Any], settings: dict[str, Any]) -> 
         raise UserError(f"{out} is a pack with {', '.join(other)}: choose another --out, or delete it")
 
 
-def _is_whole(out: Path, number: int) -> bool:
+def _is_whole(shard: Path) -> bool:
     try:
-        size = _read_json(_list_of(out, number))["bytes"]
-        return bool((out / _shard(number)).stat().st_size == size)
+        return bool(shard.stat().st_size == _read_json(shard.with_suffix(".json"))["bytes"])
     except (OSError, UserError, KeyError):
         return False
 
 
 def _shard(number: int) -> str:
     return f"shard-{number:05d}.tar"
-
-
-def _list_of(out: Path, number: int) -> Path:
-    return out / f"shard-{number:05d}.json"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

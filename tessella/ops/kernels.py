@@ -330,22 +330,10 @@ def cut(images, boxes, views, first):
     [(_IMAGES, _BOXES, *_PLAN, types.float32[::1], types.float32[::1], types.float32[:, :, :, :, ::1], types.int64)]
 )
 def cut_and_colour(images, boxes, flip, jitter, factors, order, gray, sigma, solarize, mean, std, views, first):
-    """Views of some images, coloured and normalised.
+    """Views of some images, coloured and normalised; see `cut`.
 
-    Args:
-        images: (n, H, W, 3) uint8, contiguous.
-        boxes: (n, v, 4) float64, contiguous: left, top, width, height in pixels of the images.
-        flip: (n, v); for this and the next six see `ops.augment.photometric`.
-        jitter: (n, v).
-        factors: (n, v, 4).
-        order: (n, v, 4).
-        gray: (n, v).
-        sigma: (n, v).
-        solarize: (n, v).
-        mean: (3,) float32.
-        std: (3,) float32.
-        views: (v, B, 3, s, s) float32; [:, first : first + n] is overwritten.
-        first: place of the first image in the batch.
+    The colours' parameters, (n, v) or (n, v, 4), are those of `ops.augment.photometric`; mean and std are (3,) float32.
+    The views are float32.
     """
     levels = np.empty(views.shape[2:], np.uint8)
     for i in range(len(images)):
