@@ -214,14 +214,19 @@ def _decode_jpeg_fast(encoded: bytes, shrink: int = 1) -> NDArray[np.uint8] | No
 
 def _jpeg_orientation(jpeg: bytes) -> int:
     """EXIF orientation of a JPEG, by Pillow's parser, which is slow, only if the JPEG can have one."""
-    markers = [marker for marker, _ in _jpeg_header(jpeg)]
-    if 0xE1 not in markers and markers[-1:] == [0xDA]:  # no EXIF or XMP in a plain chain of segments up to the pixels
+    if not _has_app1(jpeg):
         return 1
     try:
         with _open(jpeg) as image:
             return _orientation(image)
     except Unreadable:  # only its metadata is
         return 1
+
+
+def _has_app1(jpeg: bytes) -> bool:
+    """Whether a JPEG has an APP1 segment (EXIF or XMP) before its pixels, or no plain chain of segments up to them."""
+    markers = [marker for marker, _ in _jpeg_header(jpeg)]
+    return 0xE1 in markers or markers[-1:] != [0xDA]
 
 
 def _jpeg_header(jpeg: bytes) -> Iterator[tuple[int, int]]:
