@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         resume,
         scan,
         select,
+        serve,
         write_report,
     )
 
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
 
 _FUNCTIONS = (
     *("assign", "bench", "classify", "compare", "demo", "duplicates", "embed", "evaluate", "explore", "export"),
-    *("import_weights", "label", "load_backbone", "pack", "pretrain", "resume", "scan", "select", "write_report"),
+    *("import_weights", "label", "load_backbone", "pack", "pretrain", "resume", "scan", "select"),
+    *("serve", "write_report"),
 )
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "resume",
     "scan",
     "select",
+    "serve",
     "write_report",
 ]
 

@@ -34,6 +34,7 @@ from tessella.ranges import (
     JpegQuality,
     PackedSide,
     Pixels,
+    Port,
     Positive,
     PositiveInt,
     Range,
@@ -666,6 +667,46 @@ def export(
     model = Model.of(resolve_backbone(str(backbone)))
     images = None if data is None else images_of(data)
     return write_formats(model, Path(out), to, source=Path(backbone), images=images, push=push)
+
+
+@_command
+def serve(
+    backbone: FilePath,
+    *,
+    host: str = "127.0.0.1",
+    port: Port = 8000,
+    token: bool = True,
+    device: Device = "auto",
+    workers: Threads | None = None,
+) -> None:
+    """Answer HTTP requests: an image in; features, and a run's own cluster, out. Until Ctrl-C.
+
+    The address is printed with an example, /openapi.json describes the interface. Requests need a random token, or
+    that of the environment variable TESSELLA_TOKEN.
+
+    Args:
+        backbone: a run, imported or official weights, torchvision:NAME, timm:NAME, or random:NAME.
+        host: address to listen at; by default only this machine can reach it.
+        port: 0 for any that is free.
+        token: whether requests need one.
+        device: where to run.
+        workers: decoding threads; default: the cores at hand.
+    """
+    import os
+    import secrets
+
+    from tessella.engine.launch import cores_at_hand, pick_device
+    from tessella.formats.model import Model
+    from tessella.formats.table import require
+    from tessella.weights.resolve import resolve_backbone
+
+    require("tessella serve", ("starlette", "uvicorn"), extra="serve")
+    from tessella import server
+
+    loaded = resolve_backbone(str(backbone))
+    served = server.network(Model.of(loaded), loaded.method, pick_device(device))
+    wanted = os.environ.get("TESSELLA_TOKEN") or secrets.token_urlsafe(24)
+    server.serve(served, host, port, wanted if token else None, workers or cores_at_hand())
 
 
 def _network(backbone: Network, image_size: int | None) -> Any:

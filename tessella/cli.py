@@ -611,6 +611,11 @@ COMMANDS: dict[str, Command] = {
         "write a backbone for timm, transformers, onnxruntime, torch, torchvision; compared",
         _derived("export", ("backbone",), _show_export),
     ),
+    "serve": Command(
+        "BACKBONE [--port 8000]",
+        "answer HTTP requests on this machine: image in, features out",
+        _derived("serve", ("backbone",)),
+    ),
     "report": Command(
         "RUN",
         "write a page about a run",

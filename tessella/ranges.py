@@ -51,6 +51,7 @@ Channels: TypeAlias = Annotated[int, Range(1, 8192)]  # of a map
 Pixels: TypeAlias = Annotated[int, Range(1, 16_384)]
 Threads: TypeAlias = Annotated[int, Range(1, 1024)]
 ForwardBatch: TypeAlias = Annotated[int, Range(1, 65_536)]  # images per forward pass
+Port: TypeAlias = Annotated[int, Range(0, 65_535)]  # of TCP; 0 for any that is free
 PackedSide: TypeAlias = Annotated[int, Range(16, 16_384)]  # pixels
 JpegQuality: TypeAlias = Annotated[int, Range(1, 100)]
 Seed: TypeAlias = Annotated[int, Range(0, 2**64 - 1)]

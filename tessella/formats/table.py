@@ -91,12 +91,12 @@ def chosen_formats(model: Model, names: Sequence[str]) -> dict[str, Format]:
     return chosen
 
 
-def require(what: str, modules: Sequence[str]) -> None:
-    """Check that libraries of the extra `export` are installed.
+def require(what: str, modules: Sequence[str], extra: str = "export") -> None:
+    """Check that libraries of an extra are installed.
 
     Raises:
         UserError: one is missing; the text names the extra.
     """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(f"{what} needs {' and '.join(missing)}: pip install 'tessella[export]'")
+        raise UserError(f"{what} needs {' and '.join(missing)}: pip install 'tessella[{extra}]'")
