@@ -645,7 +645,8 @@ def export(
     is written.
 
     Args:
-        backbone: a run, imported or official weights, torchvision:NAME, timm:NAME, or random:NAME.
+        backbone: a run, imported or official weights, torchvision:NAME, timm:NAME, random:NAME; or a classifier of
+            `tessella classify`, with its classes.
         out: folder of the files; missing or empty.
         to: hub (timm and transformers), onnx, pt2 (torch.export), torchvision, safetensors; default: all that can
             carry the network.
@@ -661,10 +662,9 @@ def export(
     """
     from tessella.data.sources.objects import images_of
     from tessella.formats.export import export as write_formats
-    from tessella.formats.model import Model
-    from tessella.weights.resolve import resolve_backbone
+    from tessella.formats.model import model_of
 
-    model = Model.of(resolve_backbone(str(backbone)))
+    model = model_of(str(backbone))
     images = None if data is None else images_of(data)
     return write_formats(model, Path(out), to, source=Path(backbone), images=images, push=push)
 
@@ -679,13 +679,14 @@ def serve(
     device: Device = "auto",
     workers: Threads | None = None,
 ) -> None:
-    """Answer HTTP requests: an image in; features, and a run's own cluster, out. Until Ctrl-C.
+    """Answer HTTP requests: an image in; features, cluster and class out. Until Ctrl-C.
 
     The address is printed with an example, /openapi.json describes the interface. Requests need a random token, or
     that of the environment variable TESSELLA_TOKEN.
 
     Args:
-        backbone: a run, imported or official weights, torchvision:NAME, timm:NAME, or random:NAME.
+        backbone: a classifier, an atlas, a run, imported or official weights, torchvision:NAME, timm:NAME, or
+            random:NAME. The first three answer as `tessella assign` does; the others with features alone.
         host: address to listen at; by default only this machine can reach it.
         port: 0 for any that is free.
         token: whether requests need one.
@@ -696,15 +697,12 @@ def serve(
     import secrets
 
     from tessella.engine.launch import cores_at_hand, pick_device
-    from tessella.formats.model import Model
     from tessella.formats.table import require
-    from tessella.weights.resolve import resolve_backbone
 
     require("tessella serve", ("starlette", "uvicorn"), extra="serve")
     from tessella import server
 
-    loaded = resolve_backbone(str(backbone))
-    served = server.network(Model.of(loaded), loaded.method, pick_device(device))
+    served = server.network(str(backbone), pick_device(device))
     wanted = os.environ.get("TESSELLA_TOKEN") or secrets.token_urlsafe(24)
     server.serve(served, host, port, wanted if token else None, workers or cores_at_hand())
 

@@ -19,6 +19,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,13 +32,14 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from torch import Tensor
 
+from tessella.atlas.assign import Columns, Described, described
+from tessella.atlas.classifier import is_classifier
 from tessella.data.decode import Unreadable, decode
 from tessella.data.transform import EvalTransform
 from tessella.engine.interrupt import Stopped
 from tessella.errors import UserError
-from tessella.formats.model import DECISION, FEATURES, PROBABILITIES, Model, Whole
-from tessella.methods.method import Method
 from tessella.text import printable
+from tessella.weights.resolve import Loaded, resolve_backbone
 
 MOST_BYTES = 32 * 2**20  # of a body
 MOST_IMAGES = 64  # of a batch
@@ -47,6 +49,7 @@ _BODY_SECONDS = 30.0  # in which a body must have arrived
 _STOP_SECONDS = 10  # that open requests have to finish
 
 Row = dict[str, Any]
+Describe = Callable[[Tensor], Columns]
 
 
 class Network(NamedTuple):
@@ -57,34 +60,37 @@ class Network(NamedTuple):
     about: dict[str, Any]  # the network in words
 
 
-def network(model: Model, method: Method | None, device: torch.device) -> Network:
-    """The network of a model, with the clusters of its method if it has any."""
-    whole = Whole(model).to(device)
-    clusters = method is not None and method.clusters
-    if method is not None:
-        method.to(device)
+def network(source: str, device: torch.device) -> Network:
+    """The network that a name stands for.
+
+    Args:
+        source: a classifier, an atlas or a run with clusters, which say more than the features; or any backbone.
+        device: where it runs.
+
+    Raises:
+        UserError: it names no backbone.
+    """
+    path = Path(source)
+    if is_classifier(path) or (path / "atlas.json").is_file():
+        return of_loaded(*described(path, device), device)
+    loaded = resolve_backbone(source)
+    clusters = loaded.method is not None and loaded.method.clusters
+    return of_loaded(*(described(path, device) if clusters else Described(loaded, [], lambda x: {})), device)
+
+
+def of_loaded(loaded: Loaded, columns: list[tuple[str, str]], describe: Describe, device: torch.device) -> Network:
+    """A network from the parts of `Described`."""
+    backbone = loaded.backbone.to(device).eval()
 
     def answers(crops: Tensor) -> list[Row]:
         with torch.inference_mode():
-            outputs = dict(zip(model.outputs, whole(model.transform.normalised(crops.to(device))), strict=True))
-            if method is not None and clusters:
-                outputs["cluster"] = method.assign(outputs[FEATURES])
-        columns = {name: values.tolist() for name, values in outputs.items()}
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return [_named(row, model) for row in rows]
+            features = backbone(loaded.transform.normalised(crops.to(device))).float().cpu()
+        found = {"features": features.numpy()} | describe(features)
+        values = {name: value if isinstance(value, list) else value.tolist() for name, value in found.items()}
+        return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
-    about = {"network": model.config.name, "features": model.backbone.feature_dim, "size": model.transform.size}
-    return Network(model.transform, answers, about | ({"classes": list(model.head.classes)} if model.head else {}))
-
-
-def _named(row: Row, model: Model) -> Row:
-    """Classes by their names; null where the classifier abstains."""
-    if model.head is not None:
-        classes = model.head.classes
-        decision = row.pop(DECISION)
-        row["class"] = None if decision < 0 else classes[decision]
-        row[PROBABILITIES] = dict(zip(classes, row[PROBABILITIES], strict=True))
-    return row
+    about = {"network": loaded.config.name, "features": loaded.backbone.feature_dim, "size": loaded.transform.size}
+    return Network(loaded.transform, answers, about | {"also": [name for name, _ in columns]})
 
 
 class App:
@@ -222,13 +228,9 @@ def openapi(about: dict[str, Any]) -> dict[str, Any]:
     size = {"minItems": about["features"], "maxItems": about["features"]}
     answer: dict[str, Any] = {
         "type": "object",
-        "required": [FEATURES],
-        "properties": {
-            FEATURES: {"type": "array", "items": {"type": "number"}} | size,
-            "cluster": {"type": "integer", "description": "the method's own, if the run has clusters"},
-            "class": {"type": ["string", "null"], "description": "of a classifier; null where it abstains"},
-            PROBABILITIES: {"type": "object", "additionalProperties": {"type": "number"}},
-        },
+        "required": ["features"],
+        "properties": {"features": {"type": "array", "items": {"type": "number"}} | size},
+        "additionalProperties": {"description": f"columns of `tessella assign`: {', '.join(about['also']) or 'none'}"},
     }
     error = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
     refusals = {

@@ -26,9 +26,10 @@ from PIL import Image
 import tessella
 from tessella import UserError
 from tessella.engine.pretrain import pretrain
-from tessella.formats.model import Head, Model
+from tessella.formats.model import Model
 from tessella.weights.resolve import resolve_backbone
 from tests.engine.runs import tiny_run
+from tests.formats.classifiers import classifier_in
 
 for library in ("starlette", "uvicorn", "httpx"):
     pytest.importorskip(library)
@@ -79,8 +80,8 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def client(model: Model) -> Iterator[httpx.Client]:
-    with Running(server.network(model, None, CPU)) as client:
+def client() -> Iterator[httpx.Client]:
+    with Running(server.network(NARROW, CPU)) as client:
         yield client
 
 
@@ -113,20 +114,24 @@ def test_a_run_answers_with_its_own_cluster(tmp_path: Path):
     pretrain(tiny_run(max_steps=2), tmp_path)
     loaded = resolve_backbone(str(tmp_path))
     model = Model.of(loaded)
-    with Running(server.network(model, loaded.method, CPU)) as client:
+    with Running(server.network(str(tmp_path), CPU)) as client:
         answers = [client.post("/image", content=jpeg(seed)).json() for seed in range(4)]
     features = torch.from_numpy(np.stack([features_of(model, jpeg(seed)) for seed in range(4)]))
     assert [answer["cluster"] for answer in answers] == loaded.method.assign(features).tolist()
 
 
-def test_a_classifier_answers_with_a_class_or_abstains(model: Model):
-    head = Head(torch.randn(2, model.backbone.feature_dim) * 3, torch.zeros(2), ("heron", "stork"), 1.0, 0.7)
-    with Running(server.network(model._replace(head=head), None, CPU)) as client:
+def test_a_classifier_answers_with_a_class_or_abstains(tmp_path: Path):
+    classifier = classifier_in(tmp_path / "birds")
+    with Running(server.network(str(tmp_path / "birds"), CPU)) as client:
         answers = [client.post("/image", content=jpeg(seed)).json() for seed in range(12)]
+        described = client.get("/openapi.json").text
+    assert {"cluster", "outlier_score", "class", "confidence"} <= set(answers[0]) and "outlier_score" in described
     for answer in answers:
-        name, probability = max(answer["probabilities"].items(), key=lambda pair: pair[1])
-        assert answer["class"] == (None if probability < 0.7 else name)
-        assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        unit = torch.nn.functional.normalize(torch.tensor([answer["features"]]), dim=1)
+        probability = classifier.probabilities(unit)[0]
+        assert answer["most_probable"] == classifier.classes[probability.argmax()]
+        assert answer["class"] == (answer["most_probable"] if probability.max() >= 0.86 else None)
+    assert len({answer["class"] is None for answer in answers}) == 2  # it knows some, and not all
 
 
 def test_the_description_names_every_answer(client: httpx.Client):
@@ -192,8 +197,8 @@ def test_a_body_above_the_limit_is_refused_by_its_header(client: httpx.Client, l
     assert raw(client, head).startswith(("HTTP/1.1 413", "HTTP/1.1 400"))
 
 
-def test_a_body_that_does_not_arrive_is_given_up(model: Model):
-    with Running(server.network(model, None, CPU), body_seconds=0.3) as client:
+def test_a_body_that_does_not_arrive_is_given_up():
+    with Running(server.network(NARROW, CPU), body_seconds=0.3) as client:
         head = f"POST /image HTTP/1.1\nHost: 127.0.0.1\nAuthorization: Bearer {TOKEN}\nContent-Length: 1000\n\n"
         assert raw(client, head + "only this").startswith("HTTP/1.1 408")
         assert client.post("/image", content=jpeg()).status_code == 200

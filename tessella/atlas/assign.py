@@ -48,7 +48,9 @@ class Assigned(NamedTuple):
         return lines + [f"unreadable {printable(key)}: {printable(reason)}" for key, reason in self.skipped.items()]
 
 
-class _Model(NamedTuple):
+class Described(NamedTuple):
+    """A backbone, and what its features say of an image."""
+
     loaded: Loaded
     columns: list[tuple[str, str]]  # name, type of Arrow
     describe: Callable[[Tensor], Columns]  # features as the backbone gives them -> columns
@@ -76,7 +78,7 @@ def assign(
         raise UserError(f"{out} does not end in .parquet")
     if out.exists():
         raise UserError(f"{out} exists already: choose another --out or remove it")
-    chosen = _model(model, pick_device(device))
+    chosen = described(model, pick_device(device))
     kinds = {"text": pa.string(), "number": pa.float32(), "integer": pa.int64()}
     fields = [("key", pa.string()), ("id", pa.int64()), *((name, kinds[kind]) for name, kind in chosen.columns)]
     facts = {
@@ -118,7 +120,12 @@ def assign(
     return Assigned(out, count, skipped, answered if has_classes else None)
 
 
-def _model(model: Path, device: torch.device) -> _Model:
+def described(model: Path, device: torch.device) -> Described:
+    """The columns that a classifier, an atlas or a run adds to the features of its backbone.
+
+    Raises:
+        UserError: it is none of these.
+    """
     if is_classifier(model):
         return _classifier(read_classifier(model))
     if (model / "atlas.json").is_file():
@@ -129,7 +136,7 @@ def _model(model: Path, device: torch.device) -> _Model:
     method = loaded.method
     if method is None or not method.clusters:
         raise UserError(f"the method of {model} has no clusters: explore the images with --backbone {model} instead")
-    return _Model(
+    return Described(
         loaded, [("cluster", "integer")], lambda x: {"cluster": clusters_of_method(method, x, device).numpy()}
     )
 
@@ -150,7 +157,7 @@ def _places(reference: Reference, unit: Tensor) -> Columns:
     return found
 
 
-def _atlas(atlas: Atlas) -> _Model:
+def _atlas(atlas: Atlas) -> Described:
     """Clusters, and the names that they were given."""
     reference = Reference.of_atlas(atlas)
     table, found = labels_of(atlas)
@@ -164,10 +171,10 @@ def _atlas(atlas: Atlas) -> _Model:
         columns = _places(reference, F.normalize(x, dim=1))
         return columns | {"class": [names.get(path) for path in columns["cluster"]]}
 
-    return _Model(atlas.backbone(), [*_CLUSTER_COLUMNS, ("class", "text")], describe)
+    return Described(atlas.backbone(), [*_CLUSTER_COLUMNS, ("class", "text")], describe)
 
 
-def _classifier(classifier: Classifier) -> _Model:
+def _classifier(classifier: Classifier) -> Described:
     """Clusters as well, the most probable class with its probability, and an answer where that is sure enough."""
 
     def describe(x: Tensor) -> Columns:
@@ -186,4 +193,4 @@ def _classifier(classifier: Classifier) -> _Model:
         }
 
     more = [("class", "text"), ("most_probable", "text"), ("confidence", "number"), ("second", "text")]
-    return _Model(classifier.loaded, [*_CLUSTER_COLUMNS, *more, ("class_margin", "number")], describe)
+    return Described(classifier.loaded, [*_CLUSTER_COLUMNS, *more, ("class_margin", "number")], describe)

@@ -21,7 +21,7 @@ from tessella.errors import UserError
 from tessella.run.backbone_file import read_described, write_backbone, write_described
 from tessella.weights.resolve import Loaded, resolve_backbone
 
-_FACTS, _WEIGHTS, _BACKBONE = "classifier.json", "classifier.safetensors", "backbone.safetensors"
+FACTS, _WEIGHTS, _BACKBONE = "classifier.json", "classifier.safetensors", "backbone.safetensors"
 _FORMAT = 1
 _LIMIT = 1 << 26  # bytes of classifier.json
 _QUANTILES = 1001
@@ -102,7 +102,7 @@ def write_classifier(folder: Path, classifier: Classifier, facts: dict[str, Any]
     write_backbone(
         folder / _BACKBONE, loaded.backbone.state_dict(), loaded.config, loaded.transform, {"name": loaded.name}
     )
-    files.write_json(folder / _FACTS, facts)
+    files.write_json(folder / FACTS, facts)
 
 
 def is_classifier(folder: Path) -> bool:

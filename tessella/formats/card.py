@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tessella import files
+from tessella.atlas.classifier import FACTS, is_classifier
 from tessella.data.transform import EvalTransform
 from tessella.evaluation.records import Record
 from tessella.formats.check import LIMIT
@@ -23,6 +25,8 @@ from tessella.run.backbone_file import tensors_sha256
 from tessella.run.config import load_config, to_dict
 from tessella.run.images_seen import known_images
 from tessella.weights.imported import is_imported, read_imported
+
+_FACTS_LIMIT = 1 << 26  # bytes of classifier.json
 
 
 class Origin(NamedTuple):
@@ -55,9 +59,26 @@ def origin_of(source: Path | None, model: Model) -> Origin:
         if fingerprint:
             rows.append(("images", f"{count:,}, fingerprint {fingerprint}"))
         return Origin(f"{network}, trained with {method}", rows, own=True)
+    if source is not None and is_classifier(source):
+        return Origin(f"Classifier on {network}", _measured(source), own=True)
     if source is not None and is_imported(source):
         return Origin(f"{network}, from {read_imported(source).title}", [], own=False)
     return Origin(network, [], own=False)
+
+
+def _measured(classifier: Path) -> list[tuple[str, str]]:
+    """What `tessella classify` found out about a classifier by cross-validation."""
+    facts = files.read_json(classifier / FACTS, _FACTS_LIMIT)
+    words = {
+        "accuracy": "cross-validated accuracy",
+        "majority": "accuracy of always naming the largest class",
+        "calibration_error": "calibration error",
+        "answered": "images that it does not abstain on",
+        "answered_accuracy": "accuracy on these",
+    }
+    known = facts if isinstance(facts, dict) else {}
+    rows = [(words[name], f"{100 * known[name]:.1f} %") for name in words if isinstance(known.get(name), float)]
+    return [("labelled images", str(known.get("labelled", "?"))), *rows]
 
 
 def differences_grid(differences: Mapping[str, Mapping[str, float]]) -> Grid:

@@ -34,6 +34,13 @@ def _other_resnet(config: BackboneConfig, library: str) -> str:
     return f"{library} has no {config.name} with a {config.stem} stem" if config.stem != "imagenet" else ""
 
 
+def _no_unit_length(library: str) -> str:
+    return (
+        f"{library}'s networks do not scale features to unit length before they classify, as this classifier does; its "
+        "backbone.safetensors can be exported alone"
+    )
+
+
 def _reader(net: Callable[[Tensor], Tensor], model: Model) -> Reader:
     """What a library's network gives: features or, with a classifier, logits."""
 
@@ -59,6 +66,8 @@ class _TimmNetwork(NamedTuple):
 def hub_refusal(model: Model) -> str:
     """Why timm cannot carry a model; empty if it can."""
     name = model.config.name
+    if model.head is not None and model.head.unit:
+        return _no_unit_length("timm")
     if model.transform.fit == "shorter side, then both":
         return "timm cannot resize images twice, as its transform does"
     if not name.startswith("timm:") and name not in LAYERS:
@@ -168,6 +177,8 @@ def _timm_transform(transform: EvalTransform) -> dict[str, Any]:
 def torchvision_refusal(model: Model) -> str:
     """Why torchvision cannot carry a model; empty if it can."""
     name = model.config.name
+    if model.head is not None and model.head.unit:
+        return _no_unit_length("torchvision")
     if name not in LAYERS or name == "resnet10":
         return f"torchvision has no ResNet {name!r}"
     return _other_resnet(model.config, "torchvision")

@@ -1,29 +1,33 @@
-"""What is exported: a network, the images that it expects and, of a classifier, its linear head."""
+"""What is exported: a network, the images that it expects and, of a classifier, its linear layer."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tessella.atlas.classifier import is_classifier, read_classifier
 from tessella.data.transform import EvalTransform
 from tessella.modules.backbone import Backbone, BackboneConfig, TimmBackbone
 from tessella.run.config import to_dict
-from tessella.weights.resolve import Loaded
+from tessella.weights.resolve import Loaded, resolve_backbone
 
 FEATURES, PROBABILITIES, DECISION = "features", "probabilities", "decision"  # outputs; a decision of -1 abstains
 
 
 class Head(NamedTuple):
-    """A linear classifier of features; its probabilities are softmax((weight @ feature + bias) / temperature)."""
+    """A linear classifier: softmax((weight @ x + bias) / temperature) of features x, or of x / |x|."""
 
     weight: Tensor  # (k, feature_dim) float32
     bias: Tensor  # (k,) float32
     classes: tuple[str, ...]  # k names
     temperature: float = 1.0  # of the calibration
     abstain_below: float = 0.0  # the class is not decided where the largest probability is lower
+    unit: bool = False  # whether features are scaled to unit length first, as `tessella classify` does
 
     @property
     def calibrated(self) -> tuple[Tensor, Tensor]:
@@ -57,7 +61,8 @@ class Model(NamedTuple):
         """What a program must know beside the tensors, as JSON values."""
         facts: dict[str, Any] = {"architecture": to_dict(self.config), "transform": to_dict(self.transform)}
         if self.head is not None:
-            facts |= {name: to_dict(getattr(self.head, name)) for name in ("classes", "temperature", "abstain_below")}
+            named = ("classes", "temperature", "abstain_below", "unit")
+            facts |= {name: to_dict(getattr(self.head, name)) for name in named}
         return facts
 
     def expected(self, images: Tensor) -> dict[str, Tensor]:
@@ -66,8 +71,25 @@ class Model(NamedTuple):
             return dict(zip(self.outputs, Whole(self)(images), strict=True))
 
 
+def model_of(source: str) -> Model:
+    """The model that a name stands for: a classifier of `tessella classify`, or whatever names a backbone.
+
+    Raises:
+        UserError: it names neither.
+    """
+    if not is_classifier(Path(source)):
+        return Model.of(resolve_backbone(source))
+    found = read_classifier(Path(source))
+    weight, bias = (torch.from_numpy(values).float() for values in (found.weight, found.bias))
+    head = Head(weight, bias, tuple(found.classes), found.temperature, found.confidence, unit=True)
+    return Model.of(found.loaded, head)
+
+
 class Whole(nn.Module):
     """The network with its head: what graph formats hold."""
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -77,13 +99,14 @@ class Whole(nn.Module):
             weight, bias = model.head.calibrated
             self.register_buffer("weight", weight)
             self.register_buffer("bias", bias)
-            self.abstain_below = model.head.abstain_below
+            self.abstain_below, self.unit = model.head.abstain_below, model.head.unit
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(b, 3, size, size) -> `Model.outputs`."""
         features = self.backbone(images)
         if not self.head:
             return (features,)
-        probabilities = (features @ self.weight.T + self.bias).softmax(dim=1)
+        x = F.normalize(features, dim=1) if self.unit else features
+        probabilities = (x @ self.weight.T + self.bias).softmax(dim=1)
         largest, decision = probabilities.max(dim=1)
         return features, probabilities, torch.where(largest < self.abstain_below, -1, decision)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from tessella.formats.export import export
 from tessella.formats.model import Head, Model
 from tessella.weights.resolve import resolve_backbone
 from tests.engine.runs import tiny_run
+from tests.formats.classifiers import classifier_in
 
 for library in ("onnxruntime", "onnxscript", "transformers"):
     pytest.importorskip(library)
@@ -271,24 +271,28 @@ def head_for(dim: int) -> Head:
     return Head(torch.randn(3, dim), torch.randn(3), ("egret", "heron", "stork"), 2.0, 0.6)
 
 
-def test_a_classifier_keeps_its_classes_and_when_it_abstains(tmp_path: Path):
+def test_a_classifier_is_reproduced_from_the_onnx_file_alone(tmp_path: Path):
     import onnxruntime
 
-    model = model_of(NARROW)
-    model = model._replace(head=head_for(model.backbone.feature_dim))
-    exported = export(model, tmp_path / "out", ["onnx", "pt2", "safetensors"])
-    assert set(exported.differences["onnx"]) == {"onnxruntime", "onnxruntime, uint8"}
+    classifier = classifier_in(tmp_path / "birds")
+    exported = tessella.export(tmp_path / "birds", tmp_path / "out")
+    assert set(exported.differences) == {"onnx", "pt2", "safetensors"}
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model-uint8.onnx")
-    features, probabilities, decision = session.run(None, {"pixels": photos(6)})
-    head: Any = model.head
-    logits = (features @ head.weight.numpy().T + head.bias.numpy()) / head.temperature
-    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
-    assert np.array_equal(decision, np.where(expected.max(1) < 0.6, -1, expected.argmax(1)))
+    images = photos(6)
+    features, probabilities, decision = session.run(None, {"pixels": images})
+    expected = classifier.probabilities(torch.nn.functional.normalize(torch.from_numpy(features), dim=1))
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-4, atol=1e-6)
+    assert np.array_equal(decision, np.where(expected.max(1) < 0.86, -1, expected.argmax(1))) and len(set(decision)) > 1
+    backbone = classifier.loaded.backbone.eval()
+    ours = backbone(classifier.loaded.transform(torch.from_numpy(images).permute(0, 3, 1, 2))).detach().numpy()
+    np.testing.assert_allclose(features, ours, rtol=1e-4, atol=1e-6)
     facts = json.loads(session.get_modelmeta().custom_metadata_map["tessella.json"])
-    assert facts["classes"] == ["egret", "heron", "stork"] and facts["abstain_below"] == 0.6
+    assert facts["classes"] == ["egret", "heron", "stork"] and facts["abstain_below"] == 0.86 and facts["unit"] is True
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "pipeline_tag: image-classification" in card and "egret, heron, stork" in card
+    for fact in ("pipeline_tag: image-classification", "egret, heron, stork", "92.5 %", "below 0.86, it abstains"):
+        assert fact in card, fact
+    with pytest.raises(UserError, match=r"hub cannot carry this network: timm's networks do not scale features"):
+        tessella.export(tmp_path / "birds", tmp_path / "hub", to=["hub"])
 
 
 def test_a_classifier_opens_in_libraries_of_classifiers(tmp_path: Path):
