@@ -67,12 +67,12 @@ def memory(browser: Browser) -> float:
 
 def drag(browser: Browser, steps: int = 60) -> list[float]:
     """Milliseconds between frames while the map is dragged."""
-    browser.run(f"window.frames_ = {_FRAMES % (steps - 10)}; 0")
+    browser.run(f"window.dragged = {_FRAMES % (steps - 10)}; 0")
     browser.mouse("mousePressed", 700, 500)
     for step in range(steps):
         browser.mouse("mouseMoved", 700 + 4 * step, 500 + 2 * step, buttons=1)
     browser.mouse("mouseReleased", 700 + 4 * steps, 500 + 2 * steps)
-    times = browser.run("window.frames_")
+    times = browser.run("window.dragged")
     return [later - earlier for earlier, later in pairwise(times)]
 
 
@@ -91,7 +91,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
         browser.open(page, f"#{options.draw}")
         paint = browser.run("performance.getEntriesByName('first-contentful-paint')[0]?.startTime")
         figures["first_paint_s"] = (paint or float("nan")) / 1000
-        figures["ready_s"] = browser.run("performance.timing.loadEventEnd - performance.timing.navigationStart") / 1000
+        figures["ready_s"] = browser.run("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000
         time.sleep(3)
         figures["memory_opened_mib"] = memory(browser)
         for name, zoom in (("whole map", 0), ("zoomed in", 6)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -225,3 +226,33 @@ def test_a_page_of_few_images_is_one_file_and_replaces_the_scripts_of_a_larger_o
     monkeypatch.undo()
     write_page(generated(50), tmp_path)
     assert not list(tmp_path.glob("page/*.js"))
+
+
+@chromium
+def test_names_resolve_as_the_log_says(browser, written):
+    source = (resources.files("tessella.atlas") / "templates" / "names.js").read_text(encoding="utf-8")
+    browser.open(written)
+
+    def resolved(*events: dict) -> tuple[list, list, list]:
+        arguments = json.dumps([["1.1", "1.1", "1.2", "2.1", ""], list("abcde"), events])
+        answer = browser.run(f"(() => {{ {source}; return resolveNames(...{arguments}); }})()")
+        return answer["labels"], answer["paths"], answer["states"]
+
+    name = {"action": "name", "clusters": ["1", "2"], "name": "sea"}
+    inner = {"action": "name", "clusters": ["1.2"], "name": "ship"}
+    assert resolved(name)[0] == ["sea", "sea", "sea", "sea", ""]
+    assert resolved(inner, name)[0] == ["sea", "sea", "ship", "sea", ""]  # an inner name counts, also an older one
+    assert resolved(name, inner, inner | {"name": ""})[0] == ["sea", "sea", "sea", "sea", ""]
+    assert resolved(name, inner, {"action": "undo"}, {"action": "undo"})[0] == [""] * 5
+    assert resolved(name, {"action": "undo"}, inner, {"action": "undo"}, {"action": "undo"})[0] == [""] * 5
+    split = {"action": "split", "cluster": "1.1", "images": ["b", "d"]}
+    assert resolved(name, split, {"action": "name", "clusters": ["1.1.1"], "name": "sand"}) == (
+        ["sea", "sand", "sea", "sea", ""], ["1.1.2", "1.1.1", "1.2", "2.1", ""], [""] * 5
+    )  # fmt: skip
+    assert resolved({"action": "split", "cluster": "1", "images": ["a"]})[1] == ["1.1", "1.1", "1.2", "2.1", ""]
+    label = {"action": "label", "images": ["a", "e"], "name": "gull"}
+    assert resolved(label, name)[0] == ["gull", "sea", "sea", "sea", "gull"]
+    assert resolved(label, name, label | {"name": ""})[0] == ["sea", "sea", "sea", "sea", ""]
+    drop, keep = {"action": "drop", "images": ["a", "b"]}, {"action": "keep", "images": ["b"]}
+    assert resolved(name, drop)[0] == ["", "", "sea", "sea", ""]
+    assert resolved(name, drop, keep)[::2] == (["", "sea", "sea", "sea", ""], ["dropped", "kept", "", "", ""])

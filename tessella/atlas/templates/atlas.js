@@ -337,6 +337,8 @@ function showAll() {
   const actions = liveEvents(state.events).length;
   $("counter").replaceChildren(element("b", {}, `${number(named)} of ${number(count)} named`), ` · ${percent(named / (count || 1))} · ${plural(actions, "action")}`);
   $("undo").disabled = !actions;
+  const open = content.inbox.filter((group) => !isDecided(group, stateOf)).length;
+  $("inbox-count").textContent = number(open + content.unreadable.length);
 }
 
 function showChoice() {
@@ -349,7 +351,7 @@ function showChoice() {
 function showMarks() {
   wall.mark();
   if (inbox) inbox.mark();
-  if (map) map.paint();
+  shadeMap();
   showSelection();
 }
 
@@ -588,8 +590,6 @@ function reason(row) {
 
 // --- the map's colours and labels ---
 
-const colours = new Map();
-
 /** Colour of a cluster: hues far apart for the clusters of the first level, a little different inside. */
 function colourOf(path) {
   const [first, second = 0, third = 0] = path.split(".").map(Number);
@@ -598,38 +598,43 @@ function colourOf(path) {
   return `oklch(${lightness.toFixed(3)} 0.12 ${((first * 137.5 + 40) % 360).toFixed(1)})`;
 }
 
-function bytesOf(colour) {
-  if (!colours.has(colour)) {
+/** Red, green, blue of a cluster's colour. */
+function bytesOf(path) {
+  if (!colours.has(path)) {
     const context = element("canvas", { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
-    context.fillStyle = colour;
+    context.fillStyle = path ? colourOf(path) : "#888";
     context.fillRect(0, 0, 1, 1);
-    colours.set(colour, context.getImageData(0, 0, 1, 1).data);
+    colours.set(path, context.getImageData(0, 0, 1, 1).data);
   }
-  return colours.get(colour);
+  return colours.get(path);
 }
 
+const colours = new Map();
+
+/** Give the map its colours: bright is what is selected, or chosen; dropped images are faint. */
 function shadeMap() {
   if (!map || state.view !== "map") return;
-  const shades = new Uint8Array(4 * count), some = state.chosen.size || state.list;
+  const shades = new Uint8Array(4 * count), some = state.selected.size || state.chosen.size || state.list;
   const bright = new Uint8Array(count).fill(some ? 0 : 1);
-  if (some) for (const row of chosenRows()) bright[row] = 1;
+  if (some) for (const row of state.selected.size ? state.selected : chosenRows()) bright[row] = 1;
   for (let row = 0; row < count; row++) {
-    const path = state.resolved.paths[row];
-    shades.set(bytesOf(path ? colourOf(path) : "#888"), 4 * row);
-    shades[4 * row + 3] = stateOf(row) === "dropped" ? 30 : bright[row] ? 255 : 70;
+    shades.set(bytesOf(state.resolved.paths[row]), 4 * row);
+    shades[4 * row + 3] = stateOf(row) === "dropped" ? 30 : bright[row] ? 255 : 80;
   }
   map.shade(shades);
 }
 
 /** Where the names of clusters stand on the map: the larger the map, the finer the clusters. */
 function mapLabels(zoom) {
-  const level = zoom < 1.8 ? 1 : zoom < 4 ? 2 : 9;
+  const level = zoom < 1.8 ? 1 : zoom < 4 ? 2 : Infinity;
   const labels = [];
   for (const node of nodesInOrder()) {
-    if (node.level > level || (node.level < level && node.inner.length && zoom < 8)) continue;
-    if (node.inner.length && level === 9) continue;
+    const named = state.resolved.names.has(node.path);
+    const isFinest = node.level === level || (node.level < level && !node.inner.length);
+    if (!named && (!isFinest || nameOf(node.path))) continue;  // one label for all that a name covers
+    if (node.level > level) continue;
     node.middle ??= middleOf(node);
-    labels.push({ row: node.middle, text: printable(nameOf(node.path) || node.path), named: Boolean(nameOf(node.path)), size: node.rows.length });
+    labels.push({ row: node.middle, text: printable(nameOf(node.path) || node.path), named, size: node.rows.length });
   }
   return labels.sort((a, b) => b.named - a.named || b.size - a.size);
 }
@@ -848,7 +853,6 @@ function searchKey(event) {
 function start() {
   wall = new Wall($("wall"), { pick, marked });
   showBanner();
-  $("inbox-count").textContent = number(content.inbox.length + content.unreadable.length);
   $("undo").onclick = undo;
   $("save").onclick = save;
   $("help").onclick = showHelp;
@@ -876,6 +880,7 @@ function start() {
     }
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    colours.clear();
     showTree();
     shadeMap();
   });

@@ -272,17 +272,18 @@ class PlainRenderer {
 
   draw(view, visible, size, dotSize) {
     this.drawDots(view, dotSize);
-    const { context } = this, border = size < 40 ? 1 : 2, inner = size - 2 * border;
+    const { context } = this, border = size < 40 ? 1 : 2;
     context.setTransform(view.ratio, 0, 0, view.ratio, 0, 0);
+    context.lineWidth = border;
     for (const row of visible) {
       const slot = this.slots.of.get(row);
       if (slot === undefined) continue;
       const left = view.left(row) - size / 2, top = view.top(row) - size / 2, shade = 4 * row;
-      context.globalAlpha = this.shades[shade + 3] / 255;
-      context.fillStyle = `rgb(${this.shades[shade]} ${this.shades[shade + 1]} ${this.shades[shade + 2]})`;
-      context.fillRect(left, top, size, size);
       const [slotX, slotY] = this.origin(slot);
-      context.drawImage(this.pages[slot >> 6], slotX, slotY, SLOT, SLOT, left + border, top + border, inner, inner);
+      context.globalAlpha = this.shades[shade + 3] / 255;
+      context.drawImage(this.pages[slot >> 6], slotX, slotY, SLOT, SLOT, left, top, size, size);
+      context.strokeStyle = `rgb(${this.shades[shade]} ${this.shades[shade + 1]} ${this.shades[shade + 2]})`;
+      context.strokeRect(left + border / 2, top + border / 2, size - border, size - border);
     }
     context.globalAlpha = 1;
   }
@@ -443,16 +444,13 @@ class ImageMap {
     const colour = (name) => style.getPropertyValue(name).trim();
     context.setTransform(this.ratio, 0, 0, this.ratio, 0, 0);
     context.clearRect(0, 0, this.width, this.height);
-    const pictures = new Set(this.visible);
-    const frame = (row, width, stroke) => {
-      const x = this.left(row), y = this.top(row), shown = pictures.has(row) ? this.size : this.dotSize() + 4;
-      context.strokeStyle = stroke;
-      context.lineWidth = width;
-      context.strokeRect(x - shown / 2 - 1, y - shown / 2 - 1, shown + 2, shown + 2);
-    };
-    const { selected, current } = this.on.marked();
-    if (selected.size && selected.size < 3000) for (const row of selected) frame(row, 1.5, colour("--accent"));
-    if (current >= 0) frame(current, 3, colour("--accent"));
+    const { current } = this.on.marked();
+    if (current >= 0) {
+      const shown = (this.visible.includes(current) ? this.size : this.dotSize() + 4) + 2;
+      context.strokeStyle = colour("--accent");
+      context.lineWidth = 3;
+      context.strokeRect(this.left(current) - shown / 2, this.top(current) - shown / 2, shown, shown);
+    }
     this.drawLabels(context, colour);
     if (this.path?.length > 1) {
       context.beginPath();
