@@ -87,10 +87,12 @@ function buildTree() {
   for (const cluster of content.clusters) {
     addNode(cluster.path, whole.subarray(cluster.start, cluster.start + cluster.size), cluster.cohesion);
   }
-  for (const split of state.resolved.splits) {
+  for (const split of state.resolved.splits.sort()) {  // a cluster before those that it was split into
+    const whole = state.nodes.get(split);
+    if (!whole || whole.inner.length) continue;  // only a cluster without inner ones is split
     for (const path of [`${split}.1`, `${split}.2`]) {
-      const part = state.nodes.get(split)?.rows.filter((row) => `${state.resolved.paths[row]}.`.startsWith(`${path}.`));
-      if (part) addNode(path, part, null);
+      const part = whole.rows.filter((row) => `${state.resolved.paths[row]}.`.startsWith(`${path}.`));
+      if (part.length) addNode(path, part, null);
     }
   }
 }
@@ -212,7 +214,7 @@ function startNaming({ merge = false } = {}) {
 }
 
 function acceptName(text) {
-  const name = text.trim(), { paths, images } = state.naming;
+  const name = cleanName(text), { paths, images } = state.naming;
   state.naming = null;
   if (images) {
     record({ action: "label", images: images.map((row) => ids[row]), name });

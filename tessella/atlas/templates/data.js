@@ -34,7 +34,7 @@ function bytesOfBase64(base64) {
 
 /** Text on one line, every character that could steer the reader's eye written out; as tessella/text.py. */
 function printable(text) {
-  return String(text).replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}]/gu, (character) => {
+  return String(text).replace(STEERING, (character) => {
     const code = character.codePointAt(0);
     const digits = code.toString(16);
     if (code < 0x100) return { 9: "\\t", 10: "\\n", 13: "\\r" }[code] || `\\x${digits.padStart(2, "0")}`;

@@ -1,5 +1,7 @@
 // Names of clusters and labels of images: what follows from the log of events. tessella/atlas/names.py says the same.
 
+const STEERING = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}]/gu;  // what could hide or turn around text
+
 /** The events that count: without undo, and without what an undo has taken back. */
 function liveEvents(events) {
   const live = [];
@@ -26,30 +28,25 @@ function* pathsUp(path) {
  *   or ""; paths of the clusters that were split
  */
 function resolveNames(paths, ids, events) {
-  const names = new Map(), splits = new Set(), own = new Map(), states = new Map();
-  const current = paths.slice();
+  const names = new Map(), halves = new Map(), own = new Map(), states = new Map();
   for (const event of liveEvents(events)) {
     if (event.action === "name") for (const path of event.clusters) names.set(path, event.name);
     else if (event.action === "label") for (const id of event.images) own.set(id, event.name);
-    else if (event.action === "drop") for (const id of event.images) states.set(id, "dropped");
-    else if (event.action === "keep") for (const id of event.images) states.set(id, "kept");
-    else if (event.action === "split") {
-      const listed = new Set(event.images);
-      for (let row = 0; row < current.length; row++) {
-        if (current[row] !== event.cluster) continue;  // only a cluster without inner ones can be split
-        splits.add(event.cluster);
-        current[row] = `${event.cluster}.${listed.has(ids[row]) ? 1 : 2}`;
-      }
-    }
+    else if (event.action === "split") halves.set(event.cluster, new Set(event.images));
+    else for (const id of event.images) states.set(id, event.action === "drop" ? "dropped" : "kept");
   }
   for (const [path, name] of names) if (!name) names.delete(path);
+  const current = paths.map((path, row) => {
+    while (halves.has(path)) path += halves.get(path).has(ids[row]) ? ".1" : ".2";
+    return path;
+  });
   const labels = current.map((path, row) => {
     if (states.get(ids[row]) === "dropped") return "";
     if (own.get(ids[row])) return own.get(ids[row]);
     for (const above of pathsUp(path)) if (names.has(above)) return names.get(above);
     return "";
   });
-  return { names, paths: current, labels, states: ids.map((id) => states.get(id) || ""), splits: [...splits] };
+  return { names, paths: current, labels, states: ids.map((id) => states.get(id) || ""), splits: [...halves.keys()] };
 }
 
 /** Two logs as one: what both begin with, then the rest of the first, then what only the second has. */
@@ -86,16 +83,22 @@ function eventsFrom(text, atlas, revision) {
   if (file.revision !== revision) {
     throw new Error("These names belong to another clustering of these images. “tessella explore” carries them over.");
   }
-  if (!file.events.every(isEvent)) throw new Error("This names.json holds an event that is not complete.");
+  if (!file.events.every(isEvent)) throw new Error("This names.json holds an event that is not complete, or a name that is none.");
   return file.events;
+}
+
+/** A text as a name: on one line, without characters that steer, at most 200 characters. */
+function cleanName(text) {
+  return [...text.replace(/\s/gu, " ").replace(STEERING, "").trim()].slice(0, 200).join("").trim();
 }
 
 function isEvent(event) {
   const texts = (list) => Array.isArray(list) && list.every((item) => typeof item === "string");
+  const isName = (text) => typeof text === "string" && cleanName(text) === text;
   switch (event?.action) {
-    case "name": return texts(event.clusters) && typeof event.name === "string";
+    case "name": return texts(event.clusters) && isName(event.name);
     case "split": return typeof event.cluster === "string" && texts(event.images);
-    case "label": return texts(event.images) && typeof event.name === "string";
+    case "label": return texts(event.images) && isName(event.name);
     case "drop": case "keep": return texts(event.images);
     case "undo": return true;
     default: return false;
