@@ -31,7 +31,7 @@ from tessella.report.page import render
 
 _ONE_FILE = 30_000  # images; beyond, pictures are loaded when they are needed
 # A page of 20,000 images stays below 20 MB. Sides are multiples of 16, the blocks of WebP: neighbours do not mix.
-_SIDES = ((4_000, 96, 65), (12_000, 64, 60), (math.inf, 48, 48))  # up to so many images: pixels, quality of WebP
+_SIDES = ((4_000, 96, 65), (12_000, 64, 60), (math.inf, 48, 40))  # up to so many images: pixels, quality of WebP
 _SHEET = 768  # pixels of a sheet's side
 _SHEETS_PER_SCRIPT = 8
 _FOLDER = "page"  # of the scripts

@@ -190,7 +190,7 @@ def test_before_there_are_clusters_the_page_shows_the_images_and_says_what_is_to
     content = generated(
         40, clusters=[], fine=np.full(40, -1, np.int32), runner_up=np.full(40, -1, np.int32), place=None,
         neighbours=np.zeros((40, 0), np.int32), similarity=np.zeros((40, 0), np.float32),
-        components=np.zeros((40, 0), np.int8), stages=[("index", "done in 1 s"), ("clusters", "to do")],
+        components=np.zeros((40, 0), np.int8), stages=[("index", "done in 1 s"), ("clusters", "to do")], revision="",
     )  # fmt: skip
     fresh(browser, write_page(content, tmp_path))
     assert browser.run("document.body.dataset.view") == "wall"
@@ -198,7 +198,12 @@ def test_before_there_are_clusters_the_page_shows_the_images_and_says_what_is_to
     assert "Still to come: clusters" in browser.run("document.getElementById('banner').textContent")
     browser.click("#wall .tile")
     browser.press("d")
-    assert [event["action"] for event in actions(browser)] == ["drop"]
+    browser.open(write_page(generated(40), tmp_path))  # the next stage: what was decided about images stays
+    assert browser.run("document.getElementById('counter').textContent").endswith("1 action")
+    browser.click("#node-1")
+    browser.press("k")
+    first = {"action": "drop", "images": [str(content.ids[0])]}
+    assert actions(browser)[0] == first and [event["action"] for event in actions(browser)] == ["drop", "keep"]
     assert browser.errors() == []
 
 

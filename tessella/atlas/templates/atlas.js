@@ -1,6 +1,6 @@
 // The page: what is chosen, what a person decides, and the panels that show it.
 
-const KEPT_AS = `tessella ${content.atlas} ${content.revision}`;  // in the browser's own storage
+const keptAs = (revision) => `tessella ${content.atlas} ${revision}`;  // in the browser's own storage
 const KINDS_OF_FLAGS = ["dark", "bright", "blank", "blurred", "has copies", "odd"];
 const SUGGESTIONS = 8;
 
@@ -25,9 +25,12 @@ let map = null, wall, inbox;
 
 // --- events ---
 
+/** What this browser has kept; also what was decided about images before there were clusters. */
 function storedEvents() {
+  const kept = (revision) => JSON.parse(localStorage.getItem(keptAs(revision)) || "[]").filter(isEvent);
   try {
-    return JSON.parse(localStorage.getItem(KEPT_AS) || "[]").filter(isEvent);
+    const early = content.revision ? liveEvents(kept("")).filter((event) => event.images) : [];
+    return mergedLogs(kept(content.revision), early);
   } catch {
     return [];  // a browser may keep nothing for pages from the disk
   }
@@ -43,7 +46,7 @@ function record(...events) {
 
 function keepEvents() {
   try {
-    localStorage.setItem(KEPT_AS, JSON.stringify(state.events));
+    localStorage.setItem(keptAs(content.revision), JSON.stringify(state.events));
   } catch {
     say("This browser cannot keep more names: save names.json before you close the page.");
   }
