@@ -587,8 +587,9 @@ function reason(row) {
   const place = typicality > 0.75 ? "It is among the typical images of its cluster" : typicality > 0.25 ? "It is neither typical nor odd for its cluster"
     : "It is at the edge of its cluster";
   const first = typicality > 0.99 ? `${place}, one of the first.` : `${place}: more typical than ${percent(typicality)} of them.`;
-  const other = runner && (margin < 0.03 ? `It is nearly as close to ${titleOf(runner.path)} (a cosine of ${margin.toFixed(3)} between them), so it may belong there.`
-    : `The next cluster would be ${titleOf(runner.path)}, by a cosine of ${margin.toFixed(2)} less close.`);
+  const other = runner && (margin < 0.03
+    ? `It is nearly as close to ${titleOf(runner.path)} (its cosine is lower by only ${margin.toFixed(3)}), so it may belong there.`
+    : `The second nearest is ${titleOf(runner.path)}, with a cosine lower by ${margin.toFixed(2)}.`);
   const odd = rows.outlier[row] > 0.95 && `It is odd: ${percent(rows.outlier[row])} of all images have nearer neighbours.`;
   return [first, odd || other].filter(Boolean).join(" ");
 }
