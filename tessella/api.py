@@ -241,7 +241,7 @@ def pretrain(data: Images, recipe: Recipe, out: FilePath, **settings: Any) -> Pa
 
 @_command
 def resume(run: FilePath, data: Images | None = None, *, allow: Collection[str] = (), **changes: Any) -> Path:
-    """Go on exactly where a run stopped.
+    """Continue a run exactly where it stopped.
 
     Args:
         run: its folder.

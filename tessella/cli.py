@@ -48,9 +48,14 @@ _WORK_GOES_TO_FILES = (
 class Command(NamedTuple):
     """One row of the table of commands."""
 
+    function: str  # of `tessella.api`, or `recipes` here; its docstring explains the command
     usage: str  # its words in short
-    summary: str
     run: Callable[[list[str]], int]  # words -> exit code
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(_function(self.function)) or "").partition("\n")[0].removesuffix(".")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -343,10 +348,6 @@ def _show_scan(scan: Any, options: dict[str, Any]) -> None:
     print("\n".join(map(printable, scan.lines(brief=sys.stdout.isatty()))))
 
 
-def _show_bench(bench: Any, options: dict[str, Any]) -> None:
-    print("\n".join(bench.lines()))
-
-
 def _show_pack(packed: Any, options: dict[str, Any]) -> None:
     print("\n".join(packed.lines(options["out"])))
     _show_written(options["out"], options, "" if packed.written else " (before, and whole)")
@@ -393,38 +394,44 @@ def _show_written(path: Path, options: dict[str, Any], more: str = "") -> None:
         print(printable(f"Written: {path}{more}"))
 
 
-def _show_lines(found: Any, given: dict[str, Any]) -> None:
+def _show_lines(result: Any, options: dict[str, Any]) -> None:
     """A result that can describe itself, and the files that were written."""
-    print("\n".join(map(printable, found.lines())))
+    print("\n".join(map(printable, result.lines())))
     for name in ("out", "folders"):
-        if given.get(name) is not None:
-            _show_written(given[name], given)
+        if options.get(name) is not None:
+            _show_written(options[name], options)
 
 
 # --- words --------------------------------------------------------------------------------------------------
 
 
+def _function(name: str) -> Callable[..., Any]:
+    from tessella import api
+
+    function: Callable[..., Any] = recipes if name == "recipes" else getattr(api, name)
+    return function
+
+
 def _derived(
     name: str,
+    usage: str,
     words: tuple[str, ...] = (),
     show: Callable[[Any, dict[str, Any]], None] = lambda result, options: None,
     required: tuple[str, ...] = (),
-) -> Callable[[list[str]], int]:
+) -> Command:
     """A command made from a function of `tessella.api`: its signature gives the options, its docstring the help.
 
     Args:
         name: of the function.
-        words: its arguments that are given without a flag.
+        usage: the words of the command in short.
+        words: arguments that are given without a flag.
         show: prints the result; it also gets the arguments.
         required: options that are optional in Python only.
     """
 
     def run(arguments: list[str]) -> int:
-        from tessella import api
-
         command = next(word for word, row in COMMANDS.items() if row.run is run)
-        function = recipes if name == "recipes" else getattr(api, name)
-        call = _parse(command, _recording(function, words, required), arguments)
+        call = _parse(command, _recording(_function(name), words, required), arguments)
         if "run" in call.keywords:
             _require_run(call.keywords["run"])  # before torch is imported
         try:
@@ -434,7 +441,7 @@ def _derived(
         show(result, call.keywords)
         return 0
 
-    return run
+    return Command(name, usage, run)
 
 
 def _first_word(command: str, what: str, words: list[str]) -> tuple[str, list[str]]:
@@ -520,105 +527,38 @@ def _say(text: str) -> None:
         print(f"{who}: {printable(text)}", file=sys.stderr)
 
 
-COMMANDS: dict[str, Command] = {
-    "demo": Command(
-        "[--out DIR] [--seeds N]",
-        "embedded digits, no network: pretrain, evaluate, report",
-        _derived("demo", show=_show_written),
+COMMANDS = {
+    "demo": _derived("demo", "[--out DIR] [--seeds N]", show=_show_written),
+    "scan": _derived("scan", "DATA [--headers-only]", ("data",), _show_scan),
+    "pack": _derived("pack", "DATA --out PACK [--short-side 320] [--quality 90]", ("data",), _show_pack),
+    "bench": _derived("bench", "[RECIPE] --data DATA [--seconds 60]", ("recipe",), _show_lines),
+    "explore": _derived("explore", "DATA [--out ATLAS] [--backbone BACKBONE] [--minutes 5]", ("data",), _show_written),
+    "label": _derived(
+        "label", "ATLAS [--names names.json] (--out LABELS.csv | --folders DIR)", ("atlas",), _show_lines
     ),
-    "scan": Command(
-        "DATA [--headers-only]",
-        "what is in a data set, what cannot be read, which recipe fits",
-        _derived("scan", ("data",), _show_scan),
-    ),
-    "pack": Command(
-        "DATA --out PACK [--short-side 320] [--quality 90]",
-        "encode images again, smaller, once: every epoch reads and decodes less",
-        _derived("pack", ("data",), _show_pack),
-    ),
-    "bench": Command(
-        "[RECIPE] --data DATA [--seconds 60]",
-        "what limits training here: decoding, views or the step; what a pack brings",
-        _derived("bench", ("recipe",), _show_bench),
-    ),
-    "explore": Command(
-        "DATA [--out ATLAS] [--backbone BACKBONE] [--minutes 5]",
-        "clusters, copies and odd images on a page, to look at and to name",
-        _derived("explore", ("data",), _show_written),
-    ),
-    "label": Command(
-        "ATLAS [--names names.json] (--out LABELS.csv | --folders DIR)",
-        "names of clusters -> labels of images",
-        _derived("label", ("atlas",), _show_lines),
-    ),
-    "classify": Command(
-        "ATLAS --out DIR [--labels LABELS.csv]",
-        "labels -> a classifier that may abstain, and labels that look wrong",
-        _derived("classify", ("atlas",), _show_lines),
-    ),
-    "select": Command(
-        "ATLAS [--budget 100] [--out FILE.csv]",
-        "which images are worth a look next, and why",
-        _derived("select", ("atlas",), _show_lines),
-    ),
-    "assign": Command(
-        "CLASSIFIER|ATLAS|RUN DATA --out FILE.parquet",
-        "cluster, class, margin and outlier score of new images",
-        _derived("assign", ("model", "data"), _show_lines),
-    ),
-    "duplicates": Command(
-        "DATA [--out FILE.csv]",
-        "exact and near copies",
-        _derived("duplicates", ("data",), _show_lines),
-    ),
-    "recipes": Command(
-        "[NAME]",
-        "list complete runs, or show one with its source and cost",
-        _derived("recipes", ("name",)),
-    ),
-    "pretrain": Command(
-        "RECIPE --data DATA --out RUN [--SETTING VALUE ...]",
-        "train a backbone on unlabelled images",
-        pretrain,
-    ),
-    "resume": Command(
-        "RUN [--SETTING VALUE ...]",
-        "continue a run exactly where it stopped",
-        resume,
-    ),
-    "evaluate": Command(
+    "classify": _derived("classify", "ATLAS --out DIR [--labels LABELS.csv]", ("atlas",), _show_lines),
+    "select": _derived("select", "ATLAS [--budget 100] [--out FILE.csv]", ("atlas",), _show_lines),
+    "assign": _derived("assign", "MODEL DATA --out FILE.parquet", ("model", "data"), _show_lines),
+    "duplicates": _derived("duplicates", "DATA [--out FILE.csv]", ("data",), _show_lines),
+    "recipes": _derived("recipes", "[NAME]", ("name",)),
+    "pretrain": Command("pretrain", "RECIPE --data DATA --out RUN [--SETTING VALUE ...]", pretrain),
+    "resume": Command("resume", "RUN [--SETTING VALUE ...]", resume),
+    "evaluate": _derived(
+        "evaluate",
         "BACKBONE (--train DATA --test DATA | --data FILE) --out DIR [--protocols NAME ...] [--baseline]",
-        "judge a backbone: probes, few labels, transfer, detection, segmentation",
-        _derived("evaluate", ("backbone",), _show_evaluation, required=("out",)),
+        ("backbone",),
+        _show_evaluation,
+        required=("out",),
     ),
-    "compare": Command(
-        "FOLDERS [--out FILE]",
-        "evaluations side by side",
-        _derived("compare", ("folders",), _show_comparison),
-    ),
-    "embed": Command(
-        "BACKBONE DATA --out FILE",
-        "write features as .parquet or .npy",
-        _derived("embed", ("backbone", "data"), _show_features),
-    ),
-    "import": Command(
-        "FILE --out DIR [--from PROJECT]",
-        "official checkpoints of the five methods, and ResNets, in",
-        _derived("import_weights", ("file",), _show_import),
-    ),
-    "export": Command(
+    "compare": _derived("compare", "FOLDERS [--out FILE]", ("folders",), _show_comparison),
+    "embed": _derived("embed", "BACKBONE DATA --out FILE", ("backbone", "data"), _show_features),
+    "import": _derived("import_weights", "FILE --out DIR [--from PROJECT]", ("file",), _show_import),
+    "export": _derived(
+        "export",
         "BACKBONE --out FOLDER [--to hub onnx pt2 torchvision safetensors] [--push OWNER/NAME]",
-        "write a backbone for timm, transformers, onnxruntime, torch, torchvision; compared",
-        _derived("export", ("backbone",), _show_export),
+        ("backbone",),
+        _show_export,
     ),
-    "serve": Command(
-        "BACKBONE [--port 8000]",
-        "answer HTTP requests on this machine: image in, features out",
-        _derived("serve", ("backbone",)),
-    ),
-    "report": Command(
-        "RUN",
-        "write a page about a run",
-        _derived("write_report", ("run",), _show_written),
-    ),
+    "serve": _derived("serve", "BACKBONE [--port 8000]", ("backbone",)),
+    "report": _derived("write_report", "RUN", ("run",), _show_written),
 }

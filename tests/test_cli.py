@@ -174,7 +174,7 @@ def test_an_error_of_the_system_is_one_line_and_code_2(error, said, monkeypatch,
     def refuses(words: list[str]) -> int:
         raise error
 
-    monkeypatch.setitem(COMMANDS, "recipes", Command("", "", refuses))
+    monkeypatch.setitem(COMMANDS, "recipes", Command("recipes", "", refuses))
     assert run("recipes swav_cpu") == 2
     told = capsys.readouterr().err
     assert told.startswith(f"tessella: {said}") and told.count("\n") == 1

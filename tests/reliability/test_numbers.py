@@ -64,7 +64,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, int] | None = None, 
 
     def epoch(self: Loader, number: int, first_step: int = 0) -> Iterator[list[Batch]]:
         for offset, batches in enumerate(straight(self, number, first_step)):
-            step = number * self.order.steps_per_epoch + first_step + offset
+            step = number * self.sampler.steps_per_epoch + first_step + offset
             for batch in batches:
                 which = batch.instances == (-1 if row is None else row)
                 if left.get(step, 0) > 0:

@@ -31,7 +31,7 @@ STOP = 7  # steps done, in the middle of the second epoch
 
 # What may differ between a process that has trained and one that has loaded the checkpoint, and why.
 DERIVED = {
-    "monitor._loss": "of the last step; the next one observes anew before anything is reported",
+    "monitor._loss": "of the last step; the next one is observed before anything is reported",
     "monitor._embeddings": "as _loss",
     "monitor._views": "as _loss",
     "loader.wait_seconds": "time of this process",
