@@ -67,11 +67,9 @@ class Shelf:
         return self._data[key]
 
     def near_copies(self, data: Data, predictions: str | None) -> dict[str, Any]:
-        """How many test images are near-copies of train images, for the record.
+        """How many test images are near-copies of train images, for the record of the protocol that has just run.
 
-        Args:
-            data: of the protocol that has just run.
-            predictions: its folder within the evaluation's, which gets thumbnails of the pairs.
+        `predictions` is its folder within the evaluation's, which gets thumbnails of the pairs.
         """
         key = data.train.fingerprint, data.test.fingerprint
         if key not in self._copies:

@@ -103,12 +103,7 @@ class Task(NamedTuple):
 
 @checked
 def plan(
-    protocols: Sequence[Any],
-    source: Source | None,
-    file: DataFile | None,
-    *,
-    seed: int,
-    seeds: Repeats | None = None,
+    protocols: Sequence[Any], source: Source | None, file: DataFile | None, *, seed: int, seeds: Repeats | None = None
 ) -> list[Task]:
     """The tasks that were asked for, in order.
 

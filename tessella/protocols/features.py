@@ -86,12 +86,9 @@ class ImageData:
         return next((held[-1].skipped for (name, *_), held in self._held.items() if name == split), None)
 
     def features(self, backbone: nn.Module, split: str, transform: EvalTransform | None = None) -> Features:
-        """Features of "train" or "test"; extracted once, and again when the weights have changed.
+        """Features of "train" or "test" by a backbone with `feature_dim`, under this or the evaluation's transform.
 
-        Args:
-            backbone: has `feature_dim`.
-            split: "train" or "test".
-            transform: instead of the evaluation's own.
+        They are extracted once, and again when the weights have changed.
         """
         transform = transform or self.transform
         place, digests = (split, transform, id(backbone)), tensor_digests(backbone)
@@ -295,15 +292,9 @@ def rank_rows(n: int) -> NDArray[np.int64]:
 
 
 def gather_rows(mine: Tensor, n: int, device: torch.device) -> Tensor:
-    """Put the ranks' shares back into row order, the inverse of `rank_rows`.
+    """Put the ranks' shares of n rows back into order, the inverse of `rank_rows`; equal on every rank.
 
-    Args:
-        mine: (len(rank_rows(n)), ...) on the CPU.
-        n: rows in all.
-        device: where the collectives run; the result travels over it in parts.
-
-    Returns:
-        (n, ...) on the CPU, equal on every rank.
+    (len(rank_rows(n)), ...) on the CPU -> (n, ...) on the CPU, in parts over the device, where the collectives run.
     """
     ranks = dist.world_size()
     if ranks == 1:

@@ -351,10 +351,7 @@ LOW_SHOT = Protocol(
     "Low-shot SVM",
     LowShotConfig,
     lowshot,
-    {
-        "lowshot": LowShotConfig(),
-        "lowshot-small": LowShotConfig(positives=(1, 4, 16), draws=3, costs=_FEW_COSTS),
-    },
+    {"lowshot": LowShotConfig(), "lowshot-small": LowShotConfig(positives=(1, 4, 16), draws=3, costs=_FEW_COSTS)},
     kinds=("boxes", "classes"),
     quick={"classes": ("lowshot-small",), "boxes": ("lowshot-small",)},
 )

@@ -25,12 +25,10 @@ _LISTED = 20  # kinds of mistakes
 
 
 def permuted(score: Callable[[NDArray[np.int64]], Mapping[str, float]], n: int, draws: int = 10) -> dict[str, float]:
-    """The figures to expect when the labels of the test images are in a random order: means over some orders.
+    """The figures to expect when the n labels of the test images are in a random order.
 
-    Args:
-        score: from an order of n rows, the figures of the labels in this order.
-        n: number of labels.
-        draws: number of orders, which are the same each time.
+    `score` gives the figures of the labels in an order of n rows; the result is their mean over some orders (`draws`),
+    the same ones each time.
     """
     key = stream_key(0, "permuted")
     every = [score(permutation(key, np.arange(n), draw)) for draw in range(draws)]
@@ -120,12 +118,7 @@ def save_classification(
 
 
 def save_classes(
-    data: EvalData,
-    name: str,
-    rows: NDArray[np.int64],
-    labels: Tensor,
-    predicted: Mapping[str, Tensor],
-    more: str = "",
+    data: EvalData, name: str, rows: NDArray[np.int64], labels: Tensor, predicted: Mapping[str, Tensor], more: str = ""
 ) -> None:
     """Write NAME.csv: key, label, and columns of predicted classes.
 

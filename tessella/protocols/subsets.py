@@ -70,10 +70,6 @@ def listed_rows(images: ImageSet, path: Path) -> Tensor:
     A line is an image's whole key, its path behind the class's folder, or its name alone. The text before the first
     `_` of a name is its class, as in n01440764_10026.JPEG, which decides between images of one name.
 
-    Args:
-        images: the train images.
-        path: of the list.
-
     Raises:
         UserError: the list cannot be read, is empty, or names an image that is not there or not the only one.
     """

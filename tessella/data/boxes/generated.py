@@ -17,24 +17,14 @@ SPLITS = {"train": np.arange(400), "test": np.arange(400, 500)}  # numbers of sc
 
 
 def open_shapes(data: str, split: str) -> AnnotatedImages:
-    """Scenes of one to four shapes, 400 for training and 100 for testing.
-
-    Args:
-        data: "shapes"; "shapes::train" and "shapes::test" name a split themselves.
-        split: "train" or "test".
-    """
+    """Scenes of one to four shapes, 400 for training and 100 for testing; "shapes::train" names a split itself."""
     part = data.partition("::")[2] or split
     check_split(data, part, tuple(SPLITS))
     return annotated_scenes(data, SPLITS[part])
 
 
 def annotated_scenes(name: str, rows: NDArray[np.int64]) -> AnnotatedImages:
-    """Scenes by number, as images with objects.
-
-    Args:
-        name: for reports.
-        rows: (n,) ascending numbers of scenes.
-    """
+    """Scenes by their (n,) ascending numbers, as images with objects; the name is for reports."""
     scenes = draw_scenes(rows)
     masks = np.concatenate([scene.masks for scene in scenes])
     boxes = []

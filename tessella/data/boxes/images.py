@@ -127,14 +127,10 @@ class AnnotatedImages:
         return int((missing if with_crowd else missing & ~self.table.crowd).sum())
 
     def truth(self, positions: Iterable[int], *, masks: bool = False) -> dict[str, Any]:
-        """Ground truth in COCO's format, boxes, areas and ids as the file has them.
-
-        Args:
-            positions: of the images that are scored.
-            masks: also the masks.
+        """Ground truth of some images in COCO's format, boxes, areas and ids as the file has them, perhaps with masks.
 
         Returns:
-            A JSON-able dictionary: images, annotations (`ignored` ones as crowd), categories.
+            For JSON: images, annotations (ignored ones as crowd), categories.
         """
         images, annotations = [], []
         for position in positions:
@@ -180,12 +176,7 @@ class Problems:
         self._examples: dict[str, str] = {}
 
     def add(self, kind: str, example: object) -> None:
-        """Note one case.
-
-        Args:
-            kind: what is wrong, for example "an image id that is not in images".
-            example: where.
-        """
+        """Note one case of a kind, such as "an image id that is not in images", and where it is."""
         self._counts[kind] += 1
         self._examples.setdefault(kind, printable(str(example))[:_SHOWN_CHARACTERS])
 
@@ -194,10 +185,7 @@ class Problems:
         return [f"{n} x {kind} (the first: {self._examples[kind]})" for kind, n in self._counts.items()]
 
     def refuse(self, advice: str) -> None:
-        """Stop here if anything was noted.
-
-        Args:
-            advice: what to do about it.
+        """Stop here if anything was noted, and add what to do about it.
 
         Raises:
             UserError: all that was noted.

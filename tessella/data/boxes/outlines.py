@@ -19,15 +19,9 @@ class Broken(Exception):
 
 
 def read_outline(segmentation: Any, width: int, height: int) -> Outline | None:
-    """A mask as a COCO file has it.
+    """A mask of an image of some pixels, as a COCO file has it; None if there is no mask at all.
 
-    Args:
-        segmentation: a list of polygons, or {"counts": list or text, "size": [height, width]}; nothing for no mask.
-        width: of the image, pixels.
-        height: of the image, pixels.
-
-    Returns:
-        None if there is no mask at all.
+    `segmentation` is a list of polygons, or {"counts": list or text, "size": [height, width]}.
 
     Raises:
         Broken: there is one, but no polygon with three corners, or runs that do not add up to the image.
@@ -52,16 +46,9 @@ def as_coco(outline: Outline, width: int, height: int) -> Any:
 
 
 def paint(outline: Outline, width: int, height: int, to: tuple[int, int]) -> NDArray[np.uint8]:
-    """The mask on an image that was resized.
+    """The mask on an image of width x height pixels that was resized to (height, width) `to`: uint8, 1 inside.
 
-    Args:
-        outline: the mask.
-        width: of the original image, pixels.
-        height: of the original image, pixels.
-        to: height and width of the resized image.
-
-    Returns:
-        `to` uint8, 1 inside and 0 outside. Polygons are scaled before they are painted, runs take the nearest pixel.
+    Polygons are scaled before they are painted, runs take the nearest pixel.
     """
     if isinstance(outline, tuple):
         coder = mask_coder()

@@ -11,12 +11,7 @@ from tessella.data.sources.scenes import CLASSES, draw_scenes
 
 
 def open_shapes(data: str, split: str) -> ArrayMasks:
-    """Scenes of one to four shapes, 400 for training and 100 for testing; class 0 is the background.
-
-    Args:
-        data: "shapes"; "shapes::train" and "shapes::test" name a split themselves.
-        split: "train" or "test".
-    """
+    """Scenes of one to four shapes, as in `data.boxes.generated`; class 0 is the background."""
     part = data.partition("::")[2] or split
     check_split(data, part, tuple(SPLITS))
     scenes = draw_scenes(SPLITS[part])

@@ -143,15 +143,7 @@ class ArrayMasks(MaskedImages):
 
 
 class FileMasks(MaskedImages):
-    """Images and masks that are files of one folder or archive.
-
-    Args:
-        name: for reports.
-        files: holds images and masks.
-        pairs: key -> (row of the image, row of the mask).
-        meaning: of the masks' values.
-        classes: names, or None.
-    """
+    """Images and masks that are files of one folder or archive; `pairs`: key -> rows of image and mask in `files`."""
 
     def __init__(
         self, name: str, files: ImageSet, pairs: dict[str, tuple[int, int]], meaning: Meaning, classes: list[str] | None

@@ -100,12 +100,9 @@ def test_plans(images: AnnotatedImages, positions: Iterable[int], shorter: int, 
 
 
 def resized(size: tuple[int, int], shorter: int, longest: int) -> tuple[int, int]:
-    """Height and width with the shorter side at `shorter`, or less where the longer one would exceed `longest`.
+    """Height and width of an image of `size` (width, height) with the shorter side at `shorter`, all in pixels.
 
-    Args:
-        size: width and height, pixels.
-        shorter: pixels.
-        longest: pixels.
+    The sides are smaller where the longer one would exceed `longest`.
     """
     width, height = size
     scale = min(shorter / min(size), longest / max(size))

@@ -81,12 +81,9 @@ class Detector(nn.Module):
 
 
 def build_detector(backbone: nn.Module, classes: int, config: DetectionConfig) -> Detector:
-    """A detector around a copy of the backbone, new parts from torch's global generator.
+    """A detector of `classes` without the background, around a copy of the backbone.
 
-    Args:
-        backbone: has `stage_maps`; c4 wants one of our ResNets.
-        classes: without the background.
-        config: its parts and sizes.
+    The backbone has `stage_maps`; for c4, it is one of our ResNets. New weights come from torch's global generator.
 
     Raises:
         UserError: the backbone has no maps of inner stages, or not the stages that c4 needs.

@@ -45,16 +45,13 @@ def as_coco(
 
 
 def paste(mask: Tensor, box: Tensor, height: int, width: int) -> NDArray[np.uint8]:
-    """A mask of a box, laid on its image.
+    """A mask of a box, laid on its image: (height, width) uint8, 1 where the share is at least a half.
 
     Args:
         mask: (s, s) shares in [0, 1], stretched over the box, bilinear.
         box: (4,) corners in pixels.
         height: of the image, pixels.
         width: of the image, pixels.
-
-    Returns:
-        (height, width) uint8, 1 where the share is at least a half.
     """
     left, top, right, bottom = box.tolist()
     whole = np.zeros((height, width), dtype=np.uint8)

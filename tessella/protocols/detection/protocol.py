@@ -142,11 +142,8 @@ def build_optimizer(detector: nn.Module, config: DetectionConfig) -> torch.optim
 def renew_statistics(detector: nn.Module, shown: Iterable[DetectionBatch]) -> None:
     """Compute the batch norms' mean and variance over many batches with the weights at hand ("precise batch norm").
 
-    The variance is that of all batches together: the mean of their variances and the variance of their means.
-
-    Args:
-        detector: with its final weights; it comes back in training mode.
-        shown: training batches; without any, nothing changes.
+    The variance is that of all batches together: the mean of their variances and the variance of their means. The
+    detector is left in training mode; without batches, nothing changes.
     """
     norms = [module for module in detector.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]

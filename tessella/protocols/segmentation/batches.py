@@ -53,16 +53,10 @@ class WholeImage(NamedTuple):
 
 
 def fitted(width: int, height: int, bounds: tuple[int, int] | None, factor: float = 1.0) -> tuple[int, int]:
-    """Size of an image that keeps its shape.
+    """Width and height, at least 1, of an image that keeps its shape; all in pixels.
 
-    Args:
-        width: pixels.
-        height: pixels.
-        bounds: longest and shortest side; the image becomes as large as both allow. None: its own size.
-        factor: on the bounds, or on the size.
-
-    Returns:
-        Width and height, at least 1.
+    Within `bounds` of the longest and the shortest side it becomes as large as both allow; None: its own size. `factor`
+    multiplies the bounds, or the size.
     """
     if bounds is not None:
         longest, shortest = max(bounds) * factor, min(bounds) * factor
@@ -81,16 +75,9 @@ def crop_with_mask(
     """One training crop, before it is normalised and padded.
 
     The crop is cut from the resized image; only its part of the image is resized, by Pillow's antialiased bilinear
-    filter. The mask is resized to the nearest pixel.
+    filter. The mask is resized to the nearest pixel. `numbers` is a row of `draw_numbers`.
 
-    Args:
-        image: (H, W, 3).
-        mask: (H, W).
-        numbers: a row of `draw_numbers`.
-        spec: what to do.
-
-    Returns:
-        (3, h, w) float32 in [0, 255] and (h, w) uint8, both sides at most `spec.size`.
+    (H, W, 3) image and (H, W) mask -> (3, h, w) float32 in [0, 255] and (h, w) uint8, both sides at most `spec.size`.
     """
     low, high = spec.scale
     width, height = fitted(mask.shape[1], mask.shape[0], spec.resize, low + numbers[0] * (high - low))
@@ -181,13 +168,9 @@ def training_batches(
 def whole_images(
     data: SegmentationData, rows: NDArray[np.int64], resize: tuple[int, int] | None, skipped: dict[str, str]
 ) -> Generator[WholeImage, None, None]:
-    """Whole test images, one by one, each decoded ahead; memory holds a few at a time.
+    """The test images of these (n,) rows, whole, one by one, each decoded ahead; memory holds a few at a time.
 
-    Args:
-        data: its test images are read.
-        rows: (n,) which, in this order.
-        resize: bounds as in `fitted`.
-        skipped: receives key -> reason of what cannot be read.
+    `resize` are bounds as in `fitted`; `skipped` receives key -> reason of what cannot be read.
     """
     images = data.test
 

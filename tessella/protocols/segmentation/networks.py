@@ -30,12 +30,7 @@ _CLASSES_AT_A_TIME = 16  # that are enlarged to an image's size: all classes of 
 
 
 class Segmenter(nn.Module):
-    """A backbone with a head, and in training perhaps an auxiliary one.
-
-    Args:
-        backbone: its parts are used, not copied.
-        classes: number of classes.
-        config: says what the heads are.
+    """A backbone, whose parts are used and not copied, with a head, and in training perhaps an auxiliary one.
 
     Raises:
         UserError: the backbone has no maps of its stages.
