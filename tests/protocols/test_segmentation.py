@@ -23,7 +23,7 @@ from tessella.protocols.segmentation.batches import WholeImage
 from tessella.protocols.segmentation.data import SegmentationData
 from tessella.protocols.segmentation.networks import Segmenter, SharedDropout2d, dilate
 from tessella.protocols.segmentation.predictions import prediction_name
-from tessella.protocols.segmentation.protocol import build_segmenter, recipe_name, schedule, segmentation, update_rule
+from tessella.protocols.segmentation.protocol import build_segmenter, schedule, segmentation, update_rule
 from tessella.protocols.segmentation.recipes import RECIPES, CropSpec, SegmentationConfig
 from tessella.protocols.segmentation.scores import figures, intersection_over_union, interval, judge, predict
 from tests.ranks import on_ranks
@@ -78,10 +78,8 @@ def test_every_recipe_has_its_published_settings():
         c = RECIPES[name]
         found = (c.head, c.lr, c.weight_decay, c.optimizer, c.iterations, c.batch_size)
         assert (*found, c.crops.size, c.output_stride, c.auxiliary) == expected, name
-        assert recipe_name(replace(c, seed=5, evaluations=4)) == name
         rule = update_rule(c)
         assert (rule.name, rule.momentum, rule.weight_decay) == (c.optimizer, 0.9, c.weight_decay)
-    assert recipe_name(replace(RECIPES["fcn-voc12"], lr=0.02)) == "custom"
     assert (RECIPES["fcn-cityscapes"].window, RECIPES["fcn-cityscapes"].window_stride) == (769, 513)
     assert (RECIPES["linear-ade20k"].window, RECIPES["linear-ade20k"].window_stride) == (512, 341)
     assert RECIPES["fcn-cityscapes"].crops.resize == (2049, 1025) and RECIPES["fcn-cityscapes"].align_corners

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,7 @@ def segmentation(backbone: Any, data: SegmentationData, config: SegmentationConf
     Returns:
         `miou` with `miou_interval` (95 %, over draws of test images), `pixel_accuracy`, `mean_accuracy`, `per_class`
         (intersection over union of each class that is there or predicted), `loss` (means over equal parts of the
-        training, the auxiliary head's part included), `recipe`, sizes, and `notes`. With several evaluations also
+        training, the auxiliary head's part included), sizes, and `notes`. With several evaluations also
         `best_test_miou` at `best_test_iteration`, which was picked on the test set and is there for comparison with
         papers only.
 
@@ -80,7 +79,6 @@ def segmentation(backbone: Any, data: SegmentationData, config: SegmentationConf
     scores = figures(judged, survey.classes) | {
         "miou_interval": interval(judged.per_image, config.seed),
         "loss": [round(float(part.mean()), 6) for part in parts],
-        "recipe": recipe_name(config),
         "images": len(data.test) - len(judged.skipped),
         "skipped": len(judged.skipped) + len(data.test.unreadable),
     }
@@ -103,12 +101,6 @@ def schedule(config: SegmentationConfig) -> Schedule:
         warmup=config.warmup_iterations,
         warmup_start=_WARMUP_START,
     )
-
-
-def recipe_name(config: SegmentationConfig) -> str:
-    """The name of the recipe with these settings, whatever the seed and the number of evaluations; else "custom"."""
-    plain = replace(config, seed=0, evaluations=1)
-    return next((name for name, recipe in RECIPES.items() if recipe == plain), "custom")
 
 
 def build_segmenter(backbone: Any, classes: int, config: SegmentationConfig) -> Segmenter:
