@@ -86,7 +86,6 @@ RECIPES = {
     "transfer": _VISSL,
     "small": Recipe(Rates(0.02, 0.5), Rates(0.01, 0.2), 20, (12, 16), 0.2),
 }
-_PICKS = ("transfer", "small")  # recipes that try several settings on held-out train images
 _SMALL_HEADS = (5.0, 0.5, 0.05)  # learning rates of the linear layer that `small` tries: SwAV's, and lower ones
 _SMALL_STEPS = 200  # of `small`, at least: a subset of 12 images makes one step per epoch
 
@@ -160,23 +159,20 @@ def finetune(backbone: nn.Module, data: EvalData, config: FinetuneConfig) -> dic
     snapshots.drop()
     scores = averaged([classification_scores(run.logits, run.labels, data.classes) for run in runs])
     notes = sorted({note for run in runs for note in run.notes})
-    return (
-        scores
-        | tried
-        | {
-            "best_test_top1": float(np.mean([max(run.top1) for run in runs])),
-            "train_images": len(subsets[0]),
-            "subset": _hash(torch.from_numpy(data.train.ids[torch.cat(subsets).numpy()])),
-            "lr": setting.rates.trunk,
-            "head_lr": setting.rates.head,
-            "weight_decay": setting.weight_decay,
-            "epochs": len(runs[0].losses),
-            "failed": any(note.startswith("failed") for note in notes),
-            "loss_first": _finite_mean([run.losses[0] for run in runs]),
-            "loss_last": _finite_mean([run.losses[-1] for run in runs]),
-            "notes": notes,
-        }
-    )
+    scores |= {
+        "best_test_top1": float(np.mean([max(run.top1) for run in runs])),
+        "train_images": len(subsets[0]),
+        "subset": _hash(torch.from_numpy(data.train.ids[torch.cat(subsets).numpy()])),
+        "lr": setting.rates.trunk,
+        "head_lr": setting.rates.head,
+        "weight_decay": setting.weight_decay,
+        "epochs": len(runs[0].losses),
+        "failed": any(note.startswith("failed") for note in notes),
+        "loss_first": _finite_mean([run.losses[0] for run in runs]),
+        "loss_last": _finite_mean([run.losses[-1] for run in runs]),
+        "notes": notes,
+    }
+    return scores | tried
 
 
 def averaged(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def fit(
             losses[step] = _update(optimizer, loss(batch))
             last = step + 1 == schedule.steps
             if advice and (last or device.type == "cpu" or (step + 1) % _CHECK_EVERY == 0):
-                _check_finite(losses[: step + 1], schedule.steps, advice)
+                _check_finite(losses, step, advice)
             if judge is not None and step + 1 in judge_at:
                 scores[step + 1] = judge(step + 1)
             if snapshots and snapshots.due(last=last):
@@ -162,10 +162,13 @@ def _sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def _check_finite(losses: Tensor, steps: int, advice: str) -> None:
-    if not losses.isfinite().all():
-        first = int(losses.isfinite().logical_not().nonzero()[0])
-        raise UserError(f"the training loss became {float(losses[first])} at step {first} of {steps}: {advice}")
+def _check_finite(losses: Tensor, step: int, advice: str) -> None:
+    """Stop when one of the last losses is not finite."""
+    start = max(0, step + 1 - _CHECK_EVERY)
+    broken = (~losses[start : step + 1].isfinite()).nonzero()[:, 0].tolist()
+    if broken:
+        first = start + broken[0]
+        raise UserError(f"the training loss became {float(losses[first])} at step {first} of {len(losses)}: {advice}")
 
 
 def private_generators(device: torch.device) -> contextlib.AbstractContextManager[None]:
