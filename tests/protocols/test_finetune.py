@@ -183,7 +183,7 @@ def test_transfer_picks_its_setting_without_the_test_labels():
     train, test = planted_images(90, noise=90), planted_images(60, seed=5, noise=90, name="t")
     config = cheap("transfer", lrs=(3.0, 0.1), weight_decays=(0.0, 5e-4))
     honest = finetune(Tiny(), eval_data(train, test), config)
-    test.labels[:] = 0
+    test.index.labels = np.zeros_like(test.labels)
     spoiled = finetune(Tiny(), eval_data(train, test), config)
     assert len(honest["held_out_top1"]) == 4 and honest["held_out_top1"] == spoiled["held_out_top1"]
     assert (honest["lr"], honest["weight_decay"]) == (spoiled["lr"], spoiled["weight_decay"])
