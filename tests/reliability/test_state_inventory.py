@@ -35,7 +35,6 @@ DERIVED = {
     "monitor._embeddings": "as _loss",
     "monitor._views": "as _loss",
     "loader.wait_seconds": "time of this process",
-    "loader.order._kept.*": "the order of the current epoch, a function of seed and epoch",
     "method.*._pushed_on_host": "a copy of a buffer, read again when it is None",
     "optimizer.lr": "a function of the step, set before each update",
 }
