@@ -221,12 +221,8 @@ class _Builder:
         return groups
 
     def _copy_groups(self, copied: Copies, page_row: NDArray[np.int32]) -> list[Group]:
-        """Groups of copies, the largest image of each first: it is the one to keep."""
-        area = np.asarray(self.images.sizes)[self.rows].astype(np.int64).prod(axis=1)
-        members = np.flatnonzero(copied.group >= 0)
-        members = members[np.lexsort((members, -area[members], copied.group[members]))]
         groups = []
-        for rows in np.split(members, np.flatnonzero(np.diff(copied.group[members])) + 1):
+        for rows in copied.groups(np.asarray(self.images.sizes)[self.rows], self.look["sharpness"]):
             shown = [int(page_row[row]) for row in rows if page_row[row] >= 0]
             if len(shown) < 2:
                 continue

@@ -11,7 +11,7 @@ Both thresholds follow from the set: a near copy is at most a third as far away 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,18 @@ class Copies(NamedTuple):
             return "a copy of a copy"
         turned = ORIENTATIONS[int(pair["turned"][0])]
         return f"{turned or 'near copy'}, {100 * float(pair['pixels'][0]):.0f} % alike"
+
+    def groups(self, sizes: NDArray[np.int32], sharpness: NDArray[np.float32]) -> list[NDArray[np.int64]]:
+        """Rows of each group, the one to keep first: of most pixels, and of these the sharpest.
+
+        Args:
+            sizes: (n, 2) width and height.
+            sharpness: (n,) of `look`; NaN counts as least.
+        """
+        area = sizes.astype(np.int64).prod(axis=1)
+        rows = np.flatnonzero(self.group >= 0)
+        rows = rows[np.lexsort((rows, -np.nan_to_num(sharpness[rows]), -area[rows], self.group[rows]))]
+        return [part for part in np.split(rows, np.flatnonzero(np.diff(self.group[rows])) + 1) if len(part)]
 
 
 def find_copies(
@@ -91,7 +103,8 @@ def find_copies(
             usual = 2 * near_features - 1
             accepted &= (pixels >= _CERTAIN) | (cosines >= usual)
         part = np.empty(int(accepted.sum()), PAIR)
-        for name, column in zip(PAIR.names or (), (a, b, pixels, cosines, turns), strict=True):
+        columns: tuple[NDArray[Any], ...] = (a, b, pixels, cosines, turns)
+        for name, column in zip(PAIR.names or (), columns, strict=True):
             part[name] = column[accepted]
         parts.append(part)
     pairs = np.concatenate(parts)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tessella import files
 from tessella.atlas.copies import Copies, find_copies
@@ -69,26 +70,24 @@ def duplicates(images: ImageSet, out: Path | None, *, workers: int | None = None
         look(images, shards, workers or cores_at_hand())
         readable = shards.column("readable", LOOK)
         rows = np.flatnonzero(readable)
-        hashes, signatures = (shards.column(name, LOOK)[rows] for name in ("sha256", "signature"))
+        hashes, signatures, sharpness = (
+            shards.column(name, LOOK)[rows] for name in ("sha256", "signature", "sharpness")
+        )
         reasons = shards.column("reason", LOOK)
     with Display("copies", 3 * len(rows)) as display:
         found = find_copies(hashes, signatures, done=display.advance)
     broken = {images.key(int(row)): reasons[row].decode("utf-8", "replace") for row in np.flatnonzero(~readable)}
-    result = Duplicates(len(rows), _groups(found, images, rows), dict(images.unreadable) | broken)
+    result = Duplicates(len(rows), _groups(found, images, rows, sharpness), dict(images.unreadable) | broken)
     if out is not None:
         _write(out, result)
     return result
 
 
-def _groups(found: Copies, images: ImageSet, rows: np.ndarray) -> list[Group]:
-    area = np.asarray(images.sizes)[rows].astype(np.int64).prod(axis=1)
-    members = np.flatnonzero(found.group >= 0)
-    members = members[np.lexsort((members, -area[members], found.group[members]))]
+def _groups(found: Copies, images: ImageSet, rows: NDArray[np.int64], sharpness: NDArray[np.float32]) -> list[Group]:
     groups = []
-    for part in np.split(members, np.flatnonzero(np.diff(found.group[members])) + 1):
-        if len(part):
-            keys = [images.key(int(rows[i])) for i in part]
-            groups.append(Group(keys, ["", *(found.why(int(part[0]), int(i)) for i in part[1:])]))
+    for part in found.groups(np.asarray(images.sizes)[rows], sharpness):
+        keys = [images.key(int(rows[i])) for i in part]
+        groups.append(Group(keys, ["", *(found.why(int(part[0]), int(i)) for i in part[1:])]))
     return groups
 
 

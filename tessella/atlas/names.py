@@ -19,6 +19,7 @@ The page writes `names.json`; `tessella label` and all that follows read it. An 
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,13 +30,13 @@ from numpy.typing import NDArray
 
 from tessella import files
 from tessella.errors import UserError
-from tessella.text import printable
 
 Event = dict[str, Any]
 
 FORMAT, VERSION = "tessella names", 1
 _LIMIT = 1 << 30  # bytes of names.json
 _LONGEST = 200  # characters of a name
+_CONTROL = ("Cc", "Cs", "Zl", "Zp")  # kinds of characters that no name has; joiners of emoji are none of them
 _SURE, _ASKED = 0.8, 0.5  # share of a new cluster's labelled images that carry a name over; that is asked about
 _FIELDS = {  # action -> what it needs
     "name": ("clusters", "name"),
@@ -99,7 +100,7 @@ def _problem(event: Any) -> str:
                 return f"`{name}` must be a list of texts"
         elif not isinstance(value, str):
             return f"`{name}` must be a text"
-        elif name == "name" and (len(value) > _LONGEST or printable(value) != value):
+        elif name == "name" and (len(value) > _LONGEST or any(unicodedata.category(c) in _CONTROL for c in value)):
             return f"a name has at most {_LONGEST} characters, none of them a control character"
     return ""
 
