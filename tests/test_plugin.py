@@ -67,7 +67,7 @@ def test_it_trains_resumes_evaluates_and_appears_on_the_pages(tessella: Tessella
 
     assert tessella("report", run).returncode == 0
     page = (run / "report.html").read_text()
-    assert "SimSiam" in page and "plain4" in page and "nearest class mean" in page
+    assert "SimSiam" in page and "plain4" in page and "nearest-mean" in page
 
 
 def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path):
