@@ -45,16 +45,20 @@ class _Builder:
         self.stages: dict[str, Any] = atlas.state["stages"]
         shards = atlas.shards("look", len(images))
         numbers = [number for number in range(len(shards)) if shards.path(number).is_file()]
-        tables = [np.asarray(shards.read(number, LOOK)) for number in numbers]
-        rows = [np.arange(shards.span(number).start, shards.span(number).stop) for number in numbers]
-        table = np.concatenate(tables) if tables else np.zeros(0, LOOK)
-        every = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-        readable = table["readable"]
+        tables = [shards.read(number, LOOK) for number in numbers]
+
+        def column(name: str) -> NDArray[Any]:
+            """One field alone: whole rows, with their signatures, are half a kilobyte each."""
+            return np.concatenate([table[name] for table in tables]) if tables else np.zeros(0, LOOK[name])
+
+        every = np.concatenate([np.array(shards.span(number)) for number in numbers] or [np.zeros(0, np.int64)])
+        readable = column("readable")
         self.rows = every[readable]  # of the image set
-        self.look = {name: table[name][readable] for name in ("brightness", "contrast", "bright_end", "sharpness")}
+        names = ("brightness", "contrast", "bright_end", "sharpness")
+        self.look = {name: column(name)[readable] for name in names}
+        reasons = column("reason")[~readable]
         broken = [
-            (int(row), reason.decode("utf-8", "replace"))
-            for row, reason in zip(every[~readable], table["reason"][~readable], strict=True)
+            (int(row), reason.decode("utf-8", "replace")) for row, reason in zip(every[~readable], reasons, strict=True)
         ]
         self.unreadable = [*images.unreadable, *((images.key(row), reason) for row, reason in broken)]
         self.thumbnails = Thumbnails(shards, thumbnail_side(len(images)))
