@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from tessella.protocols.knn import KnnConfig, _largest, knn, knn_predict
+from tessella.ops.nearest import largest
+from tessella.protocols.knn import KnnConfig, knn, knn_predict
 from tests.protocols.planted import Tiny, eval_data, meaningless_images, planted_images
 
 
@@ -59,7 +60,7 @@ def test_the_largest_of_long_rows_are_those_of_a_sort():
     for length, k in ((1000, 3), (997, 20), (64, 16), (50, 50)):
         x = torch.randn(5, length)
         x[0, 0] = -torch.inf  # what is left out
-        values, columns = _largest(x, k)
+        values, columns = largest(x, k)
         expected = x.sort(dim=1, descending=True)
         assert torch.equal(values, expected.values[:, :k]) and torch.equal(columns, expected.indices[:, :k])
 
