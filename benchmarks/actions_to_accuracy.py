@@ -66,7 +66,7 @@ def main() -> None:
         for name, history in annotated(x, y, seed).items():
             for actions in STEPS:
                 state = next((state for state in reversed(history) if state["actions"] <= actions), None)
-                if state is None or (actions > history[-1]["actions"] and actions / 2.5 > history[-1]["actions"]):
+                if state is None or actions > history[-1]["actions"]:
                     continue
                 labelled = state["labels"] >= 0
                 classifier = fitted_accuracy(x, state["labels"], test_x, test_y)
