@@ -4,8 +4,8 @@
     8 nearest by what mirroring and quarter turns leave unchanged,    -> pairs -> near copies, if alike in pixels, or
     whole images and parts of them; and the nearest by features          fairly alike in pixels and in features
 
-Both thresholds follow from the set: a near copy is at most a third as far away as the nearest other images usually are
-(`ops.near_copies.threshold_for`); with features on its side, half as far in features and five sixths in pixels.
+Both thresholds follow from the set, from how far apart the nearest of different images usually are
+(`ops.near_copies.threshold_for`); with features at most half as far apart as is usual, pixels may differ more.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from tessella.ops.near_copies import CUTS, ORIENTATIONS, invariants, pair_simila
 VERSION = 1
 _PROPOSED = 8  # partners of an image, of each kind
 _PAIRS = 1 << 15  # compared at a time
+# How far apart signatures of copies may be, in units of what `threshold_for` allows among all pairs: here only
+# proposed pairs are compared.
+_PIXELS_ALONE, _PIXELS_AND_FEATURES = 1.3, 2.5
 _CERTAIN = 0.97  # pixels so alike need no features
 
 PAIR = np.dtype([("first", "i4"), ("second", "i4"), ("pixels", "f4"), ("features", "f4"), ("turned", "i1")])
@@ -83,11 +86,12 @@ def find_copies(
     n = len(hashes)
     exact = _groups_of_equal(hashes)
     first, second = _proposals(signatures, None if nearest is None else nearest[0], seed, done)
-    at_least = threshold_for(torch.from_numpy(_sampled(signatures)).float())
+    apart = 1 - threshold_for(torch.from_numpy(_sampled(signatures)).float())
+    at_least = 1 - _PIXELS_ALONE * apart
     near_features = np.inf
     if nearest is not None and n > 1:
         near_features = 1 - (1 - float(np.quantile(nearest[1][:, 0], 0.25))) / 2
-    with_features = 1 - 2.5 * (1 - at_least)
+    with_features = 1 - _PIXELS_AND_FEATURES * apart
     parts = [np.empty(0, PAIR)]
     for start in range(0, len(first), _PAIRS):
         a, b = first[start : start + _PAIRS], second[start : start + _PAIRS]

@@ -174,7 +174,7 @@ def test_every_kind_of_copy_is_found_and_nothing_else(tmp_path):
 def test_features_decide_about_pairs_that_pixels_leave_open():
     random = np.random.default_rng(0)
     signatures = F.normalize(torch.from_numpy(random.normal(size=(40, 3, 80))).float(), dim=2)
-    mix = F.normalize(signatures[0] + 0.75 * F.normalize(signatures[1], dim=1), dim=1)  # cosine 0.8 to image 0
+    mix = F.normalize(signatures[0] + 0.9 * F.normalize(signatures[1], dim=1), dim=1)  # cosine 0.74 to image 0
     signatures[39] = mix
     x = random.normal(size=(40, 16)).astype(np.float32)
     x[39] = x[0]
